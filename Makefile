@@ -1,0 +1,57 @@
+# One command each; every target makes the environment it needs.
+#
+#   make demo    the whole path on this machine: crawl, clean, train, kill, resume, export, report
+#   make test    the test suite
+#   make lint    ruff, mypy, import rules
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_VERSION ?= 2.13.0
+# Where pip finds the CPU build of torch when the default package index has none
+# (the address is in PyTorch's installation guide).
+TORCH_INDEX ?=
+DEMO_DIR ?= demo
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU)
+ifeq ($(filter-out 0,$(HAS_GPU)),)
+TORCH := torch==$(TORCH_VERSION)+cpu
+else
+TORCH := torch==$(TORCH_VERSION)
+endif
+
+.PHONY: install demo test test-all lint format clean
+
+install: $(INSTALLED)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	@$(BIN)/pip install --quiet "$(TORCH)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) || { \
+	  echo "make: pip found no $(TORCH). Name an index that has it: make $(MAKECMDGOALS) TORCH_INDEX=URL" >&2; exit 1; }
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/farspan demo --out $(DEMO_DIR)
+
+test: $(INSTALLED)
+	$(BIN)/pytest -m "not slow"
+
+test-all: $(INSTALLED)
+	$(BIN)/pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) $(DEMO_DIR)

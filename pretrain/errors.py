@@ -1,0 +1,10 @@
+"""Errors meant for the person at the command line."""
+
+
+class UserError(Exception):
+    """A mistake of the user's: the message is printed as it is, without a traceback.
+
+    The command line treats any exception with an `exit_code` so.
+    """
+
+    exit_code = 2

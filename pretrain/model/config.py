@@ -1,0 +1,74 @@
+"""The model's settings: plain dataclasses, so that models and kernels run with torch alone.
+
+The default family is what transformers calls Qwen3-Next: gated delta net and gated softmax
+attention, 3 to 1, with a Mixture-of-Experts feed-forward. With every layer `softmax`, no output
+gate and no shared expert it is Qwen3 (dense) or Qwen3-MoE.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+LayerKind = Literal["linear", "softmax"]
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Softmax attention: grouped-query, with QK norm, partial RoPE and an output gate."""
+
+    n_heads: int = 16
+    n_kv_heads: int = 2
+    head_dim: int = 256
+    output_gate: bool = True
+    rope_base: float = 10_000_000.0
+    rope_fraction: float = 0.25
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+
+@dataclass(frozen=True)
+class LinearAttentionConfig:
+    """Gated delta net (Yang et al. 2024, arXiv:2412.06464)."""
+
+    n_key_heads: int = 16
+    n_value_heads: int = 32
+    key_dim: int = 128
+    value_dim: int = 128
+    conv_width: int = 4
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Mixture of experts; with `n_experts = 0` every feed-forward is a dense SwiGLU of `d_ff`."""
+
+    n_experts: int = 512
+    top_k: int = 10
+    d_expert: int = 512
+    d_shared_expert: int = 512
+    renormalise_top_k: bool = True
+    aux_loss: float = 0.001
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int = 151_936
+    d_model: int = 2048
+    n_layers: int = 48
+    layer_pattern: tuple[LayerKind, ...] = ("linear", "linear", "linear", "softmax")
+    d_ff: int = 5632
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    linear: LinearAttentionConfig = field(default_factory=LinearAttentionConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    tie_embeddings: bool = False
+    norm_eps: float = 1e-6
+    zero_centered_norm: bool = True
+    init_std: float = 0.02
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer: the pattern, repeated over `n_layers`."""
+        return tuple(self.layer_pattern[i % len(self.layer_pattern)] for i in range(self.n_layers))

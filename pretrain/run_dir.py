@@ -1,0 +1,76 @@
+"""The folder of one run: the only place that knows which file lies where."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` with `text`: a reader sees the old file or the new one, never a half."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of a run: resolved configuration, metrics, checkpoints, per-attempt logs, report."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def attempts(self) -> Path:
+        return self.root / "attempts"
+
+    @property
+    def wandb(self) -> Path:
+        return self.root / "wandb"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.root / "tokenizer.json"
+
+    @property
+    def done(self) -> Path:
+        """The success marker: a run without it has not finished."""
+        return self.root / "done.json"
+
+    def new_attempt(self) -> Path:
+        """Make the folder of the next attempt, which holds one log per rank."""
+        self.attempts.mkdir(parents=True, exist_ok=True)
+        number = 1 + max((int(path.name) for path in self.attempts.iterdir()), default=0)
+        attempt = self.attempts / f"{number:04d}"
+        attempt.mkdir()
+        return attempt
+
+    def mark_done(self, step: int) -> None:
+        """Write the success marker for a run that has finished `step` steps."""
+        write_atomically(self.done, json.dumps({"step": step}) + "\n")
+
+    def finished_step(self) -> int | None:
+        """The step the run had finished at when it was last marked done, or None."""
+        if not self.done.exists():
+            return None
+        marker: dict[str, Any] = json.loads(self.done.read_text())
+        return int(marker["step"])
