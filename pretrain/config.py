@@ -1,0 +1,288 @@
+"""The configuration of a run: one typed tree, defaults < recipe (YAML) < dotted overrides.
+
+Neither this module nor anything it imports needs torch: a configuration is read, checked and
+printed before anything heavy is loaded.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pretrain.errors import UserError
+from pretrain.model.config import ModelConfig
+
+RECIPES = Path(__file__).parent / "recipes"
+SAMPLE_SHARDS = "sample"
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ShardSource(Section):
+    path: str
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+
+class DataConfig(Section):
+    shards: str | tuple[ShardSource, ...] = Field(
+        SAMPLE_SHARDS,
+        description="A folder made by `farspan data run`, a list of {path, weight}, or `sample`: "
+        "a small crawl made on this machine on first use.",
+    )
+    seq_len: Positive = Field(4096, description="Tokens per sequence.")
+    seed: int = Field(0, description="Decides the order of the documents.")
+
+    def sources(self) -> tuple[ShardSource, ...]:
+        return (ShardSource(path=self.shards),) if isinstance(self.shards, str) else self.shards
+
+
+class TrainConfig(Section):
+    steps: Positive = 1000
+    global_batch: Positive = Field(8, description="Sequences per optimizer step, over all ranks.")
+    microbatch: Positive = Field(1, description="Sequences per forward pass of one rank.")
+    seed: int = Field(0, description="Decides the initial weights.")
+    log_every: Positive = Field(1, description="Steps between two rows of metrics.jsonl.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="Of the computation; weights and reductions stay float32."
+    )
+    loss_chunk: Positive = Field(
+        2048, description="Tokens whose logits exist at a time in the cross-entropy."
+    )
+
+
+class OptimConfig(Section):
+    name: Literal["adamw"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    clip: Annotated[float, Field(gt=0)] = Field(1.0, description="Largest global gradient norm.")
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+
+
+class ScheduleConfig(Section):
+    name: Literal["constant", "cosine", "wsd"] = "cosine"
+    warmup_steps: NonNegative = 0
+    decay_share: Share = Field(0.2, description="wsd: the last share of the steps, decaying.")
+    min_lr: Share = Field(0.1, description="Final learning rate as a share of optim.lr.")
+
+
+class ParallelConfig(Section):
+    pp: Positive = Field(1, description="Pipeline stages.")
+    dp_replicate: Positive = Field(1, description="Replicas of the sharded weights (HSDP).")
+    dp_shard: Positive | Literal["auto"] = Field(
+        "auto", description="Ranks that share one copy of the weights (FSDP2); auto: all the rest."
+    )
+    cp: Positive = Field(1, description="Ranks that share a sequence.")
+    ep: Positive = Field(1, description="Ranks that share the experts, folded over dp_shard.")
+    tp: Positive = Field(1, description="Ranks that share a layer.")
+
+
+class CheckpointConfig(Section):
+    every: Positive = Field(100, description="Steps between checkpoints; the last step always is.")
+    keep: Positive = Field(2, description="How many of the newest checkpoints stay on disk.")
+
+
+class WandbConfig(Section):
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "farspan"
+
+
+class RunConfig(Section):
+    dir: str | None = Field(None, description="Everything of the run lies here.")
+
+
+class Config(Section):
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    wandb: WandbConfig = WandbConfig()
+    run: RunConfig = RunConfig()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def recipe_names() -> list[str]:
+    """The shipped recipes."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
+    """The resolved configuration of a recipe (a shipped name or a YAML file) and overrides.
+
+    Args:
+        overrides: `key=value`, the key dotted (`optim.lr=1e-3`), the value YAML.
+
+    Raises:
+        UserError: an unknown recipe or key, or a value that is not allowed; the message names
+            the field, the value, what is allowed and the nearest name.
+    """
+    tree = _read_yaml(_recipe_path(recipe))
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree)
+
+
+def parse_config(tree: Mapping[str, Any]) -> Config:
+    """Check a nested mapping against the typed tree. Raises UserError."""
+    _refuse_unknown_keys(Config, tree, ())
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_describe(error)) from None
+    _check_model(config.model)
+    return config
+
+
+def _recipe_path(recipe: str) -> Path:
+    if recipe in recipe_names():
+        return RECIPES / f"{recipe}.yaml"
+    path = Path(recipe)
+    if path.suffix in {".yaml", ".yml"}:
+        if path.is_file():
+            return path
+        raise UserError(f"recipe {recipe}: no such file")
+    raise UserError(
+        f"recipe {recipe!r} is not known{_nearest(recipe, recipe_names())}; "
+        f"shipped: {', '.join(recipe_names())}; or give the path of a .yaml file"
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold a mapping such as `train: {{steps: 100}}`")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} is not of the form key=value, as in optim.lr=1e-3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {key}: the value {text!r} is not valid YAML") from None
+    *sections, field = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"override {key}: {section} is a value, not a section")
+    tree[field] = value
+
+
+def _fields(schema: Any) -> dict[str, Any] | None:
+    """Name and type of each field of a section, or None where `schema` is a plain value."""
+    if isinstance(schema, type) and issubclass(schema, BaseModel):
+        return {name: field.annotation for name, field in schema.model_fields.items()}
+    if dataclasses.is_dataclass(schema):
+        return {field.name: field.type for field in dataclasses.fields(schema)}
+    return None
+
+
+def _refuse_unknown_keys(schema: Any, tree: Any, path: tuple[str, ...]) -> None:
+    fields = _fields(schema)
+    if fields is None or not isinstance(tree, Mapping):
+        return
+    for key, value in tree.items():
+        dotted = ".".join((*path, str(key)))
+        if key not in fields:
+            where = f"section {'.'.join(path)}" if path else "the configuration"
+            raise UserError(
+                f"{dotted} is not a setting{_nearest_key(dotted)}; {where} has: {', '.join(fields)}"
+            )
+        _refuse_unknown_keys(fields[key], value, (*path, key))
+
+
+def _nearest_key(dotted: str) -> str:
+    close = difflib.get_close_matches(dotted, list(_dotted_keys(Config)), n=1, cutoff=0.6)
+    if not close:
+        leaf = dotted.rsplit(".", 1)[-1]
+        by_leaf = {key.rsplit(".", 1)[-1]: key for key in _dotted_keys(Config)}
+        close = [by_leaf[m] for m in difflib.get_close_matches(leaf, list(by_leaf), n=1)]
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def _dotted_keys(schema: Any, prefix: str = "") -> Iterator[str]:
+    for name, annotation in (_fields(schema) or {}).items():
+        if _fields(annotation) is None:
+            yield prefix + name
+        else:
+            yield from _dotted_keys(annotation, f"{prefix}{name}.")
+
+
+def _nearest(name: str, allowed: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, allowed, n=1)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def _describe(error: ValidationError) -> str:
+    lines: dict[str, str] = {}
+    for problem in error.errors():
+        location = [part for part in problem["loc"] if part not in _UNION_TAGS]
+        dotted = ".".join(map(str, location))
+        wish = problem["msg"][0].lower() + problem["msg"][1:]
+        lines.setdefault(dotted, f"{dotted} = {problem['input']!r}: {wish}")
+    return "\n".join(lines.values())
+
+
+_UNION_TAGS = {"str", "constrained-int", "literal['auto']", "tuple[ShardSource, ...]"}
+
+
+def _check_model(model: ModelConfig) -> None:
+    """Refuse sizes that no layer can have."""
+    for dotted, value in _numbers(model, "model"):
+        lowest = 0 if dotted.rsplit(".", 1)[-1] in _MAY_BE_ZERO else 1
+        if value < lowest and isinstance(value, int):
+            raise UserError(f"{dotted} = {value}: must be at least {lowest}")
+        if value < 0:
+            raise UserError(f"{dotted} = {value}: must not be negative")
+    attention, linear, moe = model.attention, model.linear, model.moe
+    if not model.layer_pattern:
+        raise UserError("model.layer_pattern is empty: name at least one of linear, softmax")
+    for many, few, what in (
+        (attention.n_heads, attention.n_kv_heads, "model.attention.n_heads, n_kv_heads"),
+        (linear.n_value_heads, linear.n_key_heads, "model.linear.n_value_heads, n_key_heads"),
+    ):
+        if many % few:
+            raise UserError(f"{what} = {many}, {few}: the first must be a multiple of the second")
+    rotary = attention.head_dim * attention.rope_fraction
+    if not 0 < attention.rope_fraction <= 1 or rotary % 2:
+        raise UserError(
+            f"model.attention.rope_fraction = {attention.rope_fraction}: it must turn an even "
+            f"number of the head's {attention.head_dim} dimensions, and not more than all"
+        )
+    if moe.n_experts and moe.top_k > moe.n_experts:
+        raise UserError(
+            f"model.moe.top_k = {moe.top_k}: a token cannot go to more experts than the "
+            f"{moe.n_experts} of model.moe.n_experts"
+        )
+
+
+_MAY_BE_ZERO = {"n_experts", "d_shared_expert"}
+
+
+def _numbers(section: Any, path: str) -> Iterator[tuple[str, float]]:
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _numbers(value, f"{path}.{field.name}")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{path}.{field.name}", value

@@ -1,0 +1,109 @@
+"""The configuration tree: what it accepts, and how it says no."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from pretrain.config import load_config, parse_config, recipe_names
+from pretrain.errors import UserError
+from pretrain.layouts import Layout, resolve_layout
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_shipped_recipe_survives_a_round_trip(recipe: str) -> None:
+    config = load_config(recipe)
+    assert parse_config(yaml.safe_load(config.to_yaml())) == config
+
+
+def test_an_override_beats_the_recipe_and_the_recipe_beats_the_default(tmp_path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("train: {steps: 7}\noptim: {lr: 0.5}\n")
+    config = load_config(str(recipe), ["optim.lr=1e-3"])
+    assert (config.train.steps, config.optim.lr, config.train.global_batch) == (7, 1e-3, 8)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optim.learning_rate=1", ["optim.learning_rate", "section optim has", "lr"]),
+        ("model.moe.n_expert=8", ["model.moe.n_expert", "did you mean model.moe.n_experts?"]),
+        ("lr=1", ["did you mean optim.lr?"]),
+        ("optim.lr=-1", ["optim.lr", "-1", "greater than 0"]),
+        ("train.dtype=fp8", ["train.dtype", "fp8", "'float32' or 'bfloat16'"]),
+        ("train.steps=many", ["train.steps", "many", "integer"]),
+        ("model.d_model=0", ["model.d_model", "at least 1"]),
+        ("model.moe.top_k=9", ["model.moe.top_k = 9", "8"]),
+        ("model.attention.n_kv_heads=3", ["n_kv_heads", "multiple"]),
+        ("model.layer_pattern=[]", ["model.layer_pattern", "linear, softmax"]),
+        ("train.steps", ["key=value"]),
+        ("train=3", ["train = 3"]),
+        ("data.shards=[{weight: 2}]", ["data.shards.0.path", "required"]),
+    ],
+)
+def test_a_wrong_setting_is_refused_with_field_value_and_remedy(override, words) -> None:
+    with pytest.raises(UserError) as refusal:
+        load_config("tiny-hybrid-moe", [override])
+    for word in words:
+        assert word in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [("tinny", ["did you mean tiny?"]), ("gone.yaml", ["gone.yaml", "no such file"])],
+)
+def test_an_unknown_recipe_is_refused(recipe, words) -> None:
+    with pytest.raises(UserError) as refusal:
+        load_config(recipe)
+    for word in words:
+        assert word in str(refusal.value)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1,\n", "\x00"])
+def test_a_recipe_that_is_no_mapping_is_refused_by_its_path(tmp_path, text) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"broken\.yaml"):
+        load_config(str(path))
+
+
+def test_reading_a_configuration_does_not_load_torch() -> None:
+    code = (
+        "import sys, pretrain.layouts as l; from pretrain.config import load_config;"
+        "l.resolve_layout(load_config('tiny'), 2); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides", "layout"),
+    [
+        (1, [], Layout(1, 1, 1)),
+        (4, ["parallel.ep=2"], Layout(1, 4, 2)),
+        (4, ["parallel.dp_replicate=2", "parallel.ep=2"], Layout(2, 2, 2)),
+    ],
+)
+def test_auto_fills_dp_shard(ranks, overrides, layout) -> None:
+    assert resolve_layout(load_config("tiny-hybrid-moe", overrides), ranks) == layout
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides", "words"),
+    [
+        (4, ["parallel.ep=3"], ["ep = 3", "dp_shard = 4", "ep=2"]),
+        (3, ["parallel.ep=3", "train.global_batch=6"], ["n_experts = 8", "dp_shard=3 ep=1"]),
+        (4, ["parallel.dp_shard=3"], ["4 ranks", "dp_shard=4"]),
+        (4, ["parallel.dp_replicate=3"], ["dp_replicate = 3", "dp_replicate=2 dp_shard=2"]),
+        (2, ["parallel.tp=2"], ["parallel.tp = 2", "dp_shard=2"]),
+        (4, ["train.global_batch=6"], ["train.global_batch = 6", "train.global_batch=8"]),
+        (2, ["model.moe.n_experts=0", "parallel.ep=2"], ["dense", "ep=1"]),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused_with_the_nearest_that_works(
+    ranks, overrides, words
+) -> None:
+    with pytest.raises(UserError, match="layout") as refusal:
+        resolve_layout(load_config("tiny-hybrid-moe", overrides), ranks)
+    for word in words:
+        assert word in str(refusal.value)
