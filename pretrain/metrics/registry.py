@@ -1,0 +1,155 @@
+"""Every number a run reports: its name, unit, formula and meaning, in one table.
+
+`python -m pretrain.metrics.registry` writes the table to docs/metrics.md.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number logged at a step.
+
+    Attributes:
+        name: `group/name`, the key in metrics.jsonl, W&B and the report.
+        unit: what one of it is; "1" for a plain ratio.
+        formula: how it is computed from what the step saw.
+        help: what it tells the person who watches the run.
+    """
+
+    name: str
+    unit: str
+    formula: str
+    help: str
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            "train/step",
+            "steps",
+            "optimizer steps finished, the first is 1",
+            "The horizontal axis of every chart; each logged step stands once in metrics.jsonl.",
+        ),
+        Metric(
+            "train/loss",
+            "nats/token",
+            "sum of -ln p(token) over the loss tokens of the global batch / their global count",
+            "Cross-entropy alone, without the balance loss. It should fall below the unigram "
+            "entropy of the tokens within the first steps.",
+        ),
+        Metric(
+            "train/aux_loss",
+            "1",
+            "aux_loss coefficient * mean over expert layers of E * sum_e f_e P_e",
+            "Balance loss as it enters the gradient: f_e are the expert frequencies of the "
+            "previous step, P_e this step's mean router probabilities. Balanced routing gives "
+            "the coefficient itself.",
+        ),
+        Metric(
+            "train/tokens",
+            "tokens",
+            "tokens trained on since step 0, over all ranks",
+            "Cumulative, across restarts.",
+        ),
+        Metric(
+            "train/grad_norm",
+            "1",
+            "L2 norm of the gradient of all parameters, before clipping",
+            "Spikes come before divergence; compare it with optim.clip.",
+        ),
+        Metric(
+            "train/lr",
+            "1",
+            "learning rate of this step's update",
+            "The schedule as it was applied.",
+        ),
+        Metric(
+            "perf/tokens_per_s",
+            "tokens/s",
+            "tokens of the global batch / perf/step_s",
+            "Throughput of the whole run, not of one rank.",
+        ),
+        Metric(
+            "perf/step_s",
+            "s",
+            "wall-clock time of the step, waiting for data included",
+            "A step that stands out is a slow rank, a checkpoint or a stalled loader.",
+        ),
+        Metric(
+            "perf/data_wait_s",
+            "s",
+            "part of perf/step_s spent waiting for the next batch",
+            "Near zero unless the loader is the bottleneck.",
+        ),
+        Metric(
+            "moe/load",
+            "share",
+            "token-slots sent to the expert / token-slots of the layer, as [layers][experts]",
+            "Each layer's shares add up to 1; balanced routing gives every expert 1 / E.",
+        ),
+        Metric(
+            "moe/max_violation",
+            "1",
+            "max over layers of (max_e load_e * E - 1)",
+            "How much busier than balanced the busiest expert is: 0 is perfect, 1 is twice its "
+            "share.",
+        ),
+        Metric(
+            "moe/dead_experts",
+            "experts",
+            "experts with no token in this step, over all layers",
+            "Experts that stay dead are parameters that are not trained.",
+        ),
+        Metric(
+            "eval/loss",
+            "nats/token",
+            "sum of -ln p(token) over the predicted tokens of the held-out text / their count",
+            "Cross-entropy on text the run does not train on.",
+        ),
+    )
+}
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise ValueError for a name that is not registered, with the nearest one that is."""
+    for name in names:
+        if name not in METRICS:
+            nearest = get_close_matches(name, METRICS, n=1, cutoff=0)
+            raise ValueError(
+                f"metric {name!r} is not registered (nearest: {nearest[0]!r}); "
+                "add it to METRICS in pretrain/metrics/registry.py"
+            )
+
+
+def as_markdown() -> str:
+    """The table as the page docs/metrics.md."""
+    rows = [
+        f"| `{metric.name}` | {metric.unit} | {metric.formula} | {metric.help} |"
+        for metric in METRICS.values()
+    ]
+    return "\n".join(
+        [
+            "# Metrics",
+            "",
+            "Made from `pretrain/metrics/registry.py` by `python -m pretrain.metrics.registry`.",
+            "",
+            "One row of `metrics.jsonl` is a JSON object with some of these names. A value that is",
+            'not finite is one of the strings `"NaN"`, `"Infinity"` and `"-Infinity"`, so that',
+            "every row is valid JSON.",
+            "",
+            "| name | unit | formula | what it tells |",
+            "| --- | --- | --- | --- |",
+            *rows,
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    page = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
+    page.write_text(as_markdown())

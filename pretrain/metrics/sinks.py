@@ -1,0 +1,214 @@
+"""Where logged rows go: metrics.jsonl, the truth of a run, and W&B, its mirror."""
+
+import json
+import math
+import os
+import secrets
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from pretrain.errors import UserError
+from pretrain.metrics.registry import check_names
+from pretrain.run_dir import RunDirectory
+
+Row = Mapping[str, Any]
+
+NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+WANDB_FINISH_TIMEOUT_S = 60.0
+
+
+class Sink(Protocol):
+    """Takes the rows of a run, one per logged step."""
+
+    def write(self, row: Row) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricsWriter:
+    """Sends each row to every sink, after checking its names against the registry."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self.sinks = sinks
+
+    def log(self, row: Row) -> None:
+        """Write one row; ValueError if a name is not registered or `train/step` is missing."""
+        check_names(row)
+        if "train/step" not in row:
+            raise ValueError(f"a row needs train/step, this one has only {sorted(row)}")
+        for sink in self.sinks:
+            sink.write(row)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+
+class JsonlSink:
+    """Appends each row as one line of JSON, in full precision, flushed at once.
+
+    Numbers that are not finite become the strings "NaN", "Infinity" and "-Infinity", because JSON
+    has no such numbers; `read_metrics` turns them back.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("a")
+
+    def write(self, row: Row) -> None:
+        self._file.write(json.dumps(_map_numbers(row, _to_json), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def cut_back(self, step: int) -> None:
+        """Drop the rows after `step`, the step of the checkpoint that the run resumes from.
+
+        A half-written last line goes too. The rows kept always move to a new file, so that a rank
+        of an earlier attempt that is still running no longer writes into the run's metrics.
+        """
+        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        with aside.open("w") as kept:
+            for line in _complete_lines(self.path):
+                if _parse(line, self.path)["train/step"] <= step:
+                    kept.write(line)
+            kept.flush()
+            os.fsync(kept.fileno())
+        self._file.close()
+        aside.rename(self.path)
+        self._file = self.path.open("a")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of metrics.jsonl, one at a time; a half-written last line is left out.
+
+    Raises UserError where another line is not JSON.
+    """
+    for line in _complete_lines(path):
+        yield _map_numbers(_parse(line, path), _from_json)
+
+
+def _complete_lines(path: Path) -> Iterator[str]:
+    with path.open(errors="replace") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield line
+
+
+def _parse(line: str, path: Path) -> dict[str, Any]:
+    try:
+        row: dict[str, Any] = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}: the line {line[:60]!r} is not JSON ({error.msg}); remove it by hand"
+        ) from error
+    return row
+
+
+def _map_numbers(value: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _map_numbers(item, change) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_map_numbers(item, change) for item in value]
+    return change(value)
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _from_json(value: Any) -> Any:
+    return NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+class WandbSink:
+    """Mirrors the scalars of each row to Weights & Biases, against train/step.
+
+    One rank creates it. `offline` needs neither an account nor the network and leaves the run
+    under RUN/wandb for `wandb sync`. The run's id is kept in the run directory, so that every
+    attempt continues the same W&B run; rows after the checkpoint an attempt resumed from stand
+    there twice. A failure of W&B is reported once on stderr and ends the mirroring, never the
+    training.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        mode: Literal["offline", "online", "disabled"],
+        project: str,
+        name: str,
+        config: dict[str, Any],
+    ) -> None:
+        self._run: Any = None
+        if mode == "disabled":
+            return
+        try:
+            self._run = _start_wandb(run, mode, project, name, config)
+        except Exception as error:
+            self._give_up(error)
+
+    def write(self, row: Row) -> None:
+        if self._run is None:
+            return
+        try:
+            self._run.log({k: v for k, v in row.items() if isinstance(v, int | float)})
+        except Exception as error:
+            self._give_up(error)
+
+    def close(self) -> None:
+        if self._run is None:
+            return
+        try:
+            self._run.finish()
+        except Exception as error:
+            self._give_up(error)
+        self._run = None
+
+    def _give_up(self, error: Exception) -> None:
+        self._run = None
+        print(f"wandb: stopped mirroring, training goes on: {error!r}", file=sys.stderr)
+
+
+def _start_wandb(
+    run: RunDirectory,
+    mode: Literal["offline", "online"],
+    project: str,
+    name: str,
+    config: dict[str, Any],
+) -> Any:
+    import wandb
+
+    run.wandb.mkdir(parents=True, exist_ok=True)
+    wandb_run = wandb.init(
+        dir=run.root,
+        project=project,
+        name=name,
+        id=_wandb_id(run.wandb / "run_id"),
+        mode=mode,
+        resume="allow" if mode == "online" else None,
+        config=config,
+        save_code=False,
+        settings=wandb.Settings(
+            silent=True,
+            console="off",
+            finish_timeout=WANDB_FINISH_TIMEOUT_S,
+            # The command line, the environment and git remotes may hold credentials.
+            x_disable_meta=True,
+            disable_git=True,
+        ),
+    )
+    wandb_run.define_metric("train/step")
+    wandb_run.define_metric("*", step_metric="train/step")
+    return wandb_run
+
+
+def _wandb_id(path: Path) -> str:
+    with suppress(FileExistsError), path.open("x") as file:
+        file.write(secrets.token_hex(4))
+    return path.read_text()
