@@ -172,6 +172,7 @@ class WandbSink:
 
     def _give_up(self, error: Exception) -> None:
         self._run = None
+        _tear_down_wandb()
         print(f"wandb: stopped mirroring, training goes on: {error!r}", file=sys.stderr)
 
 
@@ -182,6 +183,9 @@ def _start_wandb(
     name: str,
     config: dict[str, Any],
 ) -> Any:
+    if mode == "offline":
+        # W&B's reports of its own errors would go over the network.
+        os.environ["WANDB_ERROR_REPORTING"] = "false"
     import wandb
 
     run.wandb.mkdir(parents=True, exist_ok=True)
@@ -206,6 +210,14 @@ def _start_wandb(
     wandb_run.define_metric("train/step")
     wandb_run.define_metric("*", step_metric="train/step")
     return wandb_run
+
+
+def _tear_down_wandb() -> None:
+    """End W&B's service now, or its hook at exit would fail again, with a traceback."""
+    with suppress(Exception):
+        import wandb
+
+        wandb.teardown()
 
 
 def _wandb_id(path: Path) -> str:

@@ -1,0 +1,191 @@
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain.errors import UserError
+from pretrain.metrics.sinks import JsonlSink, MetricsWriter, WandbSink, read_metrics
+from pretrain.run_dir import RunDirectory
+
+
+def write_steps(path: Path, steps: range) -> None:
+    sink = JsonlSink(path)
+    for step in steps:
+        sink.write({"train/step": step, "train/loss": 1 / step})
+    sink.close()
+
+
+def steps_in(path: Path) -> list[int]:
+    return [row["train/step"] for row in read_metrics(path)]
+
+
+def refuse_constant(name: str) -> float:
+    raise AssertionError(f"{name} is not JSON")
+
+
+def test_rows_come_back_in_full_precision_before_the_file_is_closed(tmp_path):
+    row = {"train/step": 1, "train/loss": 0.1 + 0.2, "moe/load": [[0.25, 0.75], [1 / 3, 2 / 3]]}
+    JsonlSink(tmp_path / "metrics.jsonl").write(row)
+    assert list(read_metrics(tmp_path / "metrics.jsonl")) == [row]
+
+
+def test_numbers_that_are_not_finite_stay_json_and_come_back(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    JsonlSink(path).write(
+        {
+            "train/step": 1,
+            "train/loss": math.nan,
+            "train/grad_norm": math.inf,
+            "moe/load": [[-math.inf]],
+        }
+    )
+    json.loads(path.read_text(), parse_constant=refuse_constant)
+    (row,) = read_metrics(path)
+    assert math.isnan(row["train/loss"])
+    assert row["train/grad_norm"] == math.inf
+    assert row["moe/load"] == [[-math.inf]]
+
+
+def test_cut_back_keeps_each_step_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, range(1, 8))
+    before = path.read_text().splitlines()[:4]
+    resumed = JsonlSink(path)
+    resumed.cut_back(4)
+    resumed.write({"train/step": 5})
+    resumed.close()
+    assert path.read_text().splitlines()[:4] == before
+    assert steps_in(path) == [1, 2, 3, 4, 5]
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_half_written_last_line_is_left_out_and_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, range(1, 4))
+    whole = path.read_bytes()
+    for length in range(len(whole) - 20, len(whole)):
+        path.write_bytes(whole[:length])
+        assert steps_in(path) == [1, 2]
+        sink = JsonlSink(path)
+        sink.cut_back(10)
+        sink.write({"train/step": 3})
+        sink.close()
+        assert steps_in(path) == [1, 2, 3]
+
+
+def test_earlier_attempt_still_running_does_not_write_into_the_resumed_run(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    earlier = JsonlSink(path)
+    earlier.write({"train/step": 1})
+    resumed = JsonlSink(path)
+    resumed.cut_back(1)
+    earlier.write({"train/step": 2, "train/loss": 9.0})
+    resumed.write({"train/step": 2, "train/loss": 1.0})
+    assert [row.get("train/loss") for row in read_metrics(path)] == [None, 1.0]
+
+
+def test_damaged_line_names_the_file(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"train/step": 1}\n{"train/st\n{"train/step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl: .*train/st.* is not JSON"):
+        list(read_metrics(path))
+
+
+def test_writer_refuses_unregistered_names_and_rows_without_a_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter([JsonlSink(path)])
+    with pytest.raises(ValueError, match="not registered"):
+        writer.log({"train/step": 1, "train/Loss": 2.0})
+    with pytest.raises(ValueError, match="train/step"):
+        writer.log({"train/loss": 2.0})
+    writer.log({"train/step": 1})
+    assert steps_in(path) == [1]
+
+
+def wandb_records(run: RunDirectory) -> list[list[dict]]:
+    """The records of each W&B fragment in the run directory, as W&B's own tool prints them."""
+    tool = Path(sys.executable).with_name("wandb")
+    fragments = sorted(run.wandb.glob("offline-run-*/*.wandb"))
+    outputs = [
+        subprocess.run(
+            [tool, "leet", "inspect", "--json", file], capture_output=True, text=True, check=True
+        ).stdout
+        for file in fragments
+    ]
+    return [[json.loads(line) for line in output.splitlines()] for output in outputs]
+
+
+@pytest.fixture
+def no_account(monkeypatch, tmp_path):
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+def test_wandb_mirrors_scalars_against_train_step(tmp_path, no_account, capfd):
+    run = RunDirectory(tmp_path / "run")
+    run.root.mkdir()
+    sink = WandbSink(run, "offline", "farspan", "test", {"train": {"steps": 2}})
+    sink.write({"train/step": 7, "train/loss": 0.1 + 0.2, "moe/load": [[0.5, 0.5]]})
+    sink.close()
+    (records,) = wandb_records(run)
+    (history,) = [r["history"]["item"] for r in records if r["type"] == "history"]
+    assert {k: v for k, v in history.items() if not k.startswith("_")} == {
+        "train/step": 7,
+        "train/loss": 0.1 + 0.2,
+    }
+    metrics = [r["metric"] for r in records if r["type"] == "metric"]
+    assert {"glob_name": "*", "step_metric": "train/step"}.items() <= metrics[1].items()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_wandb_continues_the_same_run_after_a_restart(tmp_path, no_account):
+    run = RunDirectory(tmp_path / "run")
+    run.root.mkdir()
+    for step in (1, 2):
+        sink = WandbSink(run, "offline", "farspan", "test", {})
+        sink.write({"train/step": step})
+        sink.close()
+    ids = {r["run"]["run_id"] for records in wandb_records(run) for r in records if "run" in r}
+    assert ids == {(run.wandb / "run_id").read_text()}
+
+
+KILL_WANDB = """
+import os, signal, sys
+from pathlib import Path
+from pretrain.metrics.sinks import WandbSink
+from pretrain.run_dir import RunDirectory
+
+sink = WandbSink(RunDirectory(Path(sys.argv[1])), "offline", "farspan", "test", {})
+for children in Path("/proc/self/task").glob("*/children"):
+    for child in children.read_text().split():
+        os.kill(int(child), signal.SIGKILL)
+        os.waitpid(int(child), 0)
+for step in range(1, 50):
+    sink.write({"train/step": step})
+sink.close()
+print("trained")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds W&B's process in /proc")
+def test_wandb_failure_is_reported_once_and_never_raised(tmp_path, no_account):
+    done = subprocess.run(
+        [sys.executable, "-c", KILL_WANDB, tmp_path], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "trained\n")
+    assert done.stderr.startswith("wandb: stopped mirroring, training goes on")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_disabled_wandb_leaves_nothing(tmp_path):
+    run = RunDirectory(tmp_path)
+    sink = WandbSink(run, "disabled", "farspan", "test", {})
+    sink.write({"train/step": 1})
+    sink.close()
+    assert list(tmp_path.iterdir()) == []
