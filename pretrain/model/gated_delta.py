@@ -1,0 +1,71 @@
+"""Gated delta net: linear attention with a decaying, error-correcting state."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.model.config import ModelConfig
+from pretrain.model.kernels.documents import Documents
+from pretrain.model.kernels.gated_delta import gated_delta_rule
+from pretrain.model.kernels.short_convolution import short_convolution
+from pretrain.model.norm import RMSNorm, l2_norm, upcast
+
+
+class GatedDeltaNet(nn.Module):
+    """S_t = e^{g_t} S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T, o_t = S_t q_t / sqrt(D).
+
+    Yang et al. 2024, arXiv:2412.06464, eq. 10; the decay g = -A softplus(a + dt_bias) is
+    Mamba-2's (Dao & Gu 2024, arXiv:2405.21060). Each key head serves n_value_heads / n_key_heads
+    consecutive value heads.
+
+    Attributes:
+        convolve: `(x [B, T, C], weight [C, W], documents) -> [B, T, C]`, a causal convolution of
+            each channel within each document.
+        scan: `(q, k, v, g, beta, *, documents) -> (out, final_state)`, q and k [B, H_k, T, D],
+            v and out [B, H_v, T, E], g and beta [B, H_v, T].
+            Context parallelism replaces both.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        c = config.linear
+        self.key_dim, self.value_dim = c.key_dim, c.value_dim
+        d_key, d_value = c.n_key_heads * c.key_dim, c.n_value_heads * c.value_dim
+        self.q_proj = nn.Linear(config.d_model, d_key, bias=False)
+        self.k_proj = nn.Linear(config.d_model, d_key, bias=False)
+        self.v_proj = nn.Linear(config.d_model, d_value, bias=False)
+        self.z_proj = nn.Linear(config.d_model, d_value, bias=False)
+        self.b_proj = nn.Linear(config.d_model, c.n_value_heads, bias=False)
+        self.a_proj = nn.Linear(config.d_model, c.n_value_heads, bias=False)
+        self.q_conv = nn.Parameter(torch.empty(d_key, c.conv_width))
+        self.k_conv = nn.Parameter(torch.empty(d_key, c.conv_width))
+        self.v_conv = nn.Parameter(torch.empty(d_value, c.conv_width))
+        self.A_log = nn.Parameter(torch.empty(c.n_value_heads))
+        self.dt_bias = nn.Parameter(torch.empty(c.n_value_heads))
+        self.norm = RMSNorm(c.value_dim, config.norm_eps, zero_centered=False)
+        self.o_proj = nn.Linear(d_value, config.d_model, bias=False)
+        self.convolve = short_convolution
+        self.scan = gated_delta_rule
+
+    def forward(self, x_btd: Tensor, documents: Documents) -> Tensor:
+        q_bhtd, k_bhtd, v_bhte = self._mixed_qkv(x_btd, documents)
+        beta_bht = upcast(self.b_proj(x_btd)).sigmoid().transpose(1, 2)
+        step = F.softplus(upcast(self.a_proj(x_btd)) + upcast(self.dt_bias))
+        g_bht = (-upcast(self.A_log).exp() * step).transpose(1, 2)
+        out_bhte, _ = self.scan(
+            l2_norm(q_bhtd), l2_norm(k_bhtd), v_bhte, g_bht, beta_bht, documents=documents
+        )
+        z = upcast(self.z_proj(x_btd)).unflatten(-1, (-1, self.value_dim))
+        out = self.norm(out_bhte.transpose(1, 2)) * F.silu(z)
+        return self.o_proj(out.flatten(2).to(x_btd.dtype))
+
+    def _mixed_qkv(self, x_btd: Tensor, documents: Documents) -> tuple[Tensor, Tensor, Tensor]:
+        """Project, then convolve q, k and v as one tensor, so that a halo is exchanged once."""
+        qkv = [self.q_proj(x_btd), self.k_proj(x_btd), self.v_proj(x_btd)]
+        weight = torch.cat([self.q_conv, self.k_conv, self.v_conv])
+        mixed = F.silu(self.convolve(torch.cat(qkv, dim=-1), weight, documents))
+        q, k, v = mixed.split([part.shape[-1] for part in qkv], dim=-1)
+        q_bhtd = q.unflatten(-1, (-1, self.key_dim)).transpose(1, 2)
+        k_bhtd = k.unflatten(-1, (-1, self.key_dim)).transpose(1, 2)
+        v_bhte = v.unflatten(-1, (-1, self.value_dim)).transpose(1, 2)
+        return q_bhtd, k_bhtd, v_bhte

@@ -1,0 +1,34 @@
+"""The feed-forwards of all experts at once, over tokens sorted by expert."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def grouped_swiglu(x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """down_e(silu(gate_e(x)) * up_e(x)) for each token's expert e.
+
+    Args:
+        x: [N, d], sorted by expert; N may be 0.
+        counts: [E] integers, the number of rows of each expert, N in all; any may be 0.
+        gate_up: [E, 2 * I, d], the gate projection's rows before the up projection's.
+        down: [E, d, I]. d and I are multiples of 16 bytes (4 in fp32, 8 in bf16).
+
+    Returns:
+        [N, d].
+    """
+    offsets = counts.cumsum(0).to(torch.int32)
+    gate, up = _grouped_linear(x, gate_up, offsets).chunk(2, dim=-1)
+    out = _grouped_linear(F.silu(gate) * up, down, offsets)
+    if out.requires_grad:
+        # grouped_mm's backward refuses the expanded gradient that a sum gives.
+        out.register_hook(torch.Tensor.contiguous)
+    return out
+
+
+def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """x W_e^T for the rows x[offsets[e - 1] : offsets[e]] of each expert e; weight [E, out, in]."""
+    if x.dtype != torch.float64:
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+    groups = x.tensor_split(offsets[:-1].tolist())
+    return torch.cat([F.linear(group, w) for group, w in zip(groups, weight, strict=True)])

@@ -1,0 +1,35 @@
+"""Normalisation, computed in fp32 whatever the model's dtype."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def upcast(x: Tensor) -> Tensor:
+    """`x` in fp32, or in its own dtype if that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / |x| over the last dimension, in fp32."""
+    x = upcast(x)
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension (Zhang & Sennrich 2019, arXiv:1910.07467).
+
+    With `zero_centered` the scale is 1 + weight, so that weight decay pulls it towards 1.
+    """
+
+    def __init__(self, dim: int, eps: float, zero_centered: bool) -> None:
+        super().__init__()
+        self.eps = eps
+        self.zero_centered = zero_centered
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = upcast(self.weight)
+        if self.zero_centered:
+            scale = 1 + scale
+        return F.rms_norm(upcast(x), scale.shape, scale, self.eps).to(x.dtype)

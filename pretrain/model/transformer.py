@@ -1,0 +1,123 @@
+"""The decoder: embedding, layers, output embedding."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.model.attention import Attention
+from pretrain.model.config import LayerKind, ModelConfig
+from pretrain.model.gated_delta import GatedDeltaNet
+from pretrain.model.kernels.documents import Documents
+from pretrain.model.mlp import SwiGLU
+from pretrain.model.moe import MoE, Routing
+from pretrain.model.norm import RMSNorm
+from pretrain.model.rope import Rotation
+
+
+class TransformerOutput(NamedTuple):
+    """What one call returns; L_moe is the number of layers with experts.
+
+    Attributes:
+        value: what `output` returned; by default the logits [B, T, V].
+        router_probability: [L_moe, E] fp32 with gradient, summed over the tokens of this call.
+        expert_counts: [L_moe, E] int64, the (token, choice) slots of each expert in this call.
+    """
+
+    value: Any
+    router_probability: Tensor
+    expert_counts: Tensor
+
+
+class Layer(nn.Module):
+    """x + mixer(norm(x)), then x + feed_forward(norm(x)).
+
+    The mixer is `attention` or `gated_delta`, the feed-forward `mlp` or `moe`; the others are None.
+    """
+
+    def __init__(self, config: ModelConfig, kind: LayerKind) -> None:
+        super().__init__()
+        norm = (config.d_model, config.norm_eps, config.zero_centered_norm)
+        self.mixer_norm = RMSNorm(*norm)
+        self.attention = Attention(config) if kind == "softmax" else None
+        self.gated_delta = GatedDeltaNet(config) if kind == "linear" else None
+        self.feed_forward_norm = RMSNorm(*norm)
+        sparse = config.moe.n_experts > 0
+        self.mlp = None if sparse else SwiGLU(config.d_model, config.d_ff)
+        self.moe = MoE(config.d_model, config.moe) if sparse else None
+
+    def forward(
+        self, x_btd: Tensor, documents: Documents, rotation: Rotation
+    ) -> tuple[Tensor, Routing | None]:
+        h_btd = self.mixer_norm(x_btd)
+        if self.attention is not None:
+            x_btd = x_btd + self.attention(h_btd, documents, rotation)
+        if self.gated_delta is not None:
+            x_btd = x_btd + self.gated_delta(h_btd, documents)
+        h_btd = self.feed_forward_norm(x_btd)
+        if self.mlp is not None:
+            return x_btd + self.mlp(h_btd), None
+        assert self.moe is not None
+        out_btd, routing = self.moe(h_btd)
+        return x_btd + out_btd, routing
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model.
+
+    Its weights mean nothing until `initialize` or `load_state_dict` has filled them. `layers` is
+    keyed by the layer's number, so that a pipeline stage can drop layers and keep the names.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleDict(
+            {str(i): Layer(config, kind) for i, kind in enumerate(config.layer_kinds())}
+        )
+        self.norm = RMSNorm(config.d_model, config.norm_eps, config.zero_centered_norm)
+        self.lm_head = (
+            None
+            if config.tie_embeddings
+            else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        )
+
+    def forward(
+        self,
+        tokens: Tensor,
+        documents: Documents | None = None,
+        output: Callable[[Tensor, Tensor], Any] = F.linear,
+    ) -> TransformerOutput:
+        """Run the model on tokens [B, T] int64.
+
+        Args:
+            tokens: token ids.
+            documents: document boundaries; None is one document per row.
+            output: applied to the final hidden state [B, T, d] and the output embedding [V, d]
+                inside this call, while sharded weights are whole; by default gives logits.
+        """
+        if documents is None:
+            documents = Documents.whole_rows(tokens.shape[0], tokens.shape[1], tokens.device)
+        attention = self.config.attention
+        rotary_dim = int(attention.head_dim * attention.rope_fraction)
+        rotation = Rotation.of_positions(documents.position, rotary_dim, attention.rope_base)
+        x_btd = self.embedding(tokens)
+        routings: list[Routing] = []
+        for layer in self.layers.values():
+            x_btd, routing = layer(x_btd, documents, rotation)
+            if routing is not None:
+                routings.append(routing)
+        output_embedding = self.embedding if self.lm_head is None else self.lm_head
+        value = output(self.norm(x_btd), output_embedding.weight)
+        return TransformerOutput(value, *self._stack(routings, tokens))
+
+    def _stack(self, routings: list[Routing], tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Routings of the layers -> [L_moe, E] each, which is [0, E] in a dense model."""
+        if not routings:
+            empty = tokens.new_zeros(0, self.config.moe.n_experts)
+            return empty.float(), empty
+        probability, counts = zip(*routings, strict=True)
+        return torch.stack(probability), torch.stack(counts)
