@@ -94,8 +94,7 @@ def dispatch_locally(
     slots = x[:, None].expand(-1, top_k, -1).flatten(0, 1)
     counts = count_slots(expert_indices, experts.n_experts)
     out = permute_rows(experts(permute_rows(slots, order, inverse), counts), inverse, order)
-    weighted = out.unflatten(0, (-1, top_k)) * expert_weights[..., None].to(out.dtype)
-    return weighted.sum(1)
+    return torch.einsum("nk,nkd->nd", expert_weights.to(out.dtype), out.unflatten(0, (-1, top_k)))
 
 
 def permute_rows(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
