@@ -1,0 +1,87 @@
+"""Mean cross-entropy of a model on a text, at a given context length."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pretrain.errors import UserError
+from pretrain.loss import chunked_cross_entropy
+from pretrain.model.transformer import Transformer
+
+LOGITS_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Mean cross-entropy in nats per predicted token.
+
+    Attributes:
+        loss: its exponential is the perplexity.
+        tokens: how many tokens were predicted.
+        context: the most tokens that any of them was predicted from.
+    """
+
+    loss: float
+    tokens: int
+    context: int
+
+
+@torch.no_grad()
+def perplexity(
+    model: Transformer, token_ids: Sequence[int] | Tensor, context: int, *, batch: int = 1
+) -> Perplexity:
+    """The mean cross-entropy of `token_ids` [n], each token but the first predicted once.
+
+    The text is cut into windows of `context` + 1 tokens that overlap by one, the last one as long
+    as what is left. No special tokens are added. The softmax is float32, and so is everything else
+    where the model's weights are.
+
+    Args:
+        batch: windows per forward pass; the result does not depend on it.
+
+    Raises:
+        UserError: fewer than two tokens, or a token id that the model has no embedding for.
+    """
+    if context < 1 or batch < 1:
+        raise UserError(f"context and batch must be at least 1, got {context} and {batch}")
+    ids = torch.as_tensor(token_ids, dtype=torch.int64)
+    _check_ids(ids, model.config.vocab_size)
+    device = next(model.parameters()).device
+    sums = [
+        _summed_cross_entropy(model, windows.to(device))
+        for windows in _windows(ids, context, batch)
+    ]
+    predicted = len(ids) - 1
+    return Perplexity(math.fsum(sums) / predicted, predicted, context)
+
+
+def _check_ids(ids: Tensor, vocab_size: int) -> None:
+    if len(ids) < 2:
+        raise UserError(f"the text has {len(ids)} token(s): at least 2 are needed to predict one")
+    if (outside := ids[(ids < 0) | (ids >= vocab_size)]).numel():
+        raise UserError(
+            f"token id {int(outside[0])} is outside the model's vocabulary of {vocab_size}: "
+            "use the tokenizer that the model was trained with"
+        )
+
+
+def _windows(ids: Tensor, context: int, batch: int) -> Iterator[Tensor]:
+    """Batches [b, w] of the windows, in order; b <= batch, and w = context + 1 but at the end."""
+    whole = (len(ids) - 1) // context
+    if whole:
+        yield from ids.unfold(0, context + 1, context).split(batch)
+    if len(ids) - 1 > whole * context:
+        yield ids[whole * context :].unsqueeze(0)
+
+
+def _summed_cross_entropy(model: Transformer, windows: Tensor) -> float:
+    labels = windows[:, 1:]
+
+    def summed(hidden: Tensor, weight: Tensor) -> Tensor:
+        chunk = max(1, LOGITS_BYTES // (4 * weight.shape[0]))
+        return chunked_cross_entropy(hidden, weight, labels, chunk)
+
+    return float(model(windows[:, :-1], output=summed).value)
