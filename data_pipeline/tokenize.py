@@ -1,0 +1,104 @@
+"""Text to token ids: train a byte-level BPE, or use any Hugging Face tokenizer.json."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from data_pipeline.errors import DataError
+
+END_OF_DOCUMENT = "<|endoftext|>"
+
+# What published tokenizers call the token that ends a document, the commonest first.
+EOS_NAMES = (
+    END_OF_DOCUMENT,
+    "</s>",
+    "<|end_of_text|>",
+    "<eos>",
+    "<｜end▁of▁sentence｜>",
+    "<|eos|>",
+    "[EOS]",
+    "<|im_end|>",
+)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A Hugging Face tokenizer that never adds, and never reads, special tokens.
+
+    Text that spells a special token (`<|endoftext|>` on a web page) is encoded as plain text, so a
+    document cannot end early.
+
+    Attributes:
+        eos_id: the token that ends a document.
+        vocab_size: one more than the largest id.
+    """
+
+    backend: tokenizers.Tokenizer
+    eos_id: int
+    vocab_size: int
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, without special tokens."""
+        text: str = self.backend.decode(list(ids), skip_special_tokens=True)
+        return text
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path) -> None:
+    """Train a byte-level BPE of at most `vocab_size` tokens and save it as a tokenizer.json.
+
+    The same texts in the same order give the same file. Token 0 is `<|endoftext|>`.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size <= len(alphabet):
+        raise DataError(
+            f"tokenizer vocab_size={vocab_size} is too small: the 256 bytes and {END_OF_DOCUMENT} "
+            f"need {len(alphabet) + 1}"
+        )
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(out))
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Load a Hugging Face tokenizer.json, whoever made it.
+
+    Raises:
+        DataError: the file is missing, is no tokenizer.json, or has no end-of-document token.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; name a Hugging Face tokenizer.json")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises a bare Exception
+        raise DataError(f"{path}: not a Hugging Face tokenizer.json ({error})") from error
+    # A published file may carry the limits of its model, which would cut documents silently.
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    eos = next((name for name in EOS_NAMES if name in vocabulary), None)
+    if eos is None:
+        raise DataError(
+            f"{path}: no end-of-document token among its {len(vocabulary)} tokens; looked for "
+            f"{', '.join(EOS_NAMES)}. Add one of them to the tokenizer's added_tokens"
+        )
+    return Tokenizer(backend, eos_id=vocabulary[eos], vocab_size=max(vocabulary.values()) + 1)

@@ -1,0 +1,74 @@
+import json
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from data_pipeline.errors import DataError
+from data_pipeline.tokenize import load_tokenizer, train_tokenizer
+
+TEXTS = [f"The quick brown fox {i} jumps over the lazy dog.\n\tnaïve 東京 🦊" for i in range(50)]
+
+
+@pytest.fixture
+def trained(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    train_tokenizer(TEXTS, 400, path)
+    return path
+
+
+def test_training_is_deterministic(trained, tmp_path):
+    train_tokenizer(iter(TEXTS), 400, tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == trained.read_bytes()
+
+
+def test_any_text_survives_the_round_trip(trained):
+    tokenizer = load_tokenizer(trained)
+    text = "  unseen: Привет\r\n\x00 \U0001f600é"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.vocab_size <= 400
+
+
+def test_agrees_with_transformers(trained):
+    reference = PreTrainedTokenizerFast(tokenizer_file=str(trained), eos_token="<|endoftext|>")
+    tokenizer = load_tokenizer(trained)
+    assert tokenizer.eos_id == reference.eos_token_id
+    assert tokenizer.encode(TEXTS[3]) == reference(TEXTS[3], add_special_tokens=False)["input_ids"]
+
+
+def test_text_that_spells_the_end_of_document_does_not_end_it(trained):
+    tokenizer = load_tokenizer(trained)
+    text = "before <|endoftext|> after"
+    assert tokenizer.eos_id not in tokenizer.encode(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_truncation_stored_in_a_published_tokenizer_does_not_cut_documents(trained):
+    content = json.loads(trained.read_text())
+    content["truncation"] = {
+        "direction": "Right",
+        "max_length": 4,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    trained.write_text(json.dumps(content))
+    assert len(load_tokenizer(trained).encode(TEXTS[0])) > 4
+
+
+def test_end_of_document_is_found_under_its_usual_names(trained):
+    content = trained.read_text()
+    trained.write_text(content.replace("<|endoftext|>", "</s>"))
+    assert load_tokenizer(trained).eos_id == 0
+    trained.write_text(content.replace("<|endoftext|>", "<stop>"))
+    with pytest.raises(DataError, match=r"looked for <\|endoftext\|>, </s>"):
+        load_tokenizer(trained)
+
+
+def test_bad_tokenizers_are_refused_by_name(tmp_path):
+    with pytest.raises(DataError, match=r"none\.json: no such file"):
+        load_tokenizer(tmp_path / "none.json")
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    with pytest.raises(DataError, match=r"broken\.json: not a Hugging Face tokenizer"):
+        load_tokenizer(broken)
+    with pytest.raises(DataError, match="vocab_size=256 is too small"):
+        train_tokenizer(TEXTS, 256, tmp_path / "small.json")
