@@ -1,0 +1,240 @@
+"""The gated delta rule (Yang et al. 2024, arXiv:2412.06464) with memory linear in the length.
+
+Forward and backward go over the sequence in segments. Between them only the states at the
+segments' borders are kept; the backward recomputes the rest, one segment at a time.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from pretrain.model.kernels.documents import Documents
+from pretrain.model.kernels.gated_delta_chunks import (
+    Segment,
+    document_boundaries,
+    outputs,
+    prepare,
+    scan_state_gradients,
+    scan_states,
+    segment_gradients,
+)
+
+SEGMENT_TOKENS = 512
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    documents: Documents | None = None,
+    initial_state: Tensor | None = None,
+    scale: float | None = None,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """Linear attention whose state forgets by exp(g) and is corrected by the delta rule.
+
+    Args:
+        q, k: [B, Hk, T, D]; each key head serves Hv / Hk consecutive value heads. Normalising them
+            is the caller's business.
+        v: [B, Hv, T, E].
+        g: [B, Hv, T], log of the decay, <= 0.
+        beta: [B, Hv, T], the writing strength, in [0, 1].
+        documents: boundaries that no state passes; None means one document per row.
+        initial_state: [B, Hv, D, E] for the first document of each row; zeros by default.
+        scale: multiplies q; D ** -0.5 by default.
+        chunk_size: tokens per chunk; T need not be a multiple of it.
+
+    Returns:
+        out [B, Hv, T, E] in v's dtype, and the last document's final state [B, Hv, D, E]. The
+        state and all arithmetic are float32, or float64 for float64 inputs.
+    """
+    _check_shapes(q, k, v, g, beta, initial_state)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if initial_state is None:
+        B, Hv, _, E = v.shape
+        initial_state = v.new_zeros(B, Hv, q.shape[-1], E, dtype=_compute_dtype(v))
+    return _GatedDeltaRule.apply(
+        q, k, v, g, beta, initial_state, _resets(documents), scale, chunk_size
+    )
+
+
+def gated_delta_recurrent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    documents: Documents | None = None,
+    initial_state: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The definition of `gated_delta_rule`, token by token: for decoding and as a reference."""
+    _check_shapes(q, k, v, g, beta, initial_state)
+    dtype = _compute_dtype(v)
+    q, k = (x.to(dtype).repeat_interleave(v.shape[1] // x.shape[1], dim=1) for x in (q, k))
+    q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
+    resets = _resets(documents)
+    S = v.new_zeros(*v.shape[:2], q.shape[-1], v.shape[-1], dtype=dtype)
+    if initial_state is not None:
+        S = initial_state.to(dtype)
+    out = []
+    for t in range(v.shape[2]):
+        if resets is not None:
+            S = S.masked_fill(resets[:, t, None, None, None], 0)
+        S = S * g[:, :, t, None, None].to(dtype).exp()
+        k_t = k[:, :, t, None]
+        S = S + k_t.mT @ ((v[:, :, t, None] - k_t @ S) * beta[:, :, t, None, None])
+        out.append(q[:, :, t, None] @ S)
+    return torch.cat(out, dim=2).to(v.dtype), S
+
+
+class _GatedDeltaRule(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        initial_state: Tensor,
+        resets: Tensor | None,
+        scale: float,
+        chunk_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        state = initial_state.to(_compute_dtype(v)).flatten(0, 1)
+        out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        borders = []
+        for tokens in segments(v.shape[2]):
+            borders.append(state)
+            segment = load_segment(q, k, v, g, beta, resets, scale, chunk_size, tokens)
+            prepared = prepare(segment)
+            states, V_new = scan_states(prepared, prepared.U, state)
+            _store(out, tokens, outputs(prepared, states, V_new))
+            state = states[-1].clone()
+        ctx.save_for_backward(q, k, v, g, beta, initial_state, resets, torch.stack(borders))
+        ctx.scale, ctx.chunk_size = scale, chunk_size
+        return out, state.view(initial_state.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, g, beta, initial_state, resets, borders = ctx.saved_tensors
+        inputs = (q, k, v, g, beta)
+        gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
+        d_state = d_state.to(borders.dtype).flatten(0, 1)
+        for border, tokens in reversed(list(zip(borders, segments(v.shape[2]), strict=True))):
+            segment = load_segment(*inputs, resets, ctx.scale, ctx.chunk_size, tokens)
+            prepared = prepare(segment)
+            states, V_new = scan_states(prepared, prepared.U, border)
+            dO = to_chunks(d_out[:, :, tokens], ctx.chunk_size, borders.dtype)
+            d_states, dV_new = scan_state_gradients(prepared, dO, d_state)
+            segment_grads = segment_gradients(
+                segment, prepared, states, V_new, dO, d_states, dV_new
+            )
+            segment_grads.q.mul_(ctx.scale)
+            for gradient, segment_gradient in zip(gradients, segment_grads, strict=True):
+                _store(gradient, tokens, segment_gradient)
+            d_state = d_states[0]
+        d_initial = d_state.view(initial_state.shape).to(initial_state.dtype)
+        return *gradients, d_initial, None, None, None
+
+
+def segments(length: int) -> Iterator[slice]:
+    """Slices of at most `SEGMENT_TOKENS` tokens that cover the sequence."""
+    for start in range(0, length, SEGMENT_TOKENS):
+        yield slice(start, min(start + SEGMENT_TOKENS, length))
+
+
+def load_segment(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    resets: Tensor | None,
+    scale: float,
+    chunk_size: int,
+    tokens: slice,
+) -> Segment:
+    """The tokens' chunks, in the compute dtype, with q scaled and k, q repeated per value head."""
+    dtype, heads = _compute_dtype(v), v.shape[1]
+    group = heads // k.shape[1]
+    q_chunks, k_chunks = (to_chunks(x[:, :, tokens], chunk_size, dtype, group) for x in (q, k))
+    v_chunks, g_chunks, beta_chunks = (
+        to_chunks(x[:, :, tokens], chunk_size, dtype) for x in (v, g[..., None], beta[..., None])
+    )
+
+    boundaries = None
+    if resets is not None:
+        per_head = resets[:, None, tokens].expand(-1, heads, -1)
+        boundaries = document_boundaries(to_chunks(per_head, chunk_size, torch.bool), dtype)
+    return Segment(q_chunks * scale, k_chunks, v_chunks, g_chunks, beta_chunks, boundaries)
+
+
+def to_chunks(x: Tensor, chunk_size: int, dtype: torch.dtype, repeat: int = 1) -> Tensor:
+    """[B, H, T, ...] to chunk-major [N * B * H * repeat, C, ...], the end padded with zeros.
+
+    Padding changes no state: its k, beta and g are zero and it starts no document.
+    """
+    padding = -x.shape[2] % chunk_size
+    if padding:
+        x = F.pad(x, (0, 0) * (x.ndim - 3) + (0, padding))
+    x = x.unflatten(2, (-1, chunk_size)).movedim(2, 0)
+    x = x.unsqueeze(3).expand(-1, -1, -1, repeat, *x.shape[3:])
+    return x.to(dtype).flatten(0, 3)
+
+
+def _store(out: Tensor, tokens: slice, chunks: Tensor) -> None:
+    """Write chunks to out[:, :, tokens], where needed summed over the repeats of a head."""
+    B, H = out.shape[:2]
+    target = out[:, :, tokens]
+    n_chunks = -(-target.shape[2] // chunks.shape[1])
+    chunks = chunks.unflatten(0, (n_chunks, B, H, -1))
+    chunks = chunks.sum(3) if chunks.shape[3] > 1 else chunks.squeeze(3)
+    sequence = chunks.movedim(0, 2).flatten(2, 3)[:, :, : target.shape[2]]
+    target.copy_(sequence.reshape(target.shape))
+
+
+def _compute_dtype(v: Tensor) -> torch.dtype:
+    return torch.float64 if v.dtype == torch.float64 else torch.float32
+
+
+def _resets(documents: Documents | None) -> Tensor | None:
+    """[B, T] bool: no earlier state is seen from here on. A row's first document sees its own."""
+    if documents is None or not documents.is_packed:
+        return None
+    resets = documents.position == 0
+    resets[:, 0] = False
+    return resets
+
+
+def _check_shapes(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None
+) -> None:
+    B, Hv, T, E = v.shape
+    Hk, D = q.shape[1], q.shape[-1]
+    expected = {
+        "q": (q, (B, Hk, T, D)),
+        "k": (k, (B, Hk, T, D)),
+        "g": (g, (B, Hv, T)),
+        "beta": (beta, (B, Hv, T)),
+    }
+    if initial_state is not None:
+        expected["initial_state"] = (initial_state, (B, Hv, D, E))
+    for name, (x, shape) in expected.items():
+        if x.shape != shape:
+            raise ValueError(
+                f"gated_delta_rule: {name} has shape {tuple(x.shape)}, but {shape} belongs to "
+                f"v {tuple(v.shape)} and q {tuple(q.shape)}"
+            )
+    if Hv % Hk:
+        raise ValueError(f"gated_delta_rule: {Hv} value heads are not a multiple of {Hk} key heads")

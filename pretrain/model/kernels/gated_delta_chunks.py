@@ -1,0 +1,206 @@
+"""The mathematics of one segment of the gated delta rule in its chunked WY form, and its reverse.
+
+Notation of Yang et al. 2024 (arXiv:2412.06464, section 3.3), for the recurrence
+    S_t = exp(g_t) S_{t-1} + beta_t k_t^T (v_t - exp(g_t) k_t S_{t-1}),    o_t = q_t S_t,
+with row vectors q_t, k_t [D], v_t [E] and the state S [D, E]. In a chunk of C tokens, with the
+decays gamma_i (from the chunk's start to token i), Gamma_ij (from token j to token i) and
+gamma_C / gamma_j (from token j to the chunk's end):
+    A = strictly lower part of (beta k) k^T * Gamma,    T = (I + A)^-1
+    U = T (beta v),    W = T (beta gamma k),    P = q k^T * Gamma
+    V' = U - W S,    O = (gamma q) S + P V',    S_out = gamma_C S + ((gamma_C / gamma) k)^T V'
+
+A segment is N chunks of G = batch * value heads sequences. All tensors of a segment are chunk-major
+and flat, [N * G, C, ...], so that batched products need no copies and a chunk is one slice.
+Document boundaries are exact zeros in the decays; everything else follows.
+"""
+
+# ruff: noqa: N803 (the names of the paper)
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Segment(NamedTuple):
+    """The inputs of a segment. q (already scaled) and k [N*G, C, D], v [N*G, C, E],
+    g and beta [N*G, C, 1]; same_document [N*G, C, C], continues [N*G, C, 1] (the token belongs to
+    the document that enters the chunk) and lasts [N*G, C, 1] (to the one that leaves it), each 0
+    or 1, or None where no document starts in the segment.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+    boundaries: "Boundaries | None"
+
+
+class Boundaries(NamedTuple):
+    same_document: Tensor
+    continues: Tensor
+    lasts: Tensor
+
+
+class Decays(NamedTuple):
+    within: Tensor
+    from_start: Tensor
+    to_end: Tensor
+    chunk: Tensor
+
+
+class Prepared(NamedTuple):
+    """What the state scan needs, and T, P and the decays for the output and the gradients."""
+
+    decays: Decays
+    T: Tensor
+    U: Tensor
+    W: Tensor
+    P: Tensor
+    q_from_start: Tensor
+    k_to_end: Tensor
+
+
+def document_boundaries(resets: Tensor, dtype: torch.dtype) -> Boundaries | None:
+    """From resets [N*G, C] bool: the token is the first of a document and sees no earlier state."""
+    if not resets.any():
+        return None
+    document = resets.cumsum(-1)
+    return Boundaries(
+        (document.unsqueeze(-1) == document.unsqueeze(-2)).to(dtype),
+        (document == 0).unsqueeze(-1).to(dtype),
+        (document == document[:, -1:]).unsqueeze(-1).to(dtype),
+    )
+
+
+def chunk_decays(g: Tensor, boundaries: Boundaries | None) -> Decays:
+    """Gamma [N*G, C, C], gamma and gamma_C / gamma [N*G, C, 1], gamma_C [N*G, 1, 1]."""
+    # Powers of 2, because CPU exp is 10 to 100 times slower where its result underflows.
+    log2_gamma = g.cumsum(-2).mul_(1 / math.log(2))
+    # Above the diagonal exp2 may overflow: tril_ writes zeros there, it does not multiply.
+    within = (log2_gamma - log2_gamma.mT).exp2_().tril_()
+    from_start = log2_gamma.exp2()
+    to_end = (log2_gamma[:, -1:] - log2_gamma).exp2_()
+    if boundaries is not None:
+        within.mul_(boundaries.same_document)
+        from_start.mul_(boundaries.continues)
+        to_end.mul_(boundaries.lasts)
+    return Decays(within, from_start, to_end, from_start[:, -1:])
+
+
+def prepare(segment: Segment) -> Prepared:
+    """The part of the forward pass that needs no state: the UT transform of every chunk."""
+    q, k, v, g, beta, boundaries = segment
+    decays = chunk_decays(g, boundaries)
+    k_beta = k * beta
+    A = torch.bmm(k_beta, k.mT).mul_(decays.within)
+    T = unit_lower_inverse(A)
+    U = torch.bmm(T, v * beta)
+    W = torch.bmm(T, k_beta.mul_(decays.from_start))
+    P = torch.bmm(q, k.mT).mul_(decays.within)
+    return Prepared(decays, T, U, W, P, q * decays.from_start, k * decays.to_end)
+
+
+def unit_lower_inverse(A: Tensor) -> Tensor:
+    """(I + A)^-1 for the strictly lower part of A [..., C, C]; the rest of A is not read."""
+    identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
+    return torch.linalg.solve_triangular(A, identity, upper=False, unitriangular=True)
+
+
+def scan_states(p: Prepared, U: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+    """The states [N + 1, G, D, E] between the chunks, from S [G, D, E], and V' [N*G, C, E].
+
+    The map from S to the last state is affine, S -> M S + B. With U extended by D zero columns and
+    S = [0 | I] the last state is [B | M].
+    """
+    G = S.shape[0]
+    W, k_to_end, decay, U = (x.unflatten(0, (-1, G)) for x in (p.W, p.k_to_end, p.decays.chunk, U))
+    states = S.new_empty(len(U) + 1, *S.shape)
+    V_new = torch.empty_like(U)
+    states[0] = S
+    for n in range(len(U)):
+        torch.baddbmm(U[n], W[n], states[n], alpha=-1, out=V_new[n])
+        torch.mul(states[n], decay[n], out=states[n + 1])
+        states[n + 1].baddbmm_(k_to_end[n].mT, V_new[n])
+    return states, V_new.flatten(0, 1)
+
+
+def outputs(p: Prepared, states: Tensor, V_new: Tensor) -> Tensor:
+    """O [N*G, C, E]."""
+    return torch.bmm(p.q_from_start, states[:-1].flatten(0, 1)).baddbmm_(p.P, V_new)
+
+
+def scan_state_gradients(p: Prepared, dO: Tensor, dS: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients [N + 1, G, D, E] of the states, from dS [G, D, E] of the last, and of V'.
+
+    The map from dS to the first state's gradient is affine, dS -> M^T dS + L: from dS = 0 the
+    first gradient is L.
+    """
+    G = dS.shape[0]
+    dV_new = torch.bmm(p.P.mT, dO)
+    d_states = dS.new_empty(len(dO) // G + 1, *dS.shape)
+    torch.bmm(p.q_from_start.mT, dO, out=d_states[:-1].flatten(0, 1))
+    d_states[-1] = dS
+    W, k_to_end, decay, dV = (
+        x.unflatten(0, (-1, G)) for x in (p.W, p.k_to_end, p.decays.chunk, dV_new)
+    )
+    for n in reversed(range(len(dV))):
+        dV[n].baddbmm_(k_to_end[n], d_states[n + 1])
+        d_states[n].addcmul_(decay[n], d_states[n + 1]).baddbmm_(W[n].mT, dV[n], alpha=-1)
+    return d_states, dV_new
+
+
+class SegmentGradients(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+
+
+def segment_gradients(
+    segment: Segment,
+    p: Prepared,
+    states: Tensor,
+    V_new: Tensor,
+    dO: Tensor,
+    d_states: Tensor,
+    dV_new: Tensor,
+) -> SegmentGradients:
+    """The gradients of the segment's inputs, in their shapes; inverse of A by
+    dA = -T^T dT T^T (strictly lower part).
+
+    k enters A and W with the row's gamma_i and beta_i, and A, P and k_to_end with 1 / gamma_j:
+    the two parts are kept apart, because d log gamma_i = q_i dq_i + row part - column part.
+    """
+    q, k, v, _, beta, _ = segment
+    within, from_start, to_end, _ = p.decays
+    S_in, S_out = states[:-1].flatten(0, 1), states[1:]
+    dS_out = d_states[1:]
+
+    dP = torch.bmm(dO, V_new.mT).mul_(within)
+    dq = torch.bmm(dO, S_in.mT).mul_(from_start).baddbmm_(dP, k)
+
+    dW = torch.bmm(dV_new, S_in.mT).neg_()
+    dv_beta = torch.bmm(p.T.mT, dV_new)
+    dk_W = torch.bmm(p.T.mT, dW)
+    dA = torch.bmm(dv_beta, p.U.mT).baddbmm_(dk_W, p.W.mT).mul_(within).neg_()
+    dA.diagonal(dim1=-2, dim2=-1).zero_()
+
+    dk_row = dk_W.mul_(from_start).baddbmm_(dA, k)  # but for the factor beta
+    dk_column = torch.bmm(V_new, dS_out.flatten(0, 1).mT).mul_(to_end)
+    dk_column.baddbmm_(dA.mT, k * beta).baddbmm_(dP.mT, q)
+
+    k_dk_row = _dot(k, dk_row)
+    dbeta = _dot(v, dv_beta).add_(k_dk_row)
+    d_log_gamma = _dot(q, dq).addcmul_(beta, k_dk_row).sub_(_dot(k, dk_column))
+    # S_out scales with gamma_C as a whole.
+    d_log_gamma[:, -1, 0] += (dS_out * S_out).sum((-2, -1)).flatten()
+    dg = d_log_gamma.flip(-2).cumsum(-2).flip(-2)
+    dk = dk_column.addcmul_(dk_row, beta)
+    return SegmentGradients(dq, dk, dv_beta.mul_(beta), dg, dbeta)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(-1, keepdim=True)
