@@ -1,0 +1,286 @@
+"""Interchange with Hugging Face transformers: Qwen3, Qwen3-MoE and Qwen3-Next.
+
+Weights are named as in the checkpoints on the hub, one entry per expert, which transformers and
+vLLM load; transformers itself is imported only to read a configuration.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pretrain.checkpoint.hf_weights import State, state_from_hf, state_to_hf
+from pretrain.errors import UserError
+from pretrain.model.config import (
+    AttentionConfig,
+    LayerKind,
+    LinearAttentionConfig,
+    ModelConfig,
+    MoEConfig,
+)
+
+_ARCHITECTURES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
+}
+_LAYER_TYPES: dict[LayerKind, str] = {"linear": "linear_attention", "softmax": "full_attention"}
+
+# What the families allow and `Transformer` does not have: field -> the only value it can express.
+_FIXED_FIELDS = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "sliding_window": None,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
+
+def export(
+    config: ModelConfig,
+    state: State,
+    tokenizer: Path,
+    out: Path,
+    *,
+    eos_id: int,
+    max_positions: int,
+) -> None:
+    """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load.
+
+    Args:
+        config: the model's settings.
+        state: its whole state dict, in the dtype to store.
+        tokenizer: a `tokenizer.json`.
+        out: the folder, made if need be.
+        eos_id: the token that ends a document.
+        max_positions: the longest context the model was trained on.
+
+    Raises:
+        UserError: no family of transformers has this model, or the tokenizer is not the model's.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    hf_config = config_to_hf(config)
+    eos_token = _eos_token(tokenizer, config.vocab_size, eos_id)
+    dtype = str(state["embedding.weight"].dtype).removeprefix("torch.")
+    out.mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(state_to_hf(config, state), out, metadata={"format": "pt"})
+    _write_json(
+        out / "config.json",
+        hf_config
+        | {"dtype": dtype, "eos_token_id": eos_id, "max_position_embeddings": max_positions},
+    )
+    _write_json(out / "generation_config.json", {"eos_token_id": eos_id})
+    shutil.copyfile(tokenizer, out / "tokenizer.json")
+    _write_json(
+        out / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": eos_token,
+            "model_max_length": max_positions,
+        },
+    )
+
+
+def load(directory: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The configuration and the state dict of a folder that transformers saved, in its dtype.
+
+    Raises:
+        UserError: a file is missing or damaged, or the model is not of a supported family.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    config_file = directory / "config.json"
+    if not config_file.is_file():
+        raise UserError(f"{config_file}: no such file; a Hugging Face model folder has one")
+    config = config_from_hf(json.loads(config_file.read_text()))
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{directory}: no *.safetensors file; other weight formats are not read")
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            weights.update(load_file(file))
+        except SafetensorError as error:
+            raise UserError(f"{file}: {error}; the file is damaged, fetch it again") from error
+    return config, state_from_hf(config, weights)
+
+
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The content of `config.json`, in the fields of transformers 5 and, for RoPE, of 4 too.
+
+    Raises:
+        UserError: no family has this model; names the nearest one and what it needs.
+    """
+    family = _family(config)
+    attention, linear, moe = config.attention, config.linear, config.moe
+    rope = {"rope_theta": attention.rope_base, "partial_rotary_factor": attention.rope_fraction}
+    fields: dict[str, Any] = {
+        "architectures": [_ARCHITECTURES[family]],
+        "model_type": family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": attention.n_heads,
+        "num_key_value_heads": attention.n_kv_heads,
+        "head_dim": attention.head_dim,
+        "rms_norm_eps": config.norm_eps,
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": config.tie_embeddings,
+        "rope_parameters": {"rope_type": "default", **rope},
+        **rope,
+    }
+    if family != "qwen3":
+        fields |= {
+            "num_experts": moe.n_experts,
+            "num_experts_per_tok": moe.top_k,
+            "moe_intermediate_size": moe.d_expert,
+            "norm_topk_prob": moe.renormalise_top_k,
+            "router_aux_loss_coef": moe.aux_loss,
+        }
+    if family == "qwen3_next":
+        fields |= {
+            "shared_expert_intermediate_size": moe.d_shared_expert,
+            "layer_types": [_LAYER_TYPES[kind] for kind in config.layer_kinds()],
+            "linear_num_key_heads": linear.n_key_heads,
+            "linear_num_value_heads": linear.n_value_heads,
+            "linear_key_head_dim": linear.key_dim,
+            "linear_value_head_dim": linear.value_dim,
+            "linear_conv_kernel_dim": linear.conv_width,
+        }
+    return fields
+
+
+def config_from_hf(fields: Mapping[str, Any]) -> ModelConfig:
+    """The model of a `config.json`'s content, of any version of transformers.
+
+    Raises:
+        UserError: the family is not supported, or a field has a value that `Transformer` lacks.
+    """
+    family = fields.get("model_type")
+    if family not in _ARCHITECTURES:
+        raise UserError(
+            f"config.json: model_type = {family!r} is not supported; "
+            f"allowed: {', '.join(_ARCHITECTURES)}"
+        )
+    from transformers import AutoConfig
+
+    hf = AutoConfig.for_model(**fields)
+    for name, allowed in _FIXED_FIELDS.items():
+        value = getattr(hf, name, allowed)
+        if value != allowed:
+            raise UserError(f"config.json: {name} = {value!r} is not supported, only {allowed!r}")
+    if hf.rope_parameters["rope_type"] != "default":
+        raise UserError(
+            f"config.json: rope_type = {hf.rope_parameters['rope_type']!r} is not supported, "
+            "only 'default'"
+        )
+    is_next = family == "qwen3_next"
+    return ModelConfig(
+        vocab_size=hf.vocab_size,
+        d_model=hf.hidden_size,
+        n_layers=hf.num_hidden_layers,
+        layer_pattern=_layer_pattern(hf.layer_types) if is_next else ("softmax",),
+        d_ff=hf.intermediate_size,
+        attention=AttentionConfig(
+            n_heads=hf.num_attention_heads,
+            n_kv_heads=hf.num_key_value_heads,
+            head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+            output_gate=is_next,
+            rope_base=hf.rope_parameters["rope_theta"],
+            rope_fraction=hf.rope_parameters.get("partial_rotary_factor", 1.0),
+        ),
+        linear=_linear_from_hf(hf) if is_next else LinearAttentionConfig(),
+        moe=MoEConfig(n_experts=0) if family == "qwen3" else _moe_from_hf(hf),
+        tie_embeddings=hf.tie_word_embeddings,
+        norm_eps=hf.rms_norm_eps,
+        zero_centered_norm=is_next,
+        init_std=hf.initializer_range,
+    )
+
+
+def _eos_token(tokenizer: Path, vocab_size: int, eos_id: int) -> str:
+    from tokenizers import Tokenizer
+
+    loaded = Tokenizer.from_file(str(tokenizer))
+    if loaded.get_vocab_size() > vocab_size:
+        raise UserError(
+            f"{tokenizer}: {loaded.get_vocab_size()} tokens, but model.vocab_size = {vocab_size}; "
+            "take the tokenizer that the model was trained with"
+        )
+    eos_token: str | None = loaded.id_to_token(eos_id)
+    if eos_token is None:
+        raise UserError(f"{tokenizer}: no token has the id {eos_id}, which ended each document")
+    return eos_token
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _family(config: ModelConfig) -> str:
+    """The model_type that has this model exactly."""
+    hybrid = "linear" in config.layer_kinds()
+    families = ["qwen3_next"] if hybrid else list(_ARCHITECTURES)
+    unmet = {family: _unmet_needs(config, family) for family in families}
+    nearest = min(unmet, key=lambda family: len(unmet[family]))
+    if unmet[nearest]:
+        raise UserError(
+            "no family of transformers has this model; "
+            f"the nearest, {_ARCHITECTURES[nearest]}, needs {' and '.join(unmet[nearest])}"
+        )
+    return nearest
+
+
+def _unmet_needs(config: ModelConfig, family: str) -> list[str]:
+    """What would have to change for `family` to have this model."""
+    attention, moe = config.attention, config.moe
+    is_next, sparse, shared = family == "qwen3_next", moe.n_experts > 0, moe.d_shared_expert > 0
+    needs = [
+        (attention.output_gate == is_next, f"model.attention.output_gate={str(is_next).lower()}"),
+        (config.zero_centered_norm == is_next, f"model.zero_centered_norm={str(is_next).lower()}"),
+        (is_next or attention.rope_fraction == 1, "model.attention.rope_fraction=1"),
+        (family != "qwen3" or not sparse, "model.moe.n_experts=0"),
+        (family != "qwen3_moe" or sparse, "model.moe.n_experts above 0"),
+        (family != "qwen3_moe" or not shared, "model.moe.d_shared_expert=0"),
+        (not is_next or shared or not sparse, "model.moe.d_shared_expert above 0"),
+    ]
+    return [text for met, text in needs if not met]
+
+
+def _linear_from_hf(hf: Any) -> LinearAttentionConfig:
+    return LinearAttentionConfig(
+        n_key_heads=hf.linear_num_key_heads,
+        n_value_heads=hf.linear_num_value_heads,
+        key_dim=hf.linear_key_head_dim,
+        value_dim=hf.linear_value_head_dim,
+        conv_width=hf.linear_conv_kernel_dim,
+    )
+
+
+def _moe_from_hf(hf: Any) -> MoEConfig:
+    return MoEConfig(
+        n_experts=hf.num_experts,
+        top_k=hf.num_experts_per_tok,
+        d_expert=hf.moe_intermediate_size,
+        d_shared_expert=getattr(hf, "shared_expert_intermediate_size", 0),
+        renormalise_top_k=hf.norm_topk_prob,
+        aux_loss=hf.router_aux_loss_coef,
+    )
+
+
+def _layer_pattern(layer_types: list[str]) -> tuple[LayerKind, ...]:
+    """The shortest pattern that gives these layers when repeated."""
+    kinds = {theirs: ours for ours, theirs in _LAYER_TYPES.items()}
+    layers = tuple(kinds[layer_type] for layer_type in layer_types)
+    return next(
+        layers[:period]
+        for period in range(1, len(layers) + 1)
+        if all(kind == layers[i % period] for i, kind in enumerate(layers))
+    )
