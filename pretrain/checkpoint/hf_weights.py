@@ -132,18 +132,23 @@ def _moe_rules(config: ModelConfig, ours: str, theirs: str) -> Iterator[_Rule]:
             for expert in range(c.n_experts)
             for name in ("gate", "up")
         ],
-        to_theirs=lambda fused: list(fused[0].unflatten(1, (2, -1)).flatten(0, 1).unbind()),
+        to_theirs=lambda fused: _copies(fused[0].unflatten(1, (2, -1)).flatten(0, 1)),
         to_ours=lambda single: [torch.stack(single).unflatten(0, (-1, 2)).flatten(1, 2)],
     )
     yield _Rule(
         [f"{ours}.experts.down"],
         [f"{theirs}.experts.{expert}.down_proj.weight" for expert in range(c.n_experts)],
-        to_theirs=lambda fused: list(fused[0].unbind()),
+        to_theirs=lambda fused: _copies(fused[0]),
         to_ours=lambda single: [torch.stack(single)],
     )
     if c.d_shared_expert > 0:
         yield _Rule([f"{ours}.shared_gate.weight"], [f"{theirs}.shared_expert_gate.weight"])
         yield from _mlp_rules(f"{ours}.shared_expert", f"{theirs}.shared_expert")
+
+
+def _copies(fused: Tensor) -> list[Tensor]:
+    """Each fused[i] with memory of its own: safetensors refuses to write views."""
+    return [tensor.clone() for tensor in fused.unbind()]
 
 
 def _mlp_rules(ours: str, theirs: str) -> Iterator[_Rule]:
