@@ -1,0 +1,260 @@
+"""Stream the pages of one WARC or WET file, and account for every record that is not one."""
+
+import glob
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fastwarc.warc import ArchiveIterator, WarcRecord
+
+from data_pipeline.crawl.body import BodyError, decode_body
+from data_pipeline.crawl.recovery import ArchiveBytes
+from data_pipeline.errors import DataError
+
+DOCUMENTS = frozenset({"response", "resource", "conversion", "revisit"})
+TEXTUAL_TYPES = frozenset({"text/html", "application/xhtml+xml", "text/plain"})
+ARCHIVE_SUFFIXES = (".warc.gz", ".warc", ".wet.gz", ".wet")
+MAX_BODY_BYTES = 16 << 20
+READ_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Page:
+    """A document as it was crawled; `content_type` is None where the server named none."""
+
+    id: str
+    url: str
+    file: str
+    offset: int
+    status: int | None
+    content_type: str | None
+    charset: str | None
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A document the crawl stage does not pass on, and why."""
+
+    id: str
+    url: str
+    file: str
+    offset: int
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What one record gave: a document's outcome, None for a record that is no document."""
+
+    id: str
+    url: str
+    offset: int
+    is_whole: bool
+    outcome: Page | Reject | None
+
+
+def find_archives(inputs: Sequence[str]) -> list[Path]:
+    """Resolve paths, folders and glob patterns to archive files, in the order given.
+
+    Raises:
+        DataError: a path that does not exist, or a pattern or folder without an archive.
+    """
+    found: dict[Path, None] = {}
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            matches = sorted(p for p in path.rglob("*") if p.name.endswith(ARCHIVE_SUFFIXES))
+        elif path.exists():
+            matches = [path]
+        else:
+            matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
+        if not matches:
+            raise DataError(_nothing_found(name, path))
+        found.update(dict.fromkeys(matches))
+    return list(found)
+
+
+def _nothing_found(name: str, path: Path) -> str:
+    suffixes = ", ".join(ARCHIVE_SUFFIXES)
+    if path.is_dir():
+        return f"{name}: no web archive in this folder (a name ends in {suffixes})"
+    if glob.has_magic(name):
+        return f"{name}: no file matches this pattern"
+    return f"{name}: no such file"
+
+
+class Archive:
+    """The documents of one archive file, in file order, each one a `Page` or a `Reject`.
+
+    Damage never ends the iteration: what precedes it is kept, the damaged record becomes a
+    `Reject`, and reading goes on at the next record that can be found.
+
+    Args:
+        path: a .warc or .wet file, compressed (gzip member per record) or not.
+        id_header: WARC header that names a document; one without it is called `file:number`.
+        max_body: larger bodies, decoded, are rejected; memory is bounded by it.
+    """
+
+    def __init__(
+        self, path: Path, *, id_header: str = "WARC-Record-ID", max_body: int = MAX_BODY_BYTES
+    ) -> None:
+        self.path = path
+        self.id_header = id_header
+        self.max_body = max_body
+        self.records: Counter[str] = Counter()
+        """Records seen so far by WARC type, documents and others."""
+
+    def __iter__(self) -> Iterator[Page | Reject]:
+        self.records.clear()
+        start: int | None = 0
+        while start is not None:
+            start = yield from self._read_from(start)
+
+    def _read_from(self, start: int) -> Generator[Page | Reject, None, int | None]:
+        """Yield documents from byte `start` on; return where to resume after damage, or None.
+
+        A document is passed on once its successor has been found where it should be: only then
+        was its Content-Length true.
+        """
+        last: _Record | None = None
+        with self.path.open("rb") as file:
+            file.seek(start)
+            records = iter(ArchiveIterator(file, parse_http=False))
+            while True:
+                try:
+                    record = next(records, None)
+                except OSError as error:
+                    return (yield from self._after_error(start, last, str(error)))
+                if last is not None and last.outcome is not None:
+                    yield last.outcome
+                if record is None:
+                    yield from self._after_end(last.offset if last else start)
+                    return None
+                last = self._take(record)
+                if not last.is_whole:
+                    return (yield from self._reject(last))
+
+    def _after_error(
+        self, start: int, last: _Record | None, error: str
+    ) -> Generator[Page | Reject, None, int | None]:
+        """Reject the record that cannot be read, or the one before it whose length was a lie."""
+        archive = ArchiveBytes(self.path)
+        if last is None:
+            yield self._damaged(start, "damaged", f"no readable record: {error}")
+            return archive.next_record(start + 1)
+        end = archive.member_end(last.offset)
+        if end is None or "decompression" not in error:
+            return (yield from self._reject(last))
+        if last.outcome is not None:
+            yield last.outcome
+        resume = archive.next_record(end)
+        if resume != end:
+            yield self._damaged(end, "damaged", f"unreadable bytes: {error}")
+        return resume
+
+    def _after_end(self, last_offset: int) -> Iterator[Reject]:
+        tail = ArchiveBytes(self.path).unreadable_tail(last_offset)
+        if tail is not None and tail > last_offset:
+            yield self._damaged(tail, "truncated", "the file is cut inside this record")
+
+    def _reject(self, record: _Record) -> Generator[Page | Reject, None, int | None]:
+        archive = ArchiveBytes(self.path)
+        resume = archive.next_record(record.offset + 1)
+        is_readable = archive.member_end(record.offset) is not None if archive.is_gzip else resume
+        if is_readable:
+            reason, detail = "content-length", "the record is not as long as its Content-Length"
+        elif resume is None:
+            reason, detail = "truncated", "the file is cut inside this record"
+        else:
+            reason, detail = "damaged", "the record cannot be decompressed"
+        where = f"{self.path}, byte {record.offset}: {detail}"
+        yield Reject(record.id, record.url, str(self.path), record.offset, reason, where)
+        if resume is None:
+            yield from self._after_end(record.offset)
+        return resume
+
+    def _damaged(self, offset: int, reason: str, detail: str) -> Reject:
+        self.records["unreadable"] += 1
+        where = f"{self.path}, byte {offset}: {detail}"
+        return Reject(self._fallback_id(), "", str(self.path), offset, reason, where)
+
+    def _fallback_id(self) -> str:
+        return f"{self.path.name}:{self.records.total()}"
+
+    def _take(self, record: WarcRecord) -> _Record:
+        """Read one record to its end."""
+        kind = str(record.record_type)
+        self.records[kind] += 1
+        has_length = _header(record, "Content-Length").isdigit()
+        id = (has_length and _header(record, self.id_header)) or self._fallback_id()
+        url = _header(record, "WARC-Target-URI").strip("<>")
+        try:
+            record.parse_http(quirks_mode=True)
+            is_http_readable = True
+        except OSError:
+            is_http_readable = False
+        expected = record.content_length
+        try:
+            body, length = _read_bounded(record, self.max_body)
+        except OSError:
+            body, length = b"", -1
+        outcome: Page | Reject | None = None
+        if kind in DOCUMENTS:
+            http = record.http_headers
+            page = Page(
+                id=id,
+                url=url,
+                file=str(self.path),
+                offset=record.stream_pos,
+                status=None if http is None else http.status_code,
+                content_type=_content_type(record, kind),
+                charset="utf-8" if kind == "conversion" else record.http_charset,
+                body=body,
+            )
+            outcome = self._judge(page, record, kind, length, is_http_readable)
+        return _Record(id, url, record.stream_pos, has_length and length == expected, outcome)
+
+    def _judge(
+        self, page: Page, record: WarcRecord, kind: str, length: int, is_http_readable: bool
+    ) -> Page | Reject:
+        def reject(reason: str, detail: str) -> Reject:
+            return Reject(page.id, page.url, page.file, page.offset, reason, detail)
+
+        if kind == "revisit":
+            return reject("revisit", "the body was stored by an earlier crawl")
+        if kind == "response" and (page.status != 200 or not is_http_readable):
+            return reject("status", f"HTTP status {page.status or 'unreadable'}")
+        if page.content_type is not None and page.content_type not in TEXTUAL_TYPES:
+            return reject("type", page.content_type)
+        if length > self.max_body:
+            return reject("oversized", f"{length} bytes; the limit is {self.max_body}")
+        try:
+            body = decode_body(page.body, dict(record.http_headers or {}), self.max_body)
+        except BodyError as error:
+            return reject(error.reason, str(error))
+        if not body.strip():
+            return reject("empty", "the body is empty")
+        return replace(page, body=body)
+
+
+def _content_type(record: WarcRecord, kind: str) -> str | None:
+    if kind == "response":
+        return record.http_content_type or None
+    return _header(record, "Content-Type").split(";")[0].strip().lower() or None
+
+
+def _header(record: WarcRecord, name: str) -> str:
+    return record.headers.get(name) or ""
+
+
+def _read_bounded(record: WarcRecord, limit: int) -> tuple[bytes, int]:
+    """The first `limit` bytes of the body, and its length."""
+    kept, length = [], 0
+    while block := record.reader.read(READ_BYTES):
+        if length < limit:
+            kept.append(block[: limit - length])
+        length += len(block)
+    return b"".join(kept), length

@@ -1,0 +1,5 @@
+"""The text of a page, as a reader of the page would copy it."""
+
+from data_pipeline.extract.text import MODES, ExtractError, Mode, extract_text
+
+__all__ = ["MODES", "ExtractError", "Mode", "extract_text"]
