@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pretrain.errors import UserError
 from pretrain.model.config import ModelConfig
+from pretrain.run_dir import RunDirectory
 
 RECIPES = Path(__file__).parent / "recipes"
 SAMPLE_SHARDS = "sample"
@@ -146,6 +147,16 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
         raise UserError(_describe(error)) from None
     _check_model(config.model)
     return config
+
+
+def read_run_config(run: RunDirectory) -> Config:
+    """The resolved configuration of a run. Raises UserError if there is no run."""
+    if not run.config.is_file():
+        raise UserError(
+            f"{run.root} is not a run directory (no {run.config.name} in it); "
+            "`farspan train RECIPE --run-dir DIR` makes one"
+        )
+    return parse_config(yaml.safe_load(run.config.read_text()))
 
 
 def _recipe_path(recipe: str) -> Path:
