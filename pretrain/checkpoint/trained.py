@@ -1,0 +1,37 @@
+"""A trained model, whole, in one process: for evaluation, generation and export."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from pretrain.checkpoint.store import checkpoint_path, newest_whole
+from pretrain.config import Config, read_run_config
+from pretrain.errors import UserError
+from pretrain.model.transformer import Transformer
+from pretrain.run_dir import RunDirectory
+
+
+def load_trained(run: RunDirectory) -> tuple[Config, Transformer]:
+    """The model of the newest whole checkpoint, in float32 on the CPU.
+
+    Raises:
+        UserError: not a run directory, or no checkpoint yet.
+    """
+    config = read_run_config(run)
+    step = newest_whole(run.checkpoints)
+    if step < 0:
+        raise UserError(
+            f"{run.root} has no checkpoint yet; train to step {config.checkpoint.every} at least "
+            "(checkpoint.every)"
+        )
+    model = Transformer(config.model)
+    load_weights(model, checkpoint_path(run.checkpoints, step))
+    print(f"loaded step {step} of {run.root}", file=sys.stderr)
+    return config, model.eval()
+
+
+def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
+    """Fill a plain model with the weights of a checkpoint, whatever layout wrote it."""
+    dcp.load({"model": model.state_dict()}, checkpoint_id=checkpoint, no_dist=True)

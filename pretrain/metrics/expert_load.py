@@ -1,0 +1,21 @@
+"""How the tokens of a step were spread over the experts."""
+
+from typing import Any
+
+from torch import Tensor
+
+
+def summarise_load(expert_counts: Tensor) -> dict[str, Any]:
+    """The moe/* metrics of a step, nothing for a dense model.
+
+    Args:
+        expert_counts: [layers, E], token-slots per expert over the global batch.
+    """
+    if not expert_counts.numel():
+        return {}
+    load = expert_counts / expert_counts.sum(-1, keepdim=True)
+    return {
+        "moe/load": load.tolist(),
+        "moe/max_violation": float(load.max() * load.shape[1] - 1),
+        "moe/dead_experts": int((expert_counts == 0).sum()),
+    }

@@ -1,0 +1,38 @@
+"""The optimizer."""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from pretrain.config import OptimConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101); only matrices decay.
+
+    Weights on different meshes stand in different groups, because one fused update cannot span
+    two meshes.
+    """
+    groups: dict[tuple[object, ...], list[nn.Parameter]] = defaultdict(list)
+    for weight in model.parameters():
+        mesh = weight.device_mesh if isinstance(weight, DTensor) else None
+        groups[mesh, weight.ndim >= 2].append(weight)
+    return torch.optim.AdamW(
+        [
+            {"params": weights, "weight_decay": config.weight_decay if decays else 0.0}
+            for (_, decays), weights in groups.items()
+        ],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Use `lr` for the next step."""
+    for group in optimizer.param_groups:
+        settings: dict[str, Any] = group
+        settings["lr"] = lr

@@ -1,0 +1,61 @@
+"""Train a few steps on each of several layouts; run on N ranks by test_layouts.py.
+
+Arguments: the shards, the folder for results, the layouts as `name:key=value,key=value`.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from pretrain.config import load_config
+from pretrain.run_dir import RunDirectory
+from pretrain.train import COLLECTIVE_TIMEOUT, Trainer, join_ranks
+
+STEPS = 6
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def run_case(shards: Path, overrides: list[str], device: torch.device) -> dict[str, Any]:
+    config = load_config(
+        "tiny-hybrid-moe", [f"data.shards={shards}", f"train.steps={STEPS}", *overrides]
+    )
+    trainer = Trainer(config, RunDirectory(Path("nowhere")), device)
+    losses, aux_losses, gradients = [], [], {}
+    for step in range(STEPS):
+        batch = trainer.read_batch()
+        loss, aux_loss, counts, _ = trainer.backward(batch)
+        losses.append(loss)
+        aux_losses.append(aux_loss)
+        if step == 0:
+            gradients = {name: whole(w.grad) for name, w in trainer.model.named_parameters()}
+        trainer.finish_step(counts)
+    traffic = trainer.parallelised.expert_traffic
+    return {
+        "losses": losses,
+        "aux_losses": aux_losses,
+        "gradients": gradients,
+        "expert_calls": traffic.calls if traffic else 0,
+    }
+
+
+def main() -> None:
+    shards, results = Path(sys.argv[1]), Path(sys.argv[2])
+    device = join_ranks(COLLECTIVE_TIMEOUT)
+    for case in sys.argv[3:]:
+        name, _, overrides = case.partition(":")
+        result = run_case(shards, overrides.split(","), device)
+        if dist.get_rank() == 0:
+            torch.save(result, results / f"{name}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
