@@ -21,9 +21,15 @@ def grouped_swiglu(x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> 
     gate, up = _grouped_linear(x, gate_up, offsets).chunk(2, dim=-1)
     out = _grouped_linear(F.silu(gate) * up, down, offsets)
     if out.requires_grad:
-        # grouped_mm's backward refuses the expanded gradient that a sum gives.
-        out.register_hook(torch.Tensor.contiguous)
+        out.register_hook(_with_own_strides)
     return out
+
+
+def _with_own_strides(grad: Tensor) -> Tensor:
+    """grouped_mm's backward refuses an expanded gradient (a sum gives one), even without rows."""
+    if 0 in grad.stride():
+        return grad.clone(memory_format=torch.contiguous_format)
+    return grad.contiguous()
 
 
 def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:

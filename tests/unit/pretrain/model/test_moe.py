@@ -1,0 +1,135 @@
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.model.config import MoEConfig
+from pretrain.model.kernels.experts import grouped_swiglu
+from pretrain.model.moe import MoE
+
+D_MODEL = 16
+
+
+def make_moe(**settings: Any) -> MoE:
+    torch.manual_seed(0)
+    moe = MoE(D_MODEL, MoEConfig(**{"n_experts": 6, "top_k": 2, "d_expert": 8} | settings))
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return moe
+
+
+def expert_by_expert(x: Tensor, counts: list[int], gate_up: Tensor, down: Tensor) -> Tensor:
+    out = []
+    for rows, gate_up_e, down_e in zip(x.split(counts), gate_up, down, strict=True):
+        gate, up = (rows @ gate_up_e.T).chunk(2, dim=-1)
+        out.append((F.silu(gate) * up) @ down_e.T)
+    return torch.cat(out)
+
+
+def token_by_token(moe: MoE, x: Tensor) -> Tensor:
+    """The definition of a mixture of experts, in float64."""
+    moe = make_moe_like(moe)
+    out = []
+    for token in x.double().flatten(0, 1):
+        probability = (moe.router.weight @ token).softmax(0)
+        chosen = probability.sort(descending=True).indices[: moe.top_k]
+        total = probability[chosen].sum() if moe.renormalise else 1.0
+        y = torch.zeros_like(token)
+        for e in chosen.tolist():
+            gate, up = (moe.experts.gate_up[e] @ token).chunk(2)
+            y = y + probability[e] / total * (moe.experts.down[e] @ (F.silu(gate) * up))
+        if moe.shared_expert is not None and moe.shared_gate is not None:
+            y = y + torch.sigmoid(moe.shared_gate(token)) * moe.shared_expert(token)
+        out.append(y)
+    return torch.stack(out).view(x.shape)
+
+
+def make_moe_like(moe: MoE) -> MoE:
+    shared = 0 if moe.shared_expert is None else moe.shared_expert.up.out_features
+    copy = make_moe(top_k=moe.top_k, renormalise_top_k=moe.renormalise, d_shared_expert=shared)
+    copy.load_state_dict(moe.state_dict())
+    return copy.double()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"d_shared_expert": 0, "renormalise_top_k": False},
+        {"d_shared_expert": 12, "renormalise_top_k": True},
+        {"d_shared_expert": 12, "top_k": 6},
+    ],
+)
+def test_moe_matches_its_definition(settings: dict[str, Any]) -> None:
+    moe = make_moe(**settings)
+    x = torch.randn(2, 7, D_MODEL)
+    torch.testing.assert_close(moe(x)[0].double(), token_by_token(moe, x), rtol=1e-4, atol=1e-5)
+
+
+def test_routing_reports_every_slot_and_the_probability_mass() -> None:
+    moe = make_moe(d_shared_expert=0)
+    x = torch.randn(2, 7, D_MODEL)
+    probability, counts = moe(x)[1]
+
+    expected = (x.flatten(0, 1) @ moe.router.weight.T).softmax(-1)
+    torch.testing.assert_close(probability, expected.sum(0))
+    chosen = expected.topk(2).indices.flatten()
+    assert counts.tolist() == [int((chosen == e).sum()) for e in range(6)]
+    (gradient,) = torch.autograd.grad(probability[0], moe.router.weight)
+    assert gradient.abs().sum() > 0
+
+
+def test_routing_is_in_fp32_under_bf16_weights() -> None:
+    moe = make_moe(d_shared_expert=0).bfloat16()
+    x = torch.randn(2, 200, D_MODEL, dtype=torch.bfloat16)
+    out, (probability, counts) = moe(x)
+
+    exact = (x.flatten(0, 1).double() @ moe.router.weight.double().T).softmax(-1)
+    assert out.dtype == torch.bfloat16
+    assert probability.dtype == torch.float32
+    torch.testing.assert_close(probability.double(), exact.sum(0), rtol=1e-5, atol=0)
+    assert torch.equal(counts, torch.bincount(exact.topk(2).indices.flatten(), minlength=6))
+
+
+def test_gradients_are_bitwise_reproducible_with_threads() -> None:
+    moe = make_moe(d_shared_expert=0, top_k=4)
+    x = torch.randn(8, 256, D_MODEL)
+
+    def gradients() -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        (moe(leaf)[0] * x).sum().backward()
+        grads = [leaf.grad, *(parameter.grad for parameter in moe.parameters())]
+        moe.zero_grad()
+        return [grad for grad in grads if grad is not None]
+
+    first = gradients()
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(first, gradients(), strict=True))
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 4, 0], [0, 0, 0, 7], [0, 0, 0, 0]])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
+def test_grouped_swiglu_matches_a_loop(
+    counts: list[int], dtype: torch.dtype, tolerance: float
+) -> None:
+    torch.manual_seed(0)
+    shapes = [(sum(counts), 16), (4, 16, 16), (4, 16, 8)]
+    exact = [torch.randn(shape).to(dtype).double().requires_grad_() for shape in shapes]
+    inputs = [tensor.detach().to(dtype).requires_grad_() for tensor in exact]
+    x, gate_up, down = exact
+
+    expected = expert_by_expert(x, counts, gate_up, down)
+    out = grouped_swiglu(inputs[0], torch.tensor(counts), inputs[1], inputs[2])
+    expected.sum().backward()
+    out.sum().backward()
+
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=10 * tolerance)
+    for ours, reference in zip(inputs, exact, strict=True):
+        assert ours.grad is not None
+        assert reference.grad is not None
+        error = (ours.grad.double() - reference.grad).norm()
+        assert error <= tolerance * reference.grad.norm()
