@@ -226,8 +226,9 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _family(config: ModelConfig) -> str:
     """The model_type that has this model exactly."""
-    hybrid = "linear" in config.layer_kinds()
-    families = ["qwen3_next"] if hybrid else list(_ARCHITECTURES)
+    families = ["qwen3_next"]
+    if "linear" not in config.layer_kinds():
+        families.insert(0, "qwen3_moe" if config.moe.n_experts > 0 else "qwen3")
     unmet = {family: _unmet_needs(config, family) for family in families}
     nearest = min(unmet, key=lambda family: len(unmet[family]))
     if unmet[nearest]:
@@ -241,15 +242,13 @@ def _family(config: ModelConfig) -> str:
 def _unmet_needs(config: ModelConfig, family: str) -> list[str]:
     """What would have to change for `family` to have this model."""
     attention, moe = config.attention, config.moe
-    is_next, sparse, shared = family == "qwen3_next", moe.n_experts > 0, moe.d_shared_expert > 0
+    is_next, shared = family == "qwen3_next", moe.d_shared_expert > 0
     needs = [
         (attention.output_gate == is_next, f"model.attention.output_gate={str(is_next).lower()}"),
         (config.zero_centered_norm == is_next, f"model.zero_centered_norm={str(is_next).lower()}"),
         (is_next or attention.rope_fraction == 1, "model.attention.rope_fraction=1"),
-        (family != "qwen3" or not sparse, "model.moe.n_experts=0"),
-        (family != "qwen3_moe" or sparse, "model.moe.n_experts above 0"),
         (family != "qwen3_moe" or not shared, "model.moe.d_shared_expert=0"),
-        (not is_next or shared or not sparse, "model.moe.d_shared_expert above 0"),
+        (not is_next or shared or moe.n_experts == 0, "model.moe.d_shared_expert above 0"),
     ]
     return [text for met, text in needs if not met]
 
