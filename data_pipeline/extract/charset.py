@@ -77,6 +77,6 @@ def _known(name: str | None) -> str | None:
     if not name:
         return None
     try:
-        return codecs.lookup(map_encoding_to_html5(name)).name
+        return codecs.lookup(str(map_encoding_to_html5(name))).name
     except (LookupError, ValueError):
         return None

@@ -39,12 +39,15 @@ def extract_text(page: Page, mode: Mode = "fast") -> str:
     A page nested too deeply for either is flattened to all of its visible text.
 
     Raises:
-        ExtractError: reason `binary` or `no text`.
+        ExtractError: reason `binary`, `parser` or `no text`.
     """
     if kind := binary_kind(page.body):
         raise ExtractError("binary", f"the body is {kind}")
     decoded = decode(page.body, page.charset).replace("\0", "")
-    text = _tidy(_main_text(decoded, mode) if _is_html(page) else decoded)
+    try:
+        text = _tidy(_main_text(decoded, mode) if _is_html(page) else decoded)
+    except Exception as error:  # third-party parsers on hostile input: one page, never the run
+        raise ExtractError("parser", f"{type(error).__name__}: {error}") from error
     if not text:
         raise ExtractError("no text", "the page has no main text")
     return text

@@ -1,0 +1,126 @@
+"""Clean one archive: from its records to the texts that pass every stage before deduplication."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_pipeline import ledger
+from data_pipeline.crawl import Archive, Page, Reject
+from data_pipeline.extract import ExtractError, extract_text
+from data_pipeline.language import detect_language
+from data_pipeline.recipe import Recipe
+
+DOCUMENT_SCHEMA = pa.schema({"id": pa.string(), "document_id": pa.string(), "text": pa.string()})
+ROWS_PER_WRITE = 1000
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The cleaned form of one archive; the folder exists once it is complete."""
+
+    folder: Path
+
+    @property
+    def documents(self) -> Path:
+        """Texts that passed; `id` is unique in a run, `document_id` is the document's own."""
+        return self.folder / "documents.parquet"
+
+    @property
+    def audit(self) -> Path:
+        """A row per document of the archive, without a stage where its text passed."""
+        return self.folder / "audit.parquet"
+
+    @property
+    def summary(self) -> Path:
+        """The archive's size and hash, and its records by WARC type."""
+        return self.folder / "archive.json"
+
+    @property
+    def is_complete(self) -> bool:
+        return self.folder.is_dir()
+
+
+def clean_archive(archive: Path, piece: Piece, recipe: Recipe, id_header: str) -> None:
+    """Write the piece of one archive; equal archives and recipes give equal bytes."""
+    aside = piece.folder.with_name(f".{piece.folder.name}.{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    written = Piece(aside)
+    records = Archive(archive, id_header=id_header)
+    count = 0
+    with (
+        pq.ParquetWriter(written.audit, ledger.SCHEMA) as audit,
+        pq.ParquetWriter(written.documents, DOCUMENT_SCHEMA) as documents,
+    ):
+        for rows, texts in _batches(records, recipe, piece.folder.name):
+            count += len(rows)
+            audit.write_table(pa.Table.from_pylist(rows, ledger.SCHEMA))
+            documents.write_table(pa.Table.from_pylist(texts, DOCUMENT_SCHEMA))
+    with archive.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    summary = {
+        "path": str(archive),
+        "bytes": archive.stat().st_size,
+        "sha256": sha256,
+        "documents": count,
+        "records": dict(sorted(records.records.items())),
+    }
+    written.summary.write_text(json.dumps(summary))
+    aside.rename(piece.folder)
+
+
+Batch = tuple[list[dict[str, Any]], list[dict[str, str]]]
+
+
+def _batches(records: Archive, recipe: Recipe, piece: str) -> Iterator[Batch]:
+    """Audit rows and passing texts, a thousand documents at a time."""
+    rows: list[dict[str, Any]] = []
+    texts: list[dict[str, str]] = []
+    for number, document in enumerate(records):
+        row, text = judge(document, recipe)
+        rows.append(row)
+        if text is not None:
+            texts.append({"id": f"{piece}/{number}", "document_id": document.id, "text": text})
+        if len(rows) == ROWS_PER_WRITE:
+            yield rows, texts
+            rows, texts = [], []
+    yield rows, texts
+
+
+def judge(document: Page | Reject, recipe: Recipe) -> tuple[dict[str, Any], str | None]:
+    """A document's audit row, and its text where no stage of the recipe drops it."""
+    row: dict[str, Any] = {
+        "id": document.id,
+        "url": document.url,
+        "file": document.file,
+        "offset": document.offset,
+    }
+
+    def drop(stage: str, reason: str, detail: str = "") -> tuple[dict[str, Any], None]:
+        decision = {"stage": stage, "decision": ledger.DROPPED, "reason": reason}
+        return {**row, **decision, "detail": detail or None}, None
+
+    if isinstance(document, Reject):
+        return drop("crawl", document.reason, document.detail)
+    try:
+        text = extract_text(document, recipe.extract.mode)
+    except ExtractError as error:
+        return drop("extract", error.reason, str(error))
+    language, probability = detect_language(text)
+    row |= {"language": language, "words": len(text.split())}
+    if probability < recipe.language.threshold:
+        return drop("language", "uncertain", f"{language} with probability {probability:.2f}")
+    if recipe.language.allowed and language not in recipe.language.allowed:
+        return drop("language", language)
+    verdict = recipe.judge_quality(text, language)
+    if verdict.reason is not None:
+        return drop("quality", verdict.reason)
+    return row | {"words": len(verdict.text.split())}, verdict.text

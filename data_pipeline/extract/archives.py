@@ -1,0 +1,52 @@
+"""The texts of whole archives as one JSONL file."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from data_pipeline.crawl import Archive, Reject, find_archives
+from data_pipeline.extract.text import ExtractError, Mode, extract_text
+
+PAGES = "pages"
+
+
+def extract_archives(
+    inputs: Sequence[str],
+    out: Path,
+    *,
+    mode: Mode = "fast",
+    id_header: str = "WARC-Record-ID",
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Counter[str]:
+    """Write {"id", "url", "text"} for every page with text, and count documents by outcome.
+
+    The file appears once it is complete. Outcomes are `pages`, written ones, and reasons for
+    those that are not.
+
+    Raises:
+        DataError: an input that does not exist.
+    """
+    archives = find_archives(inputs)
+    outcomes: Counter[str] = Counter()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    progress("extract", 0, len(archives))
+    with aside.open("w", encoding="utf-8") as file:
+        for done, archive in enumerate(archives, 1):
+            for document in Archive(archive, id_header=id_header):
+                if isinstance(document, Reject):
+                    outcomes[f"crawl: {document.reason}"] += 1
+                    continue
+                try:
+                    text = extract_text(document, mode)
+                except ExtractError as error:
+                    outcomes[f"extract: {error.reason}"] += 1
+                    continue
+                row = {"id": document.id, "url": document.url, "text": text}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                outcomes[PAGES] += 1
+            progress("extract", done, len(archives))
+    aside.rename(out)
+    return outcomes

@@ -1,0 +1,86 @@
+"""The audit: for every document of the input one row that says what became of it, and why."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+STAGES = ("crawl", "extract", "language", "quality", "dedup", "shards")
+KEPT = "kept"
+DROPPED = "dropped"
+DAMAGE = ("content-length", "damaged", "truncated")
+
+SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "url": pa.string(),
+        "file": pa.string(),
+        "offset": pa.int64(),
+        "stage": pa.string(),
+        "decision": pa.string(),
+        "reason": pa.string(),
+        "detail": pa.string(),
+        "language": pa.string(),
+        "words": pa.int64(),
+        "cluster": pa.int64(),
+        "twin": pa.string(),
+        "jaccard": pa.float64(),
+    }
+)
+"""`stage` is where the decision fell. Documents that repeat one another share a `cluster`; `twin`
+is the id of the one kept in their place, `jaccard` the similarity to it."""
+
+
+def settle(audit: pa.Table, clusters: pa.Table) -> pa.Table:
+    """Write the outcome of deduplication into the rows that are still undecided.
+
+    Args:
+        audit: rows of `SCHEMA`; those without a stage have passed every stage so far.
+        clusters: one row for each undecided row, in the same order: cluster, kept, twin, jaccard.
+    """
+    undecided = pc.is_null(audit["stage"])
+    is_exact = pc.equal(clusters["jaccard"], 1.0)
+    duplicate = pc.if_else(is_exact, "exact duplicate", "near duplicate")
+    kept = clusters["kept"]
+    outcome = {
+        "stage": pc.if_else(kept, "shards", "dedup"),
+        "decision": pc.if_else(kept, KEPT, DROPPED),
+        "reason": pc.if_else(kept, KEPT, duplicate),
+        "cluster": clusters["cluster"],
+        "twin": clusters["twin"],
+        "jaccard": clusters["jaccard"],
+    }
+    for name, values in outcome.items():
+        column = audit.schema.get_field_index(name)
+        settled = pc.replace_with_mask(
+            audit[name].combine_chunks(), undecided, values.combine_chunks()
+        )
+        audit = audit.set_column(column, SCHEMA.field(name), settled)
+    return audit
+
+
+def funnel(folder: Path) -> list[dict[str, Any]]:
+    """Documents by stage and reason over all audit files of a folder, in the order of stages."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for path in sorted(folder.glob("*.parquet")):
+        rows = pq.read_table(path, columns=["stage", "reason"])
+        for row in rows.group_by(["stage", "reason"]).aggregate([([], "count_all")]).to_pylist():
+            counts[row["stage"], row["reason"]] += row["count_all"]
+    ordered = sorted(counts.items(), key=lambda item: (STAGES.index(item[0][0]), -item[1], item[0]))
+    return [
+        {"stage": stage, "reason": reason, "documents": documents}
+        for (stage, reason), documents in ordered
+    ]
+
+
+def damage(folder: Path) -> list[str]:
+    """What was unreadable and where, a line for each record of the crawl stage that was."""
+    wanted = pc.field("reason").isin(DAMAGE) & (pc.field("stage") == "crawl")
+    return [
+        line
+        for path in sorted(folder.glob("*.parquet"))
+        for line in pq.read_table(path, columns=["detail"], filters=wanted)["detail"].to_pylist()
+    ]

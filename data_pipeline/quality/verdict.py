@@ -1,0 +1,23 @@
+"""What a heuristic says about a text."""
+
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The text as the heuristic leaves it, and the name of the rule that drops it, if one does."""
+
+    text: str
+    reason: str | None = None
+
+    @property
+    def keep(self) -> bool:
+        return self.reason is None
+
+
+class Thresholds(BaseModel):
+    """The numbers of one heuristic, all of them given by a recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)

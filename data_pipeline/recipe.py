@@ -1,0 +1,126 @@
+"""A cleaning recipe: which stages run, with which thresholds."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from data_pipeline.errors import DataError
+from data_pipeline.extract import Mode
+from data_pipeline.quality import C4, GopherQuality, GopherRepetition, Verdict
+
+SHIPPED = Path(__file__).parent / "recipes"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Extraction(_Section):
+    mode: Mode
+
+
+class Language(_Section):
+    """Languages to keep (ISO 639-1; none given: all), and the probability that is enough."""
+
+    allowed: tuple[str, ...]
+    threshold: float
+
+
+class Dedup(_Section):
+    """MinHash-LSH: word `ngram`s, `bands` x `rows` hashes, twins from Jaccard `threshold` on."""
+
+    threshold: float
+    bands: int
+    rows: int
+    ngram: int
+
+
+class Recipe(_Section):
+    """One YAML file; a heuristic that is null does not run."""
+
+    description: str
+    extract: Extraction
+    language: Language
+    gopher_repetition: GopherRepetition | None
+    gopher_quality: GopherQuality | None
+    c4: C4 | None
+    dedup: Dedup
+
+    def override(self, mode: Mode | None, languages: tuple[str, ...] | None) -> "Recipe":
+        """This recipe with the extraction mode or the languages that the caller asks for."""
+        extract = self.extract if mode is None else Extraction(mode=mode)
+        language = self.language
+        if languages is not None:
+            language = language.model_copy(update={"allowed": languages})
+        return self.model_copy(update={"extract": extract, "language": language})
+
+    def judge_quality(self, text: str, language: str) -> Verdict:
+        """Ask each heuristic in turn, on the text as the one before it left it."""
+        verdict = Verdict(text)
+        for heuristic in (self.gopher_repetition, self.gopher_quality, self.c4):
+            if heuristic is not None and verdict.keep:
+                verdict = heuristic.judge(verdict.text, language)
+        return verdict
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def load_recipe(name: str) -> Recipe:
+    """Load a shipped recipe by name, or any recipe by the path of its YAML file.
+
+    Raises:
+        DataError: no such recipe, or a file with an unknown, missing or impossible setting.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else SHIPPED / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(shipped_recipes())
+        hint = _nearest(name, shipped_recipes())
+        raise DataError(f"no recipe {name!r}{hint}; shipped: {known}; or give the path of a .yaml")
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise DataError(f"{path}: not YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise DataError(f"{path}: a recipe is a mapping of sections, this is {settings!r:.80}")
+    try:
+        return Recipe.model_validate(settings)
+    except ValidationError as error:
+        problems = [_explain(problem, settings) for problem in error.errors()]
+        raise DataError(f"{path}: " + "; ".join(problems)) from error
+
+
+def _explain(problem: Any, settings: dict[str, Any]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    name = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        allowed = _fields_of(location[:-1])
+        hint = _nearest(location[-1], allowed)
+        return f"unknown setting {name!r}{hint}; allowed here: {', '.join(allowed)}"
+    if problem["type"] == "missing":
+        return f"setting {name!r} is missing"
+    return f"{name} = {problem['input']!r}: {problem['msg']}"
+
+
+def _fields_of(location: list[str]) -> list[str]:
+    """Names of the settings of the section at `location`."""
+    sections: dict[str, type[BaseModel]] = {
+        "extract": Extraction,
+        "language": Language,
+        "gopher_repetition": GopherRepetition,
+        "gopher_quality": GopherQuality,
+        "c4": C4,
+        "dedup": Dedup,
+    }
+    section = sections[location[0]] if location else Recipe
+    return list(section.model_fields)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    match = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {match[0]!r}?)" if match else ""

@@ -1,0 +1,260 @@
+"""From web archives to audited token shards, in one folder that a killed run continues.
+
+DIR/plan.json        what was asked for: inputs, recipe, options
+DIR/work/            finished pieces of an unfinished run; removed at the end
+DIR/audit/*.parquet  one file per archive, one row per document (`data_pipeline.ledger`)
+DIR/shards/, DIR/tokenizer.json, DIR/manifest.json   see `data_pipeline.shards`
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from data_pipeline import ledger
+from data_pipeline.clean import Piece, clean_archive
+from data_pipeline.crawl import find_archives
+from data_pipeline.dedup import deduplicate
+from data_pipeline.errors import DataError
+from data_pipeline.recipe import Recipe
+from data_pipeline.shards import Manifest, load_manifest, write_shards
+from data_pipeline.tokenize import load_tokenizer, train_tokenizer
+from data_pipeline.workers import do_each
+
+FINGERPRINT_BYTES = 1 << 20
+Progress = Callable[[str, int, int], None]
+"""Called with the name of a stage, the parts of it that are done, and all its parts."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run.
+
+    Attributes:
+        funnel: documents by stage and reason, as `ledger.funnel` counts them.
+        damage: a line with file and offset for every record that could not be read.
+        is_new: false where the folder held this run already.
+    """
+
+    manifest: Manifest
+    funnel: list[dict[str, Any]]
+    damage: list[str]
+    is_new: bool
+
+
+def run(
+    inputs: Sequence[str],
+    out: Path,
+    recipe: Recipe,
+    *,
+    workers: int = 1,
+    id_header: str = "WARC-Record-ID",
+    tokenizer: Path | None = None,
+    vocab_size: int = 8192,
+    progress: Progress = lambda stage, done, total: None,
+) -> RunResult:
+    """Clean, deduplicate, tokenize and shard the documents of web archives.
+
+    The same inputs and options give the same bytes under `out` for any number of workers, also
+    when the run was killed in between and started again.
+
+    Args:
+        inputs: paths, folders and glob patterns of WARC and WET files.
+        tokenizer: a Hugging Face tokenizer.json; without one a BPE of `vocab_size` is trained on
+            the kept texts.
+
+    Raises:
+        DataError: an input that does not exist, or a folder that holds another run.
+    """
+    archives = find_archives(inputs)
+    plan = _plan(archives, recipe, id_header, tokenizer, vocab_size)
+    _open_folder(out, plan)
+    work = out / "work"
+    if (out / "manifest.json").exists():
+        shutil.rmtree(work, ignore_errors=True)
+        return _result(load_manifest(out), is_new=False)
+    pieces = [Piece(work / "pieces" / f"{number:05d}") for number in range(len(archives))]
+    _clean(archives, pieces, recipe, id_header, workers, progress)
+    documents = _deduplicate(pieces, work, recipe, workers, progress)
+    _write_audit(pieces, work / "dedup" / "clusters.parquet", out / "audit")
+    if tokenizer is None:
+        tokenizer = _train_tokenizer(documents, work / "tokenizer.json", vocab_size, progress)
+    funnel = ledger.funnel(out / "audit")
+    extra = {
+        "recipe": recipe.model_dump(mode="json"),
+        "inputs": [json.loads(piece.summary.read_text()) for piece in pieces],
+        "funnel": funnel,
+    }
+    kept = sum(row["documents"] for row in funnel if row["reason"] == ledger.KEPT)
+    texts = _with_progress(_texts(documents, "document_id"), "shards", kept, progress)
+    manifest = write_shards(texts, tokenizer, out, extra=extra)
+    shutil.rmtree(work)
+    return _result(manifest, is_new=True)
+
+
+def _result(manifest: Manifest, is_new: bool) -> RunResult:
+    damage = ledger.damage(manifest.root / "audit")
+    return RunResult(manifest, manifest.extra["funnel"], damage, is_new)
+
+
+def _plan(
+    archives: Sequence[Path],
+    recipe: Recipe,
+    id_header: str,
+    tokenizer: Path | None,
+    vocab_size: int,
+) -> dict[str, Any]:
+    if tokenizer is not None:
+        vocab_size = load_tokenizer(tokenizer).vocab_size
+    return {
+        "inputs": {str(archive): _fingerprint(archive) for archive in archives},
+        "recipe": recipe.model_dump(mode="json"),
+        "id_header": id_header,
+        "tokenizer": None if tokenizer is None else _fingerprint(tokenizer),
+        "vocab_size": vocab_size,
+    }
+
+
+def _fingerprint(path: Path) -> str:
+    """Size and hash of both ends of a file: enough to notice another one under its name."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(FINGERPRINT_BYTES))
+        file.seek(max(0, size - FINGERPRINT_BYTES))
+        digest.update(file.read())
+    return f"{size}:{digest.hexdigest()}"
+
+
+def _open_folder(out: Path, plan: dict[str, Any]) -> None:
+    """Record the plan, or check that the folder was made by the same one."""
+    path = out / "plan.json"
+    if not path.exists():
+        if (out / "manifest.json").exists():
+            raise DataError(f"{out}: holds shards of unknown origin; choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside.write_text(json.dumps(plan, indent=1) + "\n")
+        aside.rename(path)
+        return
+    before = dict(_leaves(json.loads(path.read_text())))
+    now = dict(_leaves(json.loads(json.dumps(plan))))
+    changes = [
+        f"  {name}: {before.get(name, 'absent')} -> {now.get(name, 'absent')}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+    if changes:
+        raise DataError(
+            f"{out} holds a run of other inputs or options:\n"
+            + "\n".join(changes)
+            + "\nRepeat them, choose another --out, or remove the folder"
+        )
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, tree
+
+
+def _clean(
+    archives: Sequence[Path],
+    pieces: Sequence[Piece],
+    recipe: Recipe,
+    id_header: str,
+    workers: int,
+    progress: Progress,
+) -> None:
+    """Clean the archives whose piece is not there yet, one process per archive at a time."""
+    tasks = [
+        (archive, piece, recipe, id_header)
+        for archive, piece in zip(archives, pieces, strict=True)
+        if not piece.is_complete
+    ]
+    done = len(pieces) - len(tasks)
+    progress("clean", done, len(pieces))
+    for _ in do_each(clean_archive, tasks, workers):
+        done += 1
+        progress("clean", done, len(pieces))
+
+
+def _deduplicate(
+    pieces: Sequence[Piece], work: Path, recipe: Recipe, workers: int, progress: Progress
+) -> Path:
+    """Deduplicate over all pieces; return the folder of the kept documents."""
+    finished = work / "dedup"
+    progress("dedup", 0, 1)
+    if not finished.exists():
+        aside = work / ".dedup"
+        shutil.rmtree(aside, ignore_errors=True)
+        deduplicate(
+            [piece.documents for piece in pieces],
+            aside,
+            **recipe.dedup.model_dump(),
+            workers=workers,
+        )
+        aside.rename(finished)
+    progress("dedup", 1, 1)
+    return finished / "documents"
+
+
+def _write_audit(pieces: Sequence[Piece], clusters_file: Path, out: Path) -> None:
+    """Write one audit file per piece, with the outcome of deduplication in its rows."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    clusters = _with_document_ids(pq.read_table(clusters_file), pieces)
+    first = 0
+    for piece in pieces:
+        audit = pq.read_table(piece.audit)
+        passed = audit["stage"].null_count
+        settled = ledger.settle(audit, clusters.slice(first, passed))
+        pq.write_table(settled, out / f"{piece.folder.name}.parquet")
+        first += passed
+
+
+def _with_document_ids(clusters: pa.Table, pieces: Sequence[Piece]) -> pa.Table:
+    """Replace the ids that are unique in this run by the documents' own."""
+    names = pa.concat_tables(
+        pq.read_table(piece.documents, columns=["id", "document_id"]) for piece in pieces
+    )
+    if not clusters["id"].equals(names["id"]):
+        raise RuntimeError("deduplication did not return one row per document in input order")
+    rows = pc.index_in(clusters["twin"], names["id"])
+    twins = names["document_id"].take(rows)
+    return clusters.set_column(clusters.schema.get_field_index("twin"), "twin", twins)
+
+
+def _train_tokenizer(documents: Path, out: Path, vocab_size: int, progress: Progress) -> Path:
+    progress("tokenizer", 0, 1)
+    if not out.exists():
+        aside = out.with_name(f".{out.name}")
+        train_tokenizer((text for _, text in _texts(documents, "id")), vocab_size, aside)
+        aside.rename(out)
+    progress("tokenizer", 1, 1)
+    return out
+
+
+def _texts(documents: Path, id_column: str) -> Iterator[tuple[str, str]]:
+    for path in sorted(documents.glob("*.parquet")):
+        for batch in pq.ParquetFile(path).iter_batches(256, columns=[id_column, "text"]):
+            ids, texts = (batch[name].to_pylist() for name in (id_column, "text"))
+            yield from zip(ids, texts, strict=True)
+
+
+def _with_progress(
+    items: Iterator[tuple[str, str]], stage: str, total: int, progress: Progress
+) -> Iterator[tuple[str, str]]:
+    progress(stage, 0, total)
+    for done, item in enumerate(items, 1):
+        yield item
+        progress(stage, done, total)

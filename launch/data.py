@@ -1,0 +1,162 @@
+"""`farspan data`: from web archives to token shards. Heavy imports stay inside the commands."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from data_pipeline.run import RunResult
+
+app = typer.Typer(no_args_is_help=True, help="Make token shards from web archives.")
+console = Console()
+DAMAGE_LINES = 10
+PLAIN_LINES_PER_STAGE = 10
+
+
+class Mode(StrEnum):
+    """How the main text of a page is found."""
+
+    fast = "fast"
+    accurate = "accurate"
+
+
+Archives = Annotated[
+    list[str], typer.Argument(metavar="INPUT...", help="WARC or WET files, folders, patterns.")
+]
+IdHeader = Annotated[str, typer.Option(help="WARC header that holds a document's id.")]
+
+
+@app.command()
+def run(
+    inputs: Archives,
+    out: Annotated[Path, typer.Option(help="Folder to fill; a killed run continues there.")],
+    recipe: Annotated[str, typer.Option(help="A shipped recipe or a .yaml file.")] = "c4-gopher",
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    id_header: IdHeader = "WARC-Record-ID",
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A tokenizer.json [default: train one].")
+    ] = None,
+    vocab_size: Annotated[int, typer.Option(help="Of a trained tokenizer.")] = 8192,
+    mode: Annotated[Mode | None, typer.Option(help="Instead of the recipe's.")] = None,
+    languages: Annotated[
+        str | None, typer.Option(help="ISO 639-1 codes, as in en,de, instead of the recipe's.")
+    ] = None,
+) -> None:
+    """Clean, deduplicate, tokenize and shard; audit what became of every document."""
+    from data_pipeline.recipe import load_recipe
+    from data_pipeline.run import run as run_pipeline
+
+    chosen = load_recipe(recipe).override(
+        mode=mode.value if mode else None,
+        languages=tuple(languages.split(",")) if languages else None,
+    )
+    with _progress() as progress:
+        result = run_pipeline(
+            inputs,
+            out,
+            chosen,
+            workers=workers,
+            id_header=id_header,
+            tokenizer=tokenizer,
+            vocab_size=vocab_size,
+            progress=progress,
+        )
+    _report(result, out)
+
+
+@app.command()
+def extract(
+    inputs: Archives,
+    out: Annotated[Path, typer.Option(help="JSONL file to write.")],
+    mode: Annotated[Mode, typer.Option(help="resiliparse or trafilatura.")] = Mode.fast,
+    id_header: IdHeader = "WARC-Record-ID",
+) -> None:
+    """Write {"id", "url", "text"} of every page."""
+    from data_pipeline.extract import extract_archives
+
+    with _progress() as progress:
+        outcomes = extract_archives(
+            inputs, out, mode=mode.value, id_header=id_header, progress=progress
+        )
+    for outcome, documents in outcomes.most_common():
+        _say(f"{outcome}: {documents}")
+    _say(f"wrote {out}")
+
+
+@app.command()
+def dedup(
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="INPUT...", help="Parquet or JSONL(.gz, .zst) files.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for documents/ and clusters.parquet.")],
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="Jaccard similarity of near-duplicates.")
+    ] = 0.8,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+) -> None:
+    """Remove exact and near-duplicates from files with `id` and `text`."""
+    from data_pipeline.dedup import deduplicate
+
+    report = deduplicate(inputs, out, threshold=threshold, workers=workers)
+    _say(f"kept {report.kept} of {report.documents} documents: {out / 'documents'}")
+    _say(
+        f"dropped {report.exact_duplicates} exact and {report.near_duplicates} near duplicates "
+        f"in {report.clusters} clusters: {out / 'clusters.parquet'}"
+    )
+
+
+def _say(line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Bars on a terminal, a few plain lines elsewhere."""
+    if not console.is_terminal:
+        yield _plain_progress
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done)
+
+        yield show
+
+
+def _plain_progress(stage: str, done: int, total: int) -> None:
+    every = max(1, total // PLAIN_LINES_PER_STAGE)
+    if done == total or done % every == 0:
+        _say(f"{stage}: {done} of {total}")
+
+
+def _report(result: "RunResult", out: Path) -> None:
+    if not result.is_new:
+        _say(f"{out} is finished already: same inputs, same options")
+    table = Table("stage", "reason")
+    table.add_column("documents", justify="right")
+    for row in result.funnel:
+        table.add_row(row["stage"], row["reason"], str(row["documents"]))
+    console.print(table)
+    for archive in result.manifest.extra["inputs"]:
+        if not archive["documents"]:
+            _say(f"{archive['path']}: no documents")
+    for line in result.damage[:DAMAGE_LINES]:
+        _say(line)
+    if len(result.damage) > DAMAGE_LINES:
+        _say(f"... and {len(result.damage) - DAMAGE_LINES} more damaged records: {out / 'audit'}")
+    manifest = result.manifest
+    _say(
+        f"{manifest.documents} documents, {manifest.tokens} tokens in {len(manifest.shards)} "
+        f"shards: {out / 'manifest.json'}"
+    )
