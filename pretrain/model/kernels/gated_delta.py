@@ -55,7 +55,7 @@ def gated_delta_rule(
         out [B, Hv, T, E] in v's dtype, and the last document's final state [B, Hv, D, E]. The
         state and all arithmetic are float32, or float64 for float64 inputs.
     """
-    _check_shapes(q, k, v, g, beta, initial_state)
+    _check_shapes(q, k, v, g, beta, initial_state, documents)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if initial_state is None:
         B, Hv, _, E = v.shape
@@ -77,7 +77,7 @@ def gated_delta_recurrent(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition of `gated_delta_rule`, token by token: for decoding and as a reference."""
-    _check_shapes(q, k, v, g, beta, initial_state)
+    _check_shapes(q, k, v, g, beta, initial_state, documents)
     dtype = _compute_dtype(v)
     q, k = (x.to(dtype).repeat_interleave(v.shape[1] // x.shape[1], dim=1) for x in (q, k))
     q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -137,12 +137,12 @@ class _GatedDeltaRule(torch.autograd.Function):
             states, V_new = scan_states(prepared, prepared.U, border)
             dO = to_chunks(d_out[:, :, tokens], ctx.chunk_size, borders.dtype)
             d_states, dV_new = scan_state_gradients(prepared, dO, d_state)
-            segment_grads = segment_gradients(
+            chunk_gradients = segment_gradients(
                 segment, prepared, states, V_new, dO, d_states, dV_new
             )
-            segment_grads.q.mul_(ctx.scale)
-            for gradient, segment_gradient in zip(gradients, segment_grads, strict=True):
-                _store(gradient, tokens, segment_gradient)
+            chunk_gradients.q.mul_(ctx.scale)
+            for gradient, chunks in zip(gradients, chunk_gradients, strict=True):
+                _store(gradient, tokens, chunks)
             d_state = d_states[0]
         d_initial = d_state.view(initial_state.shape).to(initial_state.dtype)
         return *gradients, d_initial, None, None, None
@@ -177,7 +177,7 @@ def load_segment(
     if resets is not None:
         per_head = resets[:, None, tokens].expand(-1, heads, -1)
         boundaries = document_boundaries(to_chunks(per_head, chunk_size, torch.bool), dtype)
-    return Segment(q_chunks * scale, k_chunks, v_chunks, g_chunks, beta_chunks, boundaries)
+    return Segment(q_chunks.mul_(scale), k_chunks, v_chunks, g_chunks, beta_chunks, boundaries)
 
 
 def to_chunks(x: Tensor, chunk_size: int, dtype: torch.dtype, repeat: int = 1) -> Tensor:
@@ -188,20 +188,21 @@ def to_chunks(x: Tensor, chunk_size: int, dtype: torch.dtype, repeat: int = 1) -
     padding = -x.shape[2] % chunk_size
     if padding:
         x = F.pad(x, (0, 0) * (x.ndim - 3) + (0, padding))
-    x = x.unflatten(2, (-1, chunk_size)).movedim(2, 0)
-    x = x.unsqueeze(3).expand(-1, -1, -1, repeat, *x.shape[3:])
-    return x.to(dtype).flatten(0, 3)
+    x = x.unflatten(2, (-1, chunk_size)).movedim(2, 0).unsqueeze(3)
+    chunks = x.new_empty(*x.shape[:3], repeat, *x.shape[4:], dtype=dtype)
+    return chunks.copy_(x).flatten(0, 3)
 
 
 def _store(out: Tensor, tokens: slice, chunks: Tensor) -> None:
-    """Write chunks to out[:, :, tokens], where needed summed over the repeats of a head."""
+    """Write chunks to out[:, :, tokens], summed over the repeats of a head."""
     B, H = out.shape[:2]
     target = out[:, :, tokens]
     n_chunks = -(-target.shape[2] // chunks.shape[1])
-    chunks = chunks.unflatten(0, (n_chunks, B, H, -1))
-    chunks = chunks.sum(3) if chunks.shape[3] > 1 else chunks.squeeze(3)
-    sequence = chunks.movedim(0, 2).flatten(2, 3)[:, :, : target.shape[2]]
-    target.copy_(sequence.reshape(target.shape))
+    chunks = chunks.view(n_chunks, B, H, -1, chunks.shape[1], *out.shape[3:])
+    chunks = chunks.squeeze(3) if chunks.shape[3] == 1 else chunks.sum(3)
+    for n, chunk in enumerate(chunks):
+        part = target[:, :, n * chunk.shape[2] : (n + 1) * chunk.shape[2]]
+        part.copy_(chunk[:, :, : part.shape[2]])
 
 
 def _compute_dtype(v: Tensor) -> torch.dtype:
@@ -218,19 +219,27 @@ def _resets(documents: Documents | None) -> Tensor | None:
 
 
 def _check_shapes(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    documents: Documents | None,
 ) -> None:
     B, Hv, T, E = v.shape
     Hk, D = q.shape[1], q.shape[-1]
-    expected = {
-        "q": (q, (B, Hk, T, D)),
-        "k": (k, (B, Hk, T, D)),
-        "g": (g, (B, Hv, T)),
-        "beta": (beta, (B, Hv, T)),
-    }
+    expected = [
+        ("q", q, (B, Hk, T, D)),
+        ("k", k, (B, Hk, T, D)),
+        ("g", g, (B, Hv, T)),
+        ("beta", beta, (B, Hv, T)),
+    ]
     if initial_state is not None:
-        expected["initial_state"] = (initial_state, (B, Hv, D, E))
-    for name, (x, shape) in expected.items():
+        expected.append(("initial_state", initial_state, (B, Hv, D, E)))
+    if documents is not None:
+        expected.append(("documents.position", documents.position, (B, T)))
+    for name, x, shape in expected:
         if x.shape != shape:
             raise ValueError(
                 f"gated_delta_rule: {name} has shape {tuple(x.shape)}, but {shape} belongs to "

@@ -22,28 +22,31 @@ import torch
 from torch import Tensor
 
 
-class Segment(NamedTuple):
-    """The inputs of a segment. q (already scaled) and k [N*G, C, D], v [N*G, C, E],
-    g and beta [N*G, C, 1]; same_document [N*G, C, C], continues [N*G, C, 1] (the token belongs to
-    the document that enters the chunk) and lasts [N*G, C, 1] (to the one that leaves it), each 0
-    or 1, or None where no document starts in the segment.
+class Boundaries(NamedTuple):
+    """Where documents start, as factors of 0 and 1: two tokens are of one document
+    [N*G, C, C]; a token is of the document that enters its chunk, of the one that leaves it
+    [N*G, C, 1].
     """
+
+    same_document: Tensor
+    entering: Tensor
+    leaving: Tensor
+
+
+class Segment(NamedTuple):
+    """The inputs: q (scaled) and k [N*G, C, D], v [N*G, C, E], g and beta [N*G, C, 1]."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     g: Tensor
     beta: Tensor
-    boundaries: "Boundaries | None"
-
-
-class Boundaries(NamedTuple):
-    same_document: Tensor
-    continues: Tensor
-    lasts: Tensor
+    boundaries: Boundaries | None
 
 
 class Decays(NamedTuple):
+    """Gamma [N*G, C, C], gamma and gamma_C / gamma [N*G, C, 1], gamma_C [N*G, 1, 1]."""
+
     within: Tensor
     from_start: Tensor
     to_end: Tensor
@@ -51,7 +54,7 @@ class Decays(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What the state scan needs, and T, P and the decays for the output and the gradients."""
+    """What the chunks compute without the state; q and k with their decays to the chunk's edges."""
 
     decays: Decays
     T: Tensor
@@ -62,8 +65,18 @@ class Prepared(NamedTuple):
     k_to_end: Tensor
 
 
+class Gradients(NamedTuple):
+    """The gradients of a segment's inputs, in their shapes."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+
+
 def document_boundaries(resets: Tensor, dtype: torch.dtype) -> Boundaries | None:
-    """From resets [N*G, C] bool: the token is the first of a document and sees no earlier state."""
+    """From resets [N*G, C] bool: from this token on, nothing earlier is seen."""
     if not resets.any():
         return None
     document = resets.cumsum(-1)
@@ -75,7 +88,7 @@ def document_boundaries(resets: Tensor, dtype: torch.dtype) -> Boundaries | None
 
 
 def chunk_decays(g: Tensor, boundaries: Boundaries | None) -> Decays:
-    """Gamma [N*G, C, C], gamma and gamma_C / gamma [N*G, C, 1], gamma_C [N*G, 1, 1]."""
+    """From g [N*G, C, 1]; exactly 0 between documents."""
     # Powers of 2, because CPU exp is 10 to 100 times slower where its result underflows.
     log2_gamma = g.cumsum(-2).mul_(1 / math.log(2))
     # Above the diagonal exp2 may overflow: tril_ writes zeros there, it does not multiply.
@@ -84,13 +97,13 @@ def chunk_decays(g: Tensor, boundaries: Boundaries | None) -> Decays:
     to_end = (log2_gamma[:, -1:] - log2_gamma).exp2_()
     if boundaries is not None:
         within.mul_(boundaries.same_document)
-        from_start.mul_(boundaries.continues)
-        to_end.mul_(boundaries.lasts)
+        from_start.mul_(boundaries.entering)
+        to_end.mul_(boundaries.leaving)
     return Decays(within, from_start, to_end, from_start[:, -1:])
 
 
 def prepare(segment: Segment) -> Prepared:
-    """The part of the forward pass that needs no state: the UT transform of every chunk."""
+    """The UT transform and the decays of every chunk."""
     q, k, v, g, beta, boundaries = segment
     decays = chunk_decays(g, boundaries)
     k_beta = k * beta
@@ -151,14 +164,6 @@ def scan_state_gradients(p: Prepared, dO: Tensor, dS: Tensor) -> tuple[Tensor, T
     return d_states, dV_new
 
 
-class SegmentGradients(NamedTuple):
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    g: Tensor
-    beta: Tensor
-
-
 def segment_gradients(
     segment: Segment,
     p: Prepared,
@@ -167,12 +172,11 @@ def segment_gradients(
     dO: Tensor,
     d_states: Tensor,
     dV_new: Tensor,
-) -> SegmentGradients:
-    """The gradients of the segment's inputs, in their shapes; inverse of A by
-    dA = -T^T dT T^T (strictly lower part).
+) -> Gradients:
+    """From the gradients of the outputs and what `scan_state_gradients` made of them.
 
-    k enters A and W with the row's gamma_i and beta_i, and A, P and k_to_end with 1 / gamma_j:
-    the two parts are kept apart, because d log gamma_i = q_i dq_i + row part - column part.
+    gamma_i multiplies q_i and, in the rows of A and W, k_i; elsewhere k_i is divided by it. So
+    d log gamma_i = q_i dq_i + k_i dk_i (rows) - k_i dk_i (columns), without a C x C product.
     """
     q, k, v, _, beta, _ = segment
     within, from_start, to_end, _ = p.decays
@@ -185,21 +189,21 @@ def segment_gradients(
     dW = torch.bmm(dV_new, S_in.mT).neg_()
     dv_beta = torch.bmm(p.T.mT, dV_new)
     dk_W = torch.bmm(p.T.mT, dW)
-    dA = torch.bmm(dv_beta, p.U.mT).baddbmm_(dk_W, p.W.mT).mul_(within).neg_()
+    dA = torch.bmm(dv_beta, p.U.mT).baddbmm_(dk_W, p.W.mT, beta=-1, alpha=-1).mul_(within)
     dA.diagonal(dim1=-2, dim2=-1).zero_()
 
-    dk_row = dk_W.mul_(from_start).baddbmm_(dA, k)  # but for the factor beta
+    dk_row = dk_W.mul_(from_start).baddbmm_(dA, k)  # without its factor beta
     dk_column = torch.bmm(V_new, dS_out.flatten(0, 1).mT).mul_(to_end)
     dk_column.baddbmm_(dA.mT, k * beta).baddbmm_(dP.mT, q)
 
     k_dk_row = _dot(k, dk_row)
     dbeta = _dot(v, dv_beta).add_(k_dk_row)
     d_log_gamma = _dot(q, dq).addcmul_(beta, k_dk_row).sub_(_dot(k, dk_column))
-    # S_out scales with gamma_C as a whole.
+    # gamma_C multiplies the whole of S_out.
     d_log_gamma[:, -1, 0] += (dS_out * S_out).sum((-2, -1)).flatten()
     dg = d_log_gamma.flip(-2).cumsum(-2).flip(-2)
     dk = dk_column.addcmul_(dk_row, beta)
-    return SegmentGradients(dq, dk, dv_beta.mul_(beta), dg, dbeta)
+    return Gradients(dq, dk, dv_beta.mul_(beta), dg, dbeta)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -32,6 +32,11 @@ def short_convolution(x: Tensor, weight: Tensor, documents: Documents | None = N
             f"short_convolution: x {tuple(x.shape)} and weight {tuple(weight.shape)} must be "
             "[B, T, C] and [C, W]"
         )
+    if documents is not None and documents.position.shape != x.shape[:2]:
+        raise ValueError(
+            f"short_convolution: documents of {tuple(documents.position.shape)} tokens do not "
+            f"belong to x {tuple(x.shape)}"
+        )
     position = documents.position if documents is not None and documents.is_packed else None
     return _ShortConvolution.apply(x, weight, position)
 
