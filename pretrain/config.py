@@ -280,6 +280,11 @@ def _check_model(model: ModelConfig) -> None:
             f"model.attention.rope_fraction = {attention.rope_fraction}: it must turn an even "
             f"number of the head's {attention.head_dim} dimensions, and not more than all"
         )
+    if moe.n_experts:
+        # grouped_mm wants rows of a multiple of 16 bytes, which is 8 elements in bfloat16.
+        for dotted, width in (("d_model", model.d_model), ("moe.d_expert", moe.d_expert)):
+            if width % 8:
+                raise UserError(f"model.{dotted} = {width}: must be a multiple of 8 with experts")
     if moe.n_experts and moe.top_k > moe.n_experts:
         raise UserError(
             f"model.moe.top_k = {moe.top_k}: a token cannot go to more experts than the "

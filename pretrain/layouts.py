@@ -73,6 +73,14 @@ def _problem(config: Config, layout: Layout) -> str | None:
         return f"parallel.ep = {layout.ep} does not divide dp_shard = {layout.dp_shard}"
     if experts % layout.ep:
         return f"parallel.ep = {layout.ep} does not divide model.moe.n_experts = {experts}"
+    expert_shard = layout.dp_shard // layout.ep
+    for dotted in ("d_model", "moe.d_expert") if layout.ep > 1 else ():
+        width = config.model.d_model if dotted == "d_model" else config.model.moe.d_expert
+        if width % expert_shard:
+            return (
+                f"dp_shard / ep = {expert_shard} ranks share each expert, and do not divide "
+                f"model.{dotted} = {width}"
+            )
     if train.global_batch % (layout.world_size * train.microbatch):
         return (
             f"train.global_batch = {train.global_batch} is no multiple of ranks x "

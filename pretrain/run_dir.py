@@ -4,7 +4,6 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -67,10 +66,3 @@ class RunDirectory:
     def mark_done(self, step: int) -> None:
         """Write the success marker for a run that has finished `step` steps."""
         write_atomically(self.done, json.dumps({"step": step}) + "\n")
-
-    def finished_step(self) -> int | None:
-        """The step the run had finished at when it was last marked done, or None."""
-        if not self.done.exists():
-            return None
-        marker: dict[str, Any] = json.loads(self.done.read_text())
-        return int(marker["step"])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.comm import Communicator
+from pretrain.model.kernels.experts import count_slots, permute_rows
 
 
 class AllToAllDispatch:
@@ -23,22 +24,26 @@ class AllToAllDispatch:
         self, x: Tensor, expert_indices: Tensor, expert_weights: Tensor, experts: nn.Module
     ) -> Tensor:
         """x [N, d], expert_indices and expert_weights [N, k] -> [N, d]."""
-        n_tokens, top_k = expert_indices.shape
-        slots = expert_indices.flatten()
-        order = slots.argsort(stable=True)
-        counts = torch.bincount(slots, minlength=self.n_experts)
+        top_k = expert_indices.shape[1]
+        order = expert_indices.flatten().argsort(stable=True)
+        inverse = order.argsort()
+        slots = x[:, None].expand(-1, top_k, -1).flatten(0, 1)
+        counts = count_slots(expert_indices, self.n_experts)
 
         counts_by_source = self._exchange_counts(counts)
         sent = counts.view(self.comm.size, -1).sum(1).tolist()
         received = counts_by_source.sum(1).tolist()
-        arrived = self.comm.all_to_all(x[order // top_k], received, sent)
+        arrived = self.comm.all_to_all(permute_rows(slots, order, inverse), received, sent)
 
         by_expert = self._source_major_to_expert_major(counts_by_source)
-        computed = experts(arrived[by_expert], counts_by_source.sum(0))
-        returned = self.comm.all_to_all(computed[by_expert.argsort()], sent, received)
+        by_source = by_expert.argsort()
+        computed = experts(permute_rows(arrived, by_expert, by_source), counts_by_source.sum(0))
+        returned = self.comm.all_to_all(
+            permute_rows(computed, by_source, by_expert), sent, received
+        )
 
-        per_slot = returned[order.argsort()].view(n_tokens, top_k, -1)
-        return (per_slot * expert_weights.unsqueeze(-1).to(per_slot.dtype)).sum(1)
+        out = permute_rows(returned, inverse, order).unflatten(0, (-1, top_k))
+        return torch.einsum("nk,nkd->nd", expert_weights.to(out.dtype), out)
 
     def _exchange_counts(self, counts: Tensor) -> Tensor:
         """How many rows each source rank has for each local expert: [ranks, E / ranks]."""

@@ -1,13 +1,13 @@
 """Mixture-of-experts feed-forward, dropless."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.model.config import MoEConfig
-from pretrain.model.kernels.experts import grouped_swiglu
+from pretrain.model.kernels.experts import count_slots, grouped_swiglu, permute_rows
 from pretrain.model.mlp import SwiGLU
 from pretrain.model.norm import upcast
 
@@ -78,12 +78,6 @@ class MoE(nn.Module):
         return out.view_as(x_btd), routing
 
 
-def count_slots(expert_indices: Tensor, n_experts: int) -> Tensor:
-    """[E] int64: how often each expert occurs in `expert_indices`."""
-    slots = expert_indices.flatten()
-    return slots.new_zeros(n_experts).scatter_add_(0, slots, torch.ones_like(slots))
-
-
 def dispatch_locally(
     x: Tensor, expert_indices: Tensor, expert_weights: Tensor, experts: Experts
 ) -> Tensor:
@@ -95,25 +89,3 @@ def dispatch_locally(
     counts = count_slots(expert_indices, experts.n_experts)
     out = permute_rows(experts(permute_rows(slots, order, inverse), counts), inverse, order)
     return torch.einsum("nk,nkd->nd", expert_weights.to(out.dtype), out.unflatten(0, (-1, top_k)))
-
-
-def permute_rows(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """x[order], for a permutation and its inverse.
-
-    The backward gathers too, where that of indexing adds atomically: slower, and not bitwise
-    reproducible.
-    """
-    permuted: Tensor = _PermuteRows.apply(x, order, inverse)
-    return permuted
-
-
-class _PermuteRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return x[order]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return grad[inverse], None, None

@@ -1,5 +1,7 @@
 """The feed-forwards of all experts at once, over tokens sorted by expert."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,3 +40,31 @@ def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
     groups = x.tensor_split(offsets[:-1].tolist())
     return torch.cat([F.linear(group, w) for group, w in zip(groups, weight, strict=True)])
+
+
+def count_slots(expert_indices: Tensor, n_experts: int) -> Tensor:
+    """[E] int64: how often each expert occurs in `expert_indices`."""
+    slots = expert_indices.flatten()
+    return slots.new_zeros(n_experts).scatter_add_(0, slots, torch.ones_like(slots))
+
+
+def permute_rows(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """x[order], for a permutation and its inverse.
+
+    The backward gathers too, where that of indexing adds atomically: slower, and not bitwise
+    reproducible.
+    """
+    permuted: Tensor = _PermuteRows.apply(x, order, inverse)
+    return permuted
+
+
+class _PermuteRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x[order]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grad[inverse], None, None

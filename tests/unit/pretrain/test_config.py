@@ -34,6 +34,7 @@ def test_an_override_beats_the_recipe_and_the_recipe_beats_the_default(tmp_path)
         ("train.dtype=fp8", ["train.dtype", "fp8", "'float32' or 'bfloat16'"]),
         ("train.steps=many", ["train.steps", "many", "integer"]),
         ("model.d_model=0", ["model.d_model", "at least 1"]),
+        ("model.moe.d_expert=20", ["model.moe.d_expert = 20", "multiple of 8"]),
         ("model.moe.top_k=9", ["model.moe.top_k = 9", "8"]),
         ("model.attention.n_kv_heads=3", ["n_kv_heads", "multiple"]),
         ("model.layer_pattern=[]", ["model.layer_pattern", "linear, softmax"]),
@@ -97,6 +98,11 @@ def test_auto_fills_dp_shard(ranks, overrides, layout) -> None:
         (4, ["parallel.dp_replicate=3"], ["dp_replicate = 3", "dp_replicate=2 dp_shard=2"]),
         (2, ["parallel.tp=2"], ["parallel.tp = 2", "dp_shard=2"]),
         (4, ["train.global_batch=6"], ["train.global_batch = 6", "train.global_batch=8"]),
+        (
+            24,
+            ["parallel.ep=2", "model.d_model=104", "train.global_batch=48"],
+            ["12 ranks share each expert", "model.d_model = 104", "dp_shard=8 ep=2"],
+        ),
         (2, ["model.moe.n_experts=0", "parallel.ep=2"], ["dense", "ep=1"]),
     ],
 )
