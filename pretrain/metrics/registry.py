@@ -45,10 +45,9 @@ METRICS: dict[str, Metric] = {
         Metric(
             "train/aux_loss",
             "1",
-            "aux_loss coefficient * mean over expert layers of E * sum_e f_e P_e",
-            "Balance loss as it enters the gradient: f_e are the expert frequencies of the "
-            "previous step, P_e this step's mean router probabilities. Balanced routing gives "
-            "the coefficient itself.",
+            "mean over expert layers of E * sum_e f_e P_e, f_e the expert frequencies of the "
+            "previous step, P_e this step's mean router probabilities",
+            "Enters the gradient times model.moe.aux_loss; 1 is balanced.",
         ),
         Metric(
             "train/tokens",
