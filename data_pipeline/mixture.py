@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
+from data_pipeline.hashing import mix64
 
 FEISTEL_ROUNDS = 6
 DOCUMENTS_PER_CHUNK = 1024
@@ -59,17 +60,10 @@ def permute(index: NDArray[np.int64], size: int, key: Sequence[int]) -> NDArray[
     while outside.any():
         left, right = place[outside] >> half, place[outside] & mask
         for round_key in round_keys:
-            left, right = right, left ^ (_mix(right ^ round_key) & mask)
+            left, right = right, left ^ (mix64(right ^ round_key) & mask)
         place[outside] = left << half | right
         outside = place >= size
     return place.astype(np.int64)
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014)."""
-    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return x ^ x >> np.uint64(31)
 
 
 class Mixture:

@@ -1,0 +1,171 @@
+"""Documents of any accepted file type, as Parquet parts that Daft reads in order.
+
+JSONL goes through pyarrow rather than Daft, whose reader silently drops columns that first appear
+late in a file and casts later values to the type of the first.
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.json
+import pyarrow.parquet as pq
+
+from data_pipeline.errors import DataError
+
+JSONL_BLOCK = 64 << 20
+JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+REQUIRED = ("id", "text")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A Parquet file of documents and where they came from.
+
+    Attributes:
+        first_row: the place of its first document in `source`, counted from 0.
+    """
+
+    path: Path
+    source: Path
+    first_row: int
+    rows: int
+
+
+def parquet_parts(inputs: Sequence[Path], scratch: Path) -> list[Part]:
+    """Parquet files under `scratch` that hold the documents of `inputs`, in order.
+
+    Parquet inputs are linked; JSONL is converted in blocks of 64 MB, each with the columns and
+    types that its lines have.
+
+    Raises:
+        DataError: a file is missing, unreadable, of an unknown type, or lacks `id` or `text`.
+    """
+    parts: list[Part] = []
+    for source in inputs:
+        if not source.is_file():
+            raise DataError(f"{source}: no such file")
+        if source.suffix == ".parquet":
+            path = scratch / f"{len(parts):06d}.parquet"
+            path.symlink_to(source.resolve())
+            parts.append(Part(path, source, 0, _checked_rows(source)))
+        elif source.name.endswith(JSONL_SUFFIXES):
+            first_row = 0
+            for table in _read_jsonl(source):
+                path = scratch / f"{len(parts):06d}.parquet"
+                pq.write_table(table, path)
+                parts.append(Part(path, source, first_row, len(table)))
+                first_row += len(table)
+        else:
+            allowed = ", ".join((".parquet", *JSONL_SUFFIXES))
+            raise DataError(f"{source}: unknown file type; allowed are {allowed}")
+    return parts
+
+
+def read_ids(parts: Sequence[Part]) -> pa.Array:
+    """The ids of all documents, in input order.
+
+    Raises:
+        DataError: an id is missing or stands twice.
+    """
+    columns = [_read(part, ["id"])["id"] for part in parts]
+    chunks = [chunk.cast(pa.large_string()) for column in columns for chunk in column.chunks]
+    ids = pa.chunked_array(chunks, pa.large_string()).combine_chunks()
+    refuse_null(parts, "id", ids)
+    if len(ids.unique()) < len(ids):
+        seen: dict[str, int] = {}
+        for row, name in enumerate(ids.to_pylist()):
+            if name in seen:
+                first, second = _locate(parts, seen[name]), _locate(parts, row)
+                raise DataError(f"id `{name}` stands twice: {first} and {second}; make ids unique")
+            seen[name] = row
+    return ids
+
+
+def refuse_null(parts: Sequence[Part], column: str, values: pa.Array) -> None:
+    """Raise a DataError that names the first document without a value."""
+    if values.null_count:
+        row = int(np.flatnonzero(values.is_null())[0])
+        raise DataError(f"{_locate(parts, row)} has no `{column}`; add it or remove the document")
+
+
+def refuse_damage(parts: Sequence[Part]) -> None:
+    """Raise a DataError that names the first input whose documents cannot be read."""
+    for part in parts:
+        _read(part, REQUIRED)
+
+
+def _read(part: Part, columns: Sequence[str]) -> pa.Table:
+    try:
+        table = pq.read_table(part.path, columns=list(columns))
+        table.validate(full=True)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{part.source}: damaged, its documents cannot be read: {error}") from error
+    return table
+
+
+def _locate(parts: Sequence[Part], row: int) -> str:
+    for part in parts:
+        if row < part.rows:
+            return f"document {part.first_row + row} (counted from 0) of {part.source}"
+        row -= part.rows
+    raise IndexError(row)
+
+
+def _checked_rows(path: Path) -> int:
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: damaged or not Parquet ({error})") from error
+    schema = file.schema_arrow
+    for name in REQUIRED:
+        if name not in schema.names:
+            raise DataError(
+                f"{path}: no column `{name}` among {', '.join(schema.names)}; rename the column "
+                f"that holds the {name}"
+            )
+        found = schema.field(name).type
+        if found not in (pa.string(), pa.large_string(), pa.string_view()):
+            raise DataError(f"{path}: column `{name}` is {found}, it must be string")
+    return int(file.metadata.num_rows)
+
+
+def _read_jsonl(path: Path) -> Iterator[pa.Table]:
+    documents = 0
+    try:
+        with io.BufferedReader(pa.input_stream(str(path), compression="detect")) as stream:
+            while block := stream.read(JSONL_BLOCK):
+                table = _parse(block + stream.readline())
+                documents += len(table)
+                yield table
+    except pa.ArrowInvalid as error:
+        raise DataError(
+            f"{path}: not JSON Lines with string `id` and `text` ({error}, counted from document "
+            f"{documents})"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path}: damaged after document {documents} ({error})") from error
+
+
+def _parse(lines: bytes) -> pa.Table:
+    schema = pa.schema([(name, pa.string()) for name in REQUIRED])
+    table = _read_json(lines, schema)
+    for field in table.schema:
+        # pyarrow turns strings that look like dates into timestamps.
+        if pa.types.is_timestamp(field.type):
+            schema = schema.append(pa.field(field.name, pa.string()))
+    if len(schema) > len(REQUIRED):
+        table = _read_json(lines, schema)
+    table.validate(full=True)
+    return table
+
+
+def _read_json(lines: bytes, schema: pa.Schema) -> pa.Table:
+    return pyarrow.json.read_json(
+        pa.BufferReader(lines),
+        read_options=pyarrow.json.ReadOptions(block_size=len(lines) + 1),
+        parse_options=pyarrow.json.ParseOptions(explicit_schema=schema),
+    )

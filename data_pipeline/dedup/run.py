@@ -1,0 +1,133 @@
+"""Exact and near-duplicate removal, from files of documents to files of documents."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from daft.exceptions import DaftCoreException
+from numpy.typing import NDArray
+
+from data_pipeline.dedup.clusters import Clusters, find_clusters
+from data_pipeline.dedup.inputs import Part, parquet_parts, read_ids, refuse_damage, refuse_null
+from data_pipeline.dedup.lsh import sign
+from data_pipeline.errors import DataError
+
+
+@dataclass(frozen=True)
+class DedupReport:
+    """Counts of documents; `clusters` counts those of two or more."""
+
+    documents: int
+    kept: int
+    exact_duplicates: int
+    near_duplicates: int
+    clusters: int
+
+
+def deduplicate(
+    inputs: Sequence[Path],
+    out: Path,
+    *,
+    threshold: float = 0.8,
+    bands: int = 14,
+    rows: int = 8,
+    ngram: int = 5,
+    workers: int = 1,
+) -> DedupReport:
+    r"""Keep the longest document of every cluster of duplicates, the first among equals.
+
+    Two documents are duplicates if their texts are equal, or if they share a MinHash band and the
+    Jaccard similarity of their sets of word n-grams is at least `threshold`. Clusters are the
+    connected components; blank texts match nothing. The result does not depend on `workers`.
+
+    Args:
+        inputs: Parquet or JSONL(.gz, .zst) with unique string `id` and `text`; other columns are
+            carried along.
+        out: gets documents/*.parquet, in input order, and clusters.parquet, a row per input
+            document: id, cluster, kept, twin (the kept document of its cluster) and jaccard (with
+            its twin), both null if it is kept itself.
+        ngram: words of a shingle. Words are lower-cased runs of `\w`; a shorter text is one
+            shingle.
+        workers: processes that hash the texts.
+
+    Raises:
+        DataError: a setting or a file is wrong; `out` keeps what it had.
+    """
+    _check_settings(threshold, bands=bands, rows=rows, ngram=ngram, workers=workers)
+    folder = out / "documents"
+    for path in inputs:
+        if folder.resolve() in path.resolve().parents:
+            raise DataError(f"{path}: lies in {folder}, which will be replaced; name another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out, prefix=".dedup-") as name:
+        scratch = Path(name)
+        parts = parquet_parts(inputs, scratch)
+        files = [part.path for part in parts if part.rows]
+        ids = read_ids(parts)
+        try:
+            signatures = sign(files, ids, bands=bands, rows=rows, ngram=ngram, workers=workers)
+        except DaftCoreException:
+            refuse_damage(parts)
+            raise
+        if signatures.lengths.null_count:
+            refuse_damage(parts)  # of which Daft makes nulls, too
+            refuse_null(parts, "text", signatures.lengths)
+        clusters = find_clusters(
+            files, ids, signatures, threshold=threshold, ngram=ngram, workers=workers
+        )
+        kept = clusters.twin == np.arange(len(clusters.twin))
+        _write_kept(parts, kept, scratch / "documents")
+        pq.write_table(_table(ids, clusters, kept), scratch / "clusters.parquet")
+        shutil.rmtree(folder, ignore_errors=True)
+        (scratch / "documents").rename(folder)
+        (scratch / "clusters.parquet").rename(out / "clusters.parquet")
+    return DedupReport(
+        documents=len(kept),
+        kept=int(kept.sum()),
+        exact_duplicates=clusters.exact,
+        near_duplicates=int((~kept).sum()) - clusters.exact,
+        clusters=int((np.bincount(clusters.number) > 1).sum()),
+    )
+
+
+def _check_settings(threshold: float, **counts: int) -> None:
+    if not 0 < threshold <= 1:
+        raise DataError(f"threshold={threshold} is not allowed: it is above 0 and at most 1")
+    for name, count in counts.items():
+        if count < 1:
+            raise DataError(f"{name}={count} is not allowed: it is at least 1")
+
+
+def _write_kept(parts: Sequence[Part], kept: NDArray[np.bool_], folder: Path) -> None:
+    """Write the kept documents with all their columns, one file per part."""
+    folder.mkdir()
+    row = 0
+    for number, part in enumerate(parts):
+        file = pq.ParquetFile(part.path)
+        with pq.ParquetWriter(folder / f"part-{number:05d}.parquet", file.schema_arrow) as writer:
+            try:
+                for batch in file.iter_batches():
+                    writer.write_batch(batch.filter(pa.array(kept[row : row + len(batch)])))
+                    row += len(batch)
+            except (pa.ArrowException, OSError) as error:
+                raise DataError(
+                    f"{part.source}: damaged, its documents cannot be read ({error})"
+                ) from error
+
+
+def _table(ids: pa.Array, clusters: Clusters, kept: NDArray[np.bool_]) -> pa.Table:
+    return pa.table(
+        {
+            "id": ids,
+            "cluster": clusters.number,
+            "kept": kept,
+            "twin": pc.if_else(kept, None, ids.take(pa.array(clusters.twin))),
+            "jaccard": pa.array(clusters.jaccard, mask=kept),
+        }
+    )

@@ -1,0 +1,227 @@
+import gzip
+import itertools
+import json
+import random
+import re
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from data_pipeline.dedup import DedupReport, deduplicate
+from data_pipeline.errors import DataError
+
+
+def write_jsonl(path, documents):
+    path.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    return path
+
+
+def documents_of(out):
+    files = sorted((out / "documents").glob("*.parquet"))
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
+
+
+def clusters_of(out):
+    return pq.read_table(out / "clusters.parquet").to_pylist()
+
+
+def shingles(text):
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[i : i + 5]) for i in range(max(len(words) - 4, min(len(words), 1)))}
+
+
+def exact_jaccard(a, b):
+    return len(shingles(a) & shingles(b)) / len(shingles(a) | shingles(b))
+
+
+def make_corpus(seed):
+    """120 documents, some copied, some edited a little or a lot, shuffled."""
+    rng = random.Random(seed)
+    vocabulary = [f"word{i}" for i in range(2000)]
+    texts = []
+    for _ in range(60):
+        words = rng.choices(vocabulary, k=rng.randint(40, 200))
+        texts.append(" ".join(words))
+        for _ in range(rng.choice([0, 0, 1, 3])):
+            for i in rng.sample(range(len(words)), rng.choice([0, 1, 2, len(words) // 10])):
+                words[i] = rng.choice(vocabulary)
+            texts.append(" ".join(words))
+    rng.shuffle(texts)
+    return [{"id": f"d{i}", "text": text, "n": i} for i, text in enumerate(texts)]
+
+
+def true_components(corpus, threshold):
+    component = {document["id"]: {document["id"]} for document in corpus}
+    for a, b in itertools.combinations(corpus, 2):
+        if exact_jaccard(a["text"], b["text"]) >= threshold:
+            merged = component[a["id"]] | component[b["id"]]
+            component.update(dict.fromkeys(merged, merged))
+    return {frozenset(members) for members in component.values()}
+
+
+@pytest.mark.parametrize("threshold", [0.7, 0.85])
+def test_clusters_are_the_components_of_true_similarity(tmp_path, threshold):
+    corpus = make_corpus(seed=3)
+    # 40 bands of 4 find a pair of similarity 0.7 with probability 1 - 2e-5.
+    report = deduplicate(
+        [write_jsonl(tmp_path / "in.jsonl", corpus)],
+        tmp_path / "out",
+        threshold=threshold,
+        bands=40,
+        rows=4,
+    )
+    rows = clusters_of(tmp_path / "out")
+    found = {}
+    for row in rows:
+        found.setdefault(row["cluster"], set()).add(row["id"])
+    assert {frozenset(members) for members in found.values()} == true_components(corpus, threshold)
+    assert report.kept == len(found)
+    assert report.clusters == sum(len(members) > 1 for members in found.values()) > 10
+
+    text = {document["id"]: document["text"] for document in corpus}
+    place = {document["id"]: i for i, document in enumerate(corpus)}
+    for row in rows:
+        if row["kept"]:
+            members = found[row["cluster"]]
+            best = min(members, key=lambda name: (-len(text[name]), place[name]))
+            assert row == {**row, "id": best, "twin": None, "jaccard": None}
+        else:
+            twin = next(r for r in rows if r["id"] == row["twin"])
+            assert twin["kept"]
+            assert twin["cluster"] == row["cluster"]
+            assert row["jaccard"] == pytest.approx(
+                exact_jaccard(text[row["id"]], text[row["twin"]])
+            )
+    kept = [document for document, row in zip(corpus, rows, strict=True) if row["kept"]]
+    assert documents_of(tmp_path / "out") == kept
+
+
+def test_workers_and_files_do_not_change_the_outcome(tmp_path):
+    corpus = make_corpus(seed=4)
+    whole = write_jsonl(tmp_path / "whole.jsonl", corpus)
+    plain = write_jsonl(tmp_path / "1.jsonl", corpus[:30])
+    zipped, zstd = tmp_path / "2.jsonl.gz", tmp_path / "3.jsonl.zst"
+    lines = [json.dumps(document) + "\n" for document in corpus]
+    zipped.write_bytes(gzip.compress("".join(lines[30:60]).encode()))
+    frames = ["".join(lines[60:70]), "".join(lines[70:80])]
+    zstd.write_bytes(b"".join(zstandard.compress(frame.encode()) for frame in frames))
+    parquet = tmp_path / "4[a].parquet"
+    schema = pa.schema({"id": pa.large_string(), "text": pa.large_string(), "n": pa.int64()})
+    pq.write_table(pa.Table.from_pylist(corpus[80:], schema), parquet, row_group_size=7)
+
+    one = deduplicate([whole], tmp_path / "one")
+    two = deduplicate([plain, zipped, zstd, parquet], tmp_path / "two", workers=2)
+    assert one == two
+    assert clusters_of(tmp_path / "one") == clusters_of(tmp_path / "two")
+    assert documents_of(tmp_path / "one") == documents_of(tmp_path / "two")
+
+
+def test_blank_texts_match_nothing_and_short_ones_match_whole(tmp_path):
+    texts = [
+        "",
+        "",
+        " \n",
+        " \n",
+        "!!!",
+        "!!!",
+        "only three words",
+        "Only, three words!",
+        "three words",
+    ]
+    corpus = [{"id": str(i), "text": text} for i, text in enumerate(texts)]
+    report = deduplicate([write_jsonl(tmp_path / "in.jsonl", corpus)], tmp_path / "out")
+    assert [row["twin"] for row in clusters_of(tmp_path / "out")] == [
+        *[None] * 5, "4", "7", None, None
+    ]  # fmt: skip
+    assert report == DedupReport(
+        documents=9, kept=7, exact_duplicates=1, near_duplicates=1, clusters=2
+    )
+
+
+def test_columns_are_carried_as_they_are(tmp_path):
+    corpus = [
+        {"id": "1", "text": "a", "date": "2020-01-01", "score": 1},
+        {"id": "2", "text": "b", "date": "2020-01-02T00:00:00Z", "score": 1.5, "late": [1]},
+    ]
+    deduplicate([write_jsonl(tmp_path / "in.jsonl", corpus)], tmp_path / "out")
+    assert documents_of(tmp_path / "out") == [{**corpus[0], "late": None}, corpus[1]]
+
+
+def test_no_documents_give_empty_results(tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    assert deduplicate([empty], tmp_path / "out").documents == 0
+    assert documents_of(tmp_path / "out") == []
+    assert clusters_of(tmp_path / "out") == []
+
+
+def test_a_second_run_replaces_the_first(tmp_path):
+    many = write_jsonl(tmp_path / "many.jsonl", make_corpus(seed=5))
+    few = write_jsonl(tmp_path / "few.jsonl", make_corpus(seed=5)[:4])
+    deduplicate([many], tmp_path / "out")
+    deduplicate([few], tmp_path / "out")
+    assert len(clusters_of(tmp_path / "out")) == 4
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "clusters.parquet",
+        "documents",
+    ]
+    kept = sorted((tmp_path / "out/documents").iterdir())
+    with pytest.raises(DataError, match=r"lies in .*documents, which will be replaced"):
+        deduplicate(kept, tmp_path / "out")
+
+
+GOOD = '{"id": "1", "text": "a"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("in.csv", b"id,text\n", r"in\.csv: unknown file type; allowed are \.parquet, \.jsonl"),
+        ("in.jsonl", (GOOD + '{"id": "2", \n').encode(), r"in\.jsonl: not JSON Lines .* row 1"),
+        ("in.jsonl", (GOOD + '{"id": 2, "text": "b"}').encode(), r"from string to number in row 1"),
+        ("in.jsonl", (GOOD + '{"id": "2"}').encode(), r"document 1 .*in\.jsonl has no `text`"),
+        ("in.jsonl", (GOOD + GOOD).encode(), r"id `1` stands twice: document 0 .* document 1"),
+        ("in.jsonl", b'{"id": "1", "text": "\xff"}\n', r"in\.jsonl: not JSON Lines"),
+        ("in.jsonl.gz", gzip.compress(GOOD.encode() * 99)[:40], r"in\.jsonl\.gz: damaged"),
+        ("in.jsonl.gz", GOOD.encode(), r"in\.jsonl\.gz: damaged"),
+        ("in.jsonl.zst", zstandard.compress(GOOD.encode() * 99)[:20], r"in\.jsonl\.zst: damaged"),
+        ("in.parquet", b"PAR1", r"in\.parquet: damaged or not Parquet"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        deduplicate([tmp_path / name], tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_bad_columns_are_named(tmp_path):
+    path = tmp_path / "in.parquet"
+    pq.write_table(pa.table({"id": ["1"], "body": ["a"]}), path)
+    with pytest.raises(DataError, match=r"in\.parquet: no column `text` among id, body"):
+        deduplicate([path], tmp_path / "out")
+    pq.write_table(pa.table({"id": [1], "text": ["a"]}), path)
+    with pytest.raises(DataError, match=r"in\.parquet: column `id` is int64"):
+        deduplicate([path], tmp_path / "out")
+    with pytest.raises(DataError, match=r"none\.parquet: no such file"):
+        deduplicate([tmp_path / "none.parquet"], tmp_path / "out")
+
+
+def test_damage_inside_a_parquet_file_is_named(tmp_path):
+    path = tmp_path / "in.parquet"
+    pq.write_table(pa.Table.from_pylist(make_corpus(seed=6)), path)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 2000] = b"\xff" * 2000
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"in\.parquet: damaged"):
+        deduplicate([path], tmp_path / "out")
+
+
+def test_impossible_settings_are_refused(tmp_path):
+    with pytest.raises(DataError, match="threshold=0 is not allowed"):
+        deduplicate([], tmp_path, threshold=0)
+    with pytest.raises(DataError, match="bands=0 is not allowed"):
+        deduplicate([], tmp_path, bands=0)
