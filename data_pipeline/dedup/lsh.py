@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from data_pipeline.dedup.minhash import band_hashes, minhash
 from data_pipeline.dedup.shingles import shingle_hashes
 
-# Few enough that the kernels' arrays stay in the processor's cache.
-DOCUMENTS_PER_CALL = 32
+# Enough to make Daft's cost per call small, few enough to fit a container's 64 MB of shared memory.
+DOCUMENTS_PER_CALL = 128
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class Shingler:
     def shingle(self, text: daft.Series) -> pa.Array:
         hashes, first = shingle_hashes(text.to_pylist(), self._ngram)
         sets = [np.unique(hashes[a:b]) for a, b in pairwise(first)]
-        return pa.array(sets, pa.list_(pa.uint64()))
+        offsets = np.cumsum([0, *map(len, sets)], dtype=np.int32)
+        return pa.ListArray.from_arrays(offsets, np.concatenate([hashes[:0], *sets]))
 
 
 def _digest(text: str | None) -> bytes | None:

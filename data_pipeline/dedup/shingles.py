@@ -3,12 +3,15 @@
 import sys
 from collections.abc import Sequence
 from functools import cache, lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.hashing import mix64
 
+# The arrays over one slice of the texts stay in the processor's cache.
+CHARACTERS_AT_ONCE = 1 << 18
 # Odd multipliers of the polynomial hashes over the characters of a word and the words of a shingle.
 CHARACTER_BASE = 0x9E3779B97F4A7C15
 WORD_BASE = 0xD1342543DE82EF95
@@ -25,6 +28,16 @@ def shingle_hashes(
         hashes: [m] uint64, text by text, repeated shingles included.
         first: [len(texts) + 1] int64: text i has hashes [first[i], first[i + 1]).
     """
+    ends = np.cumsum([len(text) for text in texts])
+    cuts = np.flatnonzero(np.diff(ends // CHARACTERS_AT_ONCE)) + 1
+    bounds = [0, *cuts.tolist(), len(texts)]
+    slices = [_hash_slice(texts[a:b], ngram) for a, b in pairwise(bounds)]
+    counts = np.concatenate([count for _, count in slices])
+    return np.concatenate([hashes for hashes, _ in slices]), np.concatenate([[0], counts.cumsum()])
+
+
+def _hash_slice(texts: Sequence[str], ngram: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """All shingles' hashes, and the number of shingles of each text."""
     lowered = [text.lower() for text in texts]
     characters = np.frombuffer("\n".join(lowered).encode("utf-32-le"), np.uint32)
     words, starts = _word_hashes(characters)
@@ -40,8 +53,7 @@ def shingle_hashes(
         hashes += np.where(left_in_text > k, padded[k : k + len(words)] * power, np.uint64(0))
     begins_text = np.repeat(first_word[:-1], counts) == place
     shingles = np.where(counts > 0, np.maximum(counts - ngram + 1, 1), 0)
-    first = np.concatenate([[0], np.cumsum(shingles)])
-    return mix64(hashes[(left_in_text >= ngram) | begins_text]), first
+    return mix64(hashes[(left_in_text >= ngram) | begins_text]), shingles
 
 
 def _word_hashes(

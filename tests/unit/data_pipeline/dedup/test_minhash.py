@@ -35,6 +35,16 @@ def test_hashes_are_equal_exactly_where_shingles_are(batch, ngram):
         assert set(alone.tolist()) == expected
 
 
+def test_large_batches_hash_as_their_texts_do_alone():
+    random = np.random.default_rng(1)
+    sizes = [5, 60_000, 0, 60_000, 3, 60_000, 1]
+    batch = [" ".join(map(str, random.integers(0, 10**6, size))) for size in sizes]
+    hashes, first = shingle_hashes(batch, 5)
+    assert np.diff(first).tolist() == [1, 59_996, 0, 59_996, 1, 59_996, 1]
+    for i, text in enumerate(batch):
+        assert np.array_equal(shingle_hashes([text], 5)[0], hashes[first[i] : first[i + 1]])
+
+
 def test_signatures_agree_as_often_as_sets_overlap():
     random = np.random.default_rng(1)
     pool = random.integers(0, 2**64, 3000, np.uint64)
