@@ -88,4 +88,4 @@ def uniform_frequencies(layers: int, experts: int) -> Tensor:
 
 def expert_frequencies(counts: Tensor) -> Tensor:
     """Each expert's share of its layer's token-slots: counts [layers, E] -> float32 [layers, E]."""
-    return counts.float() / counts.sum(-1, keepdim=True).clamp_min(1)
+    return (counts / counts.sum(-1, keepdim=True).clamp_min(1)).float()

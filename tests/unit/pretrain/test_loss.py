@@ -57,7 +57,8 @@ def test_the_balance_loss_is_one_when_balanced_and_grows_with_imbalance() -> Non
 
     counts = torch.zeros(layers, experts)
     counts[:, 0] = 2 * tokens
-    one_hot = expert_frequencies(counts)
+    one_hot = expert_frequencies(counts.double())
+    assert one_hot.dtype == frequencies.dtype
     all_to_one = torch.zeros(layers, experts)
     all_to_one[:, 0] = tokens
     assert balance_loss(all_to_one, one_hot, tokens).item() == pytest.approx(experts)
