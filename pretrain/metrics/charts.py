@@ -44,17 +44,18 @@ FONT = "system-ui, sans-serif"
 MAX_POINTS = 3000
 HIGHEST_LOAD = 3
 
-# On a touch screen dragging scrolls the page; it zooms only where there is a mouse.
+# On a touch screen dragging scrolls the page; it zooms only where there is a mouse. The box that
+# zooms the steps fixes the range of values as well, which is undone once it has done so.
 ON_READY = """
 const has_mouse = matchMedia("(pointer: fine)").matches
 for (const { toolbar } of figures) toolbar.tools[0].active = has_mouse
+const fit_values = () => { for (const { y_range } of figures) y_range.reset() }
+const { start, end } = figures[0].x_range.properties
+for (const bound of [start, end]) bound.change.connect(() => setTimeout(fit_values))
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
   for (const figure of figures) Bokeh.index.find_one(figure)?.request_paint()
 })
 """
-
-# The box that zoomed the steps has fixed the range of values, too, by the time this runs.
-FIT_VALUES = "setTimeout(() => { for (const { y_range } of figures) y_range.reset() })"
 
 
 @dataclass(frozen=True)
@@ -230,13 +231,11 @@ def load_charts(axis: StepAxis, load: LoadHistory) -> list[Chart]:
 def embed_charts(charts: Sequence[Chart]) -> tuple[str, list[str]]:
     """The script that draws the charts, and the element that each of them fills."""
     document = Document()
-    for chart in charts:
-        document.add_root(chart.figure)
     figures = [chart.figure for chart in charts]
+    with document.models.freeze():
+        for figure in figures:
+            document.add_root(figure)
     document.js_on_event(DocumentReady, CustomJS(args={"figures": figures}, code=ON_READY))
-    fit = CustomJS(args={"figures": figures}, code=FIT_VALUES)
-    for end in ("start", "end"):
-        figures[0].x_range.js_on_change(end, fit)
     script, elements = components(figures)
     return script, list(elements)
 

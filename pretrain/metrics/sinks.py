@@ -59,7 +59,11 @@ class JsonlSink:
         self._file = path.open("a")
 
     def write(self, row: Row) -> None:
-        self._file.write(json.dumps(_map_numbers(row, _to_json), allow_nan=False) + "\n")
+        try:
+            line = json.dumps(row, allow_nan=False)
+        except ValueError:
+            line = json.dumps(_map_numbers(row, _to_json))
+        self._file.write(line + "\n")
         self._file.flush()
 
     def cut_back(self, step: int) -> None:
@@ -89,7 +93,9 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     Raises UserError where another line is not JSON.
     """
     for line in _complete_lines(path):
-        yield _map_numbers(_parse(line, path), _from_json)
+        row = _parse(line, path)
+        has_non_finite = any(f'"{name}"' in line for name in NON_FINITE)
+        yield _map_numbers(row, _from_json) if has_non_finite else row
 
 
 def _complete_lines(path: Path) -> Iterator[str]:

@@ -1,0 +1,228 @@
+import base64
+import gzip
+import json
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pretrain.config import load_config
+from pretrain.metrics.report import write_report
+from pretrain.metrics.sinks import JsonlSink
+from pretrain.run_dir import RunDirectory
+
+LAYERS, EXPERTS, STEPS = 4, 8, 500
+DEAD_LAYER, DEAD_EXPERT = 2, 5
+BLUE = (0x40, 0x80, 0xDC)
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+MANIFEST = {
+    "unigram_entropy": 7.213,
+    "funnel": [
+        {"stage": "extract", "reason": "not HTML", "documents": 61},
+        {"stage": "quality", "reason": "too few words <3", "documents": 1939},
+        {"stage": "shards", "reason": "kept", "documents": 6000},
+    ],
+}
+
+
+def metrics_rows(layers: int, experts: int, steps: int) -> list[dict]:
+    random = np.random.default_rng(0)
+    loads = random.dirichlet(np.full(experts, 50.0), size=(steps, layers))
+    rows = []
+    for step, load in enumerate(loads, start=1):
+        rows.append(
+            {
+                "train/step": step,
+                "train/loss": 2.5 + 5 * math.exp(-step / 60) + random.normal(0, 0.05),
+                "train/aux_loss": 1.0 + 1 / step,
+                "train/tokens": step * 2048,
+                "train/grad_norm": 0.5 + 2 * math.exp(-step / 40),
+                "train/lr": 1e-3 * min(1, step / 20),
+                "perf/tokens_per_s": 18_500.0,
+                "moe/load": load.tolist(),
+                "moe/max_violation": float(load.max() * experts - 1),
+            }
+        )
+    return rows
+
+
+def make_run(root: Path, rows: list[dict]) -> RunDirectory:
+    run = RunDirectory(root)
+    run.root.mkdir()
+    config = load_config("tiny-hybrid-moe", [f"train.steps={len(rows)}", "optim.clip=0.75"])
+    run.config.write_text(config.to_yaml())
+    sink = JsonlSink(run.metrics)
+    for row in rows:
+        sink.write(row)
+    sink.close()
+    return run
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    rows = metrics_rows(LAYERS, EXPERTS, STEPS)
+    for row in rows[200:300]:
+        row["moe/load"][DEAD_LAYER][DEAD_EXPERT] = 0.0
+    for row in rows[209:212]:
+        row["train/loss"] = math.nan
+    return rows
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory, rows) -> Path:
+    run = make_run(tmp_path_factory.mktemp("report") / "my-run", rows)
+    for last_line in ("step 250/500", "<script>alert(1)</script>"):
+        (run.new_attempt() / "rank-0.log").write_text(f"step 1/500\n{last_line}\n")
+    run.mark_done(STEPS)
+    return write_report(run, [MANIFEST])
+
+
+class References(HTMLParser):
+    """Collects what a page would fetch, its text and its styles."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.references: list[str] = []
+        self.policy = ""
+        self.text = ""
+        self.style = ""
+        self._inside = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self._inside = tag
+        for name, value in attrs:
+            if name in {"src", "srcset", "href", "action", "data", "poster", "background"}:
+                self.references.append(f"{tag} {name}={value}")
+        if tag == "meta" and dict(attrs).get("http-equiv") == "Content-Security-Policy":
+            self.policy = dict(attrs)["content"]
+
+    def handle_data(self, data):
+        if self._inside == "style":
+            self.style += data
+        elif self._inside != "script":
+            self.text += f"{data} "
+
+
+def bokeh_arrays(page: Path) -> list[np.ndarray]:
+    """All typed arrays in the page's Bokeh document."""
+    literal = re.search(r"const docs_json = '(.*)';\n", page.read_text()).group(1)
+    document = json.loads(literal.replace("\\\\", "\\").replace("\\'", "'"))
+    arrays = []
+
+    def collect(node):
+        if isinstance(node, dict):
+            if node.get("type") == "ndarray":
+                data = gzip.decompress(base64.b64decode(node["array"]["data"]))
+                arrays.append(np.frombuffer(data, node["dtype"]).reshape(node["shape"]))
+            else:
+                for child in node.values():
+                    collect(child)
+        elif isinstance(node, list):
+            for child in node:
+                collect(child)
+
+    collect(document)
+    return arrays
+
+
+def test_page_fetches_nothing(page):
+    parsed = References(page.read_text())
+    assert parsed.references == []
+    assert "@import" not in parsed.style
+    assert "url(" not in parsed.style
+    assert "default-src 'none'" in parsed.policy
+    assert "http" not in parsed.policy
+
+
+def test_page_shows_the_numbers_of_the_run(page):
+    text = re.sub(r"\s+", " ", References(page.read_text()).text)
+    for shown in (
+        "my-run",
+        "Finished.",
+        "500 of 500",
+        "1.02M",
+        "2.18M",
+        "unigram entropy 7.213",
+        "clipped to 0.75",
+        "train/loss is not finite at steps 210, 211, 212",
+        "What became of the 8,000 documents",
+        "too few words <3 1,939 24.2%",
+        "kept 6,000 75.0%",
+        "step 250/500",
+        "<script>alert(1)</script>",
+        "attention.n_kv_heads 2",
+    ):
+        assert shown in text
+
+
+def test_charts_hold_every_step(page, rows):
+    arrays = bokeh_arrays(page)
+    for name in ("train/loss", "train/lr", "train/grad_norm", "train/aux_loss"):
+        expected = np.array([row[name] for row in rows])
+        assert any(np.array_equal(array, expected, equal_nan=True) for array in arrays), name
+    heat_maps = [array for array in arrays if array.dtype == np.uint8 and array.ndim == 2]
+    assert [image.shape for image in heat_maps] == [(EXPERTS, 400)] * LAYERS
+    dead = [np.argwhere(image == 0) for image in heat_maps]
+    assert [len(cells) for cells in dead] == [0, 0, 80, 0]
+    assert set(dead[DEAD_LAYER][:, 0]) == {DEAD_EXPERT}
+    assert set(dead[DEAD_LAYER][:, 1]) == set(range(160, 240))
+
+
+def test_page_stays_small_with_many_layers_experts_and_steps(tmp_path, page):
+    assert page.stat().st_size < 1_700_000
+    run = make_run(tmp_path / "large", metrics_rows(48, 128, 100))
+    sink = JsonlSink(run.metrics)
+    for step in range(101, 20_000):
+        sink.write({"train/step": step, "train/loss": 1 / step, "train/grad_norm": step % 7})
+    sink.close()
+    assert write_report(run).stat().st_size < 4_000_000
+
+
+def test_run_without_metrics_says_so(tmp_path):
+    run = RunDirectory(tmp_path)
+    text = References(write_report(run).read_text()).text
+    assert "No metrics were logged yet." in text
+
+
+def test_single_step_of_a_dense_model(tmp_path):
+    run = make_run(tmp_path / "one", [{"train/step": 1, "train/loss": 3.0, "train/tokens": 10}])
+    page = write_report(run)
+    assert "3.0000" in References(page.read_text()).text
+    assert "Expert load" not in References(page.read_text()).text
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine to open the page with")
+def test_browser_draws_the_charts_without_an_error(page, tmp_path):
+    picture = tmp_path / "page.png"
+    options = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+        "--disable-background-networking --disable-component-update --hide-scrollbars "
+        "--virtual-time-budget=10000 --enable-logging=stderr --window-size=1400,2400"
+    )
+    browser = subprocess.run(
+        [
+            BROWSER,
+            *options.split(),
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--screenshot={picture}",
+            page.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    console = [line for line in browser.stderr.splitlines() if ":CONSOLE:" in line]
+    harmless = ("setting log level to", "document idle at")
+    assert [line for line in console if not any(text in line for text in harmless)] == []
+    assert any("document idle at" in line for line in console), browser.stderr
+    pixels = np.asarray(Image.open(picture).convert("RGB"), dtype=int)
+    is_blue = (np.abs(pixels - BLUE) <= 2).all(-1)
+    rows_with_lines = np.flatnonzero(is_blue.sum(-1) > 2)
+    assert len(rows_with_lines) > 100, "hardly anything of the charts' colour is on the page"
