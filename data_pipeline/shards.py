@@ -50,13 +50,19 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of shards holds, and the hashes that prove it."""
+    """What a folder of shards holds, and the hashes that prove it.
+
+    Attributes:
+        unigram_entropy: nats per token of a model that knows the frequency of each token and
+            nothing else.
+    """
 
     root: Path
     tokenizer_sha256: str
     vocab_size: int
     eos_id: int
     dtype: str
+    unigram_entropy: float
     shards: tuple[Shard, ...]
     extra: dict[str, Any]
 
@@ -102,10 +108,13 @@ def write_shards(
     (out / "tokenizer.json").write_bytes(tokenizer_json)
 
     shards: list[Shard] = []
+    occurrences = np.zeros(coder.vocab_size, np.int64)
     writer: _ShardWriter | None = None
     for number, (document_id, ids) in enumerate(_encode(documents, coder.encode_batch)):
         writer = writer or _ShardWriter(folder, len(shards))
-        writer.add(number, document_id, np.array([*ids, coder.eos_id], dtype))
+        tokens = np.array([*ids, coder.eos_id], dtype)
+        writer.add(number, document_id, tokens)
+        occurrences += np.bincount(tokens, minlength=coder.vocab_size)
         if writer.tokens >= tokens_per_shard:
             shards.append(writer.close())
             writer = None
@@ -118,11 +127,18 @@ def write_shards(
         vocab_size=coder.vocab_size,
         eos_id=coder.eos_id,
         dtype=dtype.name,
+        unigram_entropy=_entropy(occurrences),
         shards=tuple(shards),
         extra=extra,
     )
     _save_manifest(manifest)
     return manifest
+
+
+def _entropy(occurrences: NDArray[np.int64]) -> float:
+    """In nats, of the distribution that these counts make."""
+    share = occurrences[occurrences > 0] / max(1, occurrences.sum())
+    return float(-(share * np.log(share)).sum())
 
 
 def _encode(documents: Iterable[tuple[str, str]], encode_batch: Any) -> Iterator[Any]:
@@ -185,6 +201,7 @@ def _save_manifest(manifest: Manifest) -> None:
         "dtype": manifest.dtype,
         "documents": manifest.documents,
         "tokens": manifest.tokens,
+        "unigram_entropy": manifest.unigram_entropy,
         "shards": [asdict(shard) for shard in manifest.shards],
         "extra": manifest.extra,
     }
@@ -224,6 +241,7 @@ def load_manifest(path: str | Path) -> Manifest:
             vocab_size=content["tokenizer"]["vocab_size"],
             eos_id=content["tokenizer"]["eos_id"],
             dtype=content["dtype"],
+            unigram_entropy=content["unigram_entropy"],
             shards=tuple(Shard(**shard) for shard in content["shards"]),
             extra=content["extra"],
         )

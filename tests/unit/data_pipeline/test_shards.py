@@ -1,5 +1,7 @@
 import json
+import math
 import tarfile
+from collections import Counter
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -66,6 +68,13 @@ def test_manifest_describes_the_folder(data, tokenizer):
         for name in pq.read_table(path)["id"].to_pylist()
     ]
     assert ids == [name for name, _ in DOCUMENTS]
+
+
+def test_the_unigram_entropy_is_that_of_all_tokens(data, tokenizer):
+    counts = Counter(token for tokens in expected_tokens(tokenizer) for token in tokens)
+    shares = [count / sum(counts.values()) for count in counts.values()]
+    expected = -sum(share * math.log(share) for share in shares)
+    assert load_manifest(data).unigram_entropy == pytest.approx(expected)
 
 
 def test_equal_documents_make_equal_bytes(data, tmp_path, tokenizer):
