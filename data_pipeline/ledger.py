@@ -41,7 +41,7 @@ def settle(audit: pa.Table, clusters: pa.Table) -> pa.Table:
         audit: rows of `SCHEMA`; those without a stage have passed every stage so far.
         clusters: one row for each undecided row, in the same order: cluster, kept, twin, jaccard.
     """
-    undecided = pc.is_null(audit["stage"])
+    undecided = pc.is_null(audit["stage"]).combine_chunks()
     is_exact = pc.equal(clusters["jaccard"], 1.0)
     duplicate = pc.if_else(is_exact, "exact duplicate", "near duplicate")
     kept = clusters["kept"]

@@ -227,9 +227,9 @@ def _with_document_ids(clusters: pa.Table, pieces: Sequence[Piece]) -> pa.Table:
     names = pa.concat_tables(
         pq.read_table(piece.documents, columns=["id", "document_id"]) for piece in pieces
     )
-    if not clusters["id"].equals(names["id"]):
-        raise RuntimeError("deduplication did not return one row per document in input order")
-    rows = pc.index_in(clusters["twin"], names["id"])
+    ids = names["id"].cast(clusters["id"].type)
+    assert clusters["id"].equals(ids), "deduplicate gives a row per document in input order"
+    rows = pc.index_in(clusters["twin"], ids)
     twins = names["document_id"].take(rows)
     return clusters.set_column(clusters.schema.get_field_index("twin"), "twin", twins)
 

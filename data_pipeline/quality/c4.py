@@ -33,7 +33,7 @@ class C4(Thresholds):
     min_words_per_line: int
     min_sentences: int
     drop_curly_brackets: bool
-    bad_words: frozenset[str]
+    bad_words: tuple[str, ...]
 
     def judge(self, text: str, language: str) -> Verdict:
         lowered = text.lower()
@@ -41,7 +41,7 @@ class C4(Thresholds):
             return Verdict(text, "c4.lorem_ipsum")
         if self.drop_curly_brackets and "{" in text:
             return Verdict(text, "c4.curly_bracket")
-        if self.bad_words and self.bad_words.intersection(WORD.findall(lowered)):
+        if self.bad_words and not set(self.bad_words).isdisjoint(WORD.findall(lowered)):
             return Verdict(text, "c4.bad_words")
         lines = (CITATION.sub("", line).rstrip() for line in text.splitlines())
         kept = "\n".join(line for line in lines if self._keeps_line(line))

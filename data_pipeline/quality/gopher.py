@@ -26,7 +26,7 @@ class GopherQuality(Thresholds):
     max_ellipsis_lines: float
     min_alphabetic_words: float
     min_stop_words: int
-    stop_words: dict[str, frozenset[str]]
+    stop_words: dict[str, tuple[str, ...]]
 
     def judge(self, text: str, language: str) -> Verdict:
         return Verdict(text, next(self._broken_rules(text, language), None))
@@ -50,7 +50,7 @@ class GopherQuality(Thresholds):
         alphabetic = sum(LETTER.search(word) is not None for word in words)
         if alphabetic < self.min_alphabetic_words * len(words):
             yield "gopher.alphabetic_words"
-        required = self.stop_words.get(language)
+        required = set(self.stop_words.get(language, ()))
         if required and len(required.intersection(map(str.lower, words))) < self.min_stop_words:
             yield "gopher.stop_words"
 
