@@ -118,7 +118,7 @@ class _GatedDeltaRule(torch.autograd.Function):
             segment = load_segment(q, k, v, g, beta, resets, scale, chunk_size, tokens)
             prepared = prepare(segment)
             states, V_new = scan_states(prepared, prepared.U, state)
-            _store(out, tokens, outputs(prepared, states, V_new))
+            _store(out, tokens, outputs(segment, prepared, states, V_new))
             state = states[-1].clone()
         ctx.save_for_backward(q, k, v, g, beta, initial_state, resets, torch.stack(borders))
         ctx.scale, ctx.chunk_size = scale, chunk_size
@@ -136,7 +136,7 @@ class _GatedDeltaRule(torch.autograd.Function):
             prepared = prepare(segment)
             states, V_new = scan_states(prepared, prepared.U, border)
             dO = to_chunks(d_out[:, :, tokens], ctx.chunk_size, borders.dtype)
-            d_states, dV_new = scan_state_gradients(prepared, dO, d_state)
+            d_states, dV_new = scan_state_gradients(segment, prepared, dO, d_state)
             chunk_gradients = segment_gradients(
                 segment, prepared, states, V_new, dO, d_states, dV_new
             )

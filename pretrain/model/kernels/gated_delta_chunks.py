@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class Boundaries(NamedTuple):
@@ -54,14 +55,13 @@ class Decays(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What the chunks compute without the state; q and k with their decays to the chunk's edges."""
+    """What the chunks compute without the state; k_to_end is (gamma_C / gamma) k."""
 
     decays: Decays
     T: Tensor
     U: Tensor
     W: Tensor
     P: Tensor
-    q_from_start: Tensor
     k_to_end: Tensor
 
 
@@ -88,7 +88,7 @@ def document_boundaries(resets: Tensor, dtype: torch.dtype) -> Boundaries | None
 
 
 def chunk_decays(g: Tensor, boundaries: Boundaries | None) -> Decays:
-    """From g [N*G, C, 1]; exactly 0 between documents."""
+    """From g [N*G, C, 1]; exactly 0 between documents and where less than `negligible`."""
     # Powers of 2, because CPU exp is 10 to 100 times slower where its result underflows.
     log2_gamma = g.cumsum(-2).mul_(1 / math.log(2))
     # Above the diagonal exp2 may overflow: tril_ writes zeros there, it does not multiply.
@@ -99,6 +99,8 @@ def chunk_decays(g: Tensor, boundaries: Boundaries | None) -> Decays:
         within.mul_(boundaries.same_document)
         from_start.mul_(boundaries.entering)
         to_end.mul_(boundaries.leaving)
+    for decay in (within, from_start, to_end):
+        F.threshold(decay, negligible(g.dtype), 0.0, inplace=True)
     return Decays(within, from_start, to_end, from_start[:, -1:])
 
 
@@ -112,13 +114,21 @@ def prepare(segment: Segment) -> Prepared:
     U = torch.bmm(T, v * beta)
     W = torch.bmm(T, k_beta.mul_(decays.from_start))
     P = torch.bmm(q, k.mT).mul_(decays.within)
-    return Prepared(decays, T, U, W, P, q * decays.from_start, k * decays.to_end)
+    return Prepared(decays, T, U, W, P, k * decays.to_end)
 
 
 def unit_lower_inverse(A: Tensor) -> Tensor:
     """(I + A)^-1 for the strictly lower part of A [..., C, C]; the rest of A is not read."""
     identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
-    return torch.linalg.solve_triangular(A, identity, upper=False, unitriangular=True)
+    inverse = torch.linalg.solve_triangular(A, identity, upper=False, unitriangular=True)
+    return F.hardshrink(inverse, negligible(A.dtype))
+
+
+def negligible(dtype: torch.dtype) -> float:
+    """What rounding loses beside 1. Decays this small are zeros here, because a strong gate would
+    fill the chunk with denormal numbers, on which CPUs are 5 times slower.
+    """
+    return torch.finfo(dtype).eps ** 2
 
 
 def scan_states(p: Prepared, U: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,37 +137,37 @@ def scan_states(p: Prepared, U: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
     The map from S to the last state is affine, S -> M S + B. With U extended by D zero columns and
     S = [0 | I] the last state is [B | M].
     """
-    G = S.shape[0]
-    W, k_to_end, decay, U = (x.unflatten(0, (-1, G)) for x in (p.W, p.k_to_end, p.decays.chunk, U))
+    U, W, k_to_end, decay = _chunks(S.shape[0], U, p.W, p.k_to_end, p.decays.chunk)
     states = S.new_empty(len(U) + 1, *S.shape)
     V_new = torch.empty_like(U)
     states[0] = S
-    for n in range(len(U)):
-        torch.baddbmm(U[n], W[n], states[n], alpha=-1, out=V_new[n])
-        torch.mul(states[n], decay[n], out=states[n + 1])
-        states[n + 1].baddbmm_(k_to_end[n].mT, V_new[n])
+    for U_n, W_n, k_n, decay_n, S_in, S_out, V_n in zip(
+        U, W, k_to_end, decay, states[:-1], states[1:], V_new, strict=True
+    ):
+        torch.baddbmm(U_n, W_n, S_in, alpha=-1, out=V_n)
+        torch.mul(S_in, decay_n, out=S_out).baddbmm_(k_n.mT, V_n)
     return states, V_new.flatten(0, 1)
 
 
-def outputs(p: Prepared, states: Tensor, V_new: Tensor) -> Tensor:
+def outputs(segment: Segment, p: Prepared, states: Tensor, V_new: Tensor) -> Tensor:
     """O [N*G, C, E]."""
-    return torch.bmm(p.q_from_start, states[:-1].flatten(0, 1)).baddbmm_(p.P, V_new)
+    from_state = torch.bmm(segment.q, states[:-1].flatten(0, 1)).mul_(p.decays.from_start)
+    return from_state.baddbmm_(p.P, V_new)
 
 
-def scan_state_gradients(p: Prepared, dO: Tensor, dS: Tensor) -> tuple[Tensor, Tensor]:
+def scan_state_gradients(
+    segment: Segment, p: Prepared, dO: Tensor, dS: Tensor
+) -> tuple[Tensor, Tensor]:
     """The gradients [N + 1, G, D, E] of the states, from dS [G, D, E] of the last, and of V'.
 
     The map from dS to the first state's gradient is affine, dS -> M^T dS + L: from dS = 0 the
     first gradient is L.
     """
-    G = dS.shape[0]
-    dV_new = torch.bmm(p.P.mT, dO)
-    d_states = dS.new_empty(len(dO) // G + 1, *dS.shape)
-    torch.bmm(p.q_from_start.mT, dO, out=d_states[:-1].flatten(0, 1))
+    d_states = dS.new_empty(len(dO) // len(dS) + 1, *dS.shape)
     d_states[-1] = dS
-    W, k_to_end, decay, dV = (
-        x.unflatten(0, (-1, G)) for x in (p.W, p.k_to_end, p.decays.chunk, dV_new)
-    )
+    torch.bmm(segment.q.mT, dO * p.decays.from_start, out=d_states[:-1].flatten(0, 1))
+    dV_new = torch.bmm(p.P.mT, dO)
+    dV, W, k_to_end, decay = _chunks(len(dS), dV_new, p.W, p.k_to_end, p.decays.chunk)
     for n in reversed(range(len(dV))):
         dV[n].baddbmm_(k_to_end[n], d_states[n + 1])
         d_states[n].addcmul_(decay[n], d_states[n + 1]).baddbmm_(W[n].mT, dV[n], alpha=-1)
@@ -175,8 +185,9 @@ def segment_gradients(
 ) -> Gradients:
     """From the gradients of the outputs and what `scan_state_gradients` made of them.
 
-    gamma_i multiplies q_i and, in the rows of A and W, k_i; elsewhere k_i is divided by it. So
-    d log gamma_i = q_i dq_i + k_i dk_i (rows) - k_i dk_i (columns), without a C x C product.
+    V' is the error of a prediction that k reads, V' = beta (v - gamma k S - (k k^T * Gamma) V')
+    (strictly lower part). Where q and k read, gamma_i multiplies them; where k writes, it is
+    divided by it. So d log gamma_i = q_i dq_i + k_i dk_i (read) - k_i dk_i (written).
     """
     q, k, v, _, beta, _ = segment
     within, from_start, to_end, _ = p.decays
@@ -186,24 +197,26 @@ def segment_gradients(
     dP = torch.bmm(dO, V_new.mT).mul_(within)
     dq = torch.bmm(dO, S_in.mT).mul_(from_start).baddbmm_(dP, k)
 
-    dW = torch.bmm(dV_new, S_in.mT).neg_()
-    dv_beta = torch.bmm(p.T.mT, dV_new)
-    dk_W = torch.bmm(p.T.mT, dW)
-    dA = torch.bmm(dv_beta, p.U.mT).baddbmm_(dk_W, p.W.mT, beta=-1, alpha=-1).mul_(within)
-    dA.diagonal(dim1=-2, dim2=-1).zero_()
+    d_error = torch.bmm(p.T.mT, dV_new)
+    d_kk = torch.bmm(d_error, V_new.mT).mul_(within)  # up to the factor -beta, as dk_read
+    d_kk.diagonal(dim1=-2, dim2=-1).zero_()
+    dk_read = torch.bmm(d_error, S_in.mT).mul_(from_start).baddbmm_(d_kk, k)
+    dk_written = torch.bmm(V_new, dS_out.flatten(0, 1).mT).mul_(to_end)
+    dk_written.baddbmm_(d_kk.mT, k * beta, alpha=-1).baddbmm_(dP.mT, q)
 
-    dk_row = dk_W.mul_(from_start).baddbmm_(dA, k)  # without its factor beta
-    dk_column = torch.bmm(V_new, dS_out.flatten(0, 1).mT).mul_(to_end)
-    dk_column.baddbmm_(dA.mT, k * beta).baddbmm_(dP.mT, q)
-
-    k_dk_row = _dot(k, dk_row)
-    dbeta = _dot(v, dv_beta).add_(k_dk_row)
-    d_log_gamma = _dot(q, dq).addcmul_(beta, k_dk_row).sub_(_dot(k, dk_column))
+    k_dk_read = _dot(k, dk_read)
+    dbeta = _dot(v, d_error).sub_(k_dk_read)
+    d_log_gamma = _dot(q, dq).sub_(_dot(k, dk_written)).addcmul_(beta, k_dk_read, value=-1)
     # gamma_C multiplies the whole of S_out.
     d_log_gamma[:, -1, 0] += (dS_out * S_out).sum((-2, -1)).flatten()
     dg = d_log_gamma.flip(-2).cumsum(-2).flip(-2)
-    dk = dk_column.addcmul_(dk_row, beta)
-    return Gradients(dq, dk, dv_beta.mul_(beta), dg, dbeta)
+    dk = dk_written.addcmul_(dk_read, beta, value=-1)
+    return Gradients(dq, dk, d_error.mul_(beta), dg, dbeta)
+
+
+def _chunks(G: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Each [N * G, ...] as [N, G, ...]."""
+    return tuple(x.unflatten(0, (-1, G)) for x in tensors)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

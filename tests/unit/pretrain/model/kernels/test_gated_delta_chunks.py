@@ -27,7 +27,7 @@ def test_a_block_maps_its_state_affinely():
     states, _ = scan_states(prepared, F.pad(prepared.U, (0, D)), torch.cat([zeros, identity], -1))
     state_B, state_M = states[-1].split([E, D], -1)
     dO = to_chunks(d_out, 64, torch.float64)
-    L = scan_state_gradients(prepared, dO, zeros)[0][0]
+    L = scan_state_gradients(segment, prepared, dO, zeros)[0][0]
 
     out, last = gated_delta_recurrent(q, k, v, g, beta, initial_state=S)
     (d_initial,) = torch.autograd.grad((out, last), S, (d_out, dS))
