@@ -71,12 +71,11 @@ def _drawn_charts(
     axis = StepAxis(history)
     clip = config.optim.clip if config else None
     training = training_charts(axis, history, unigram_entropy, clip)
-    loads = load_charts(axis, history.load) if history.load else []
-    script, elements = embed_charts([*training, *loads])
-    drawn = [
-        (chart, Markup(element))
-        for chart, element in zip([*training, *loads], elements, strict=True)
-    ]
+    charts = [*training, *(load_charts(axis, history.load) if history.load else [])]
+    if not charts:
+        return {}
+    script, elements = embed_charts(charts)
+    drawn = list(zip(charts, map(Markup, elements), strict=True))
     return {
         "training_charts": drawn[: len(training)],
         "load_charts": drawn[len(training) :],

@@ -191,6 +191,11 @@ def test_run_without_metrics_says_so(tmp_path):
     assert "No metrics were logged yet." in text
 
 
+def test_run_that_logged_nothing_to_draw_has_its_numbers(tmp_path):
+    run = make_run(tmp_path / "bare", [{"train/step": 1, "train/tokens": 2048}])
+    assert "2.05k" in References(write_report(run).read_text()).text
+
+
 def test_single_step_of_a_dense_model(tmp_path):
     run = make_run(tmp_path / "one", [{"train/step": 1, "train/loss": 3.0, "train/tokens": 10}])
     page = write_report(run)
