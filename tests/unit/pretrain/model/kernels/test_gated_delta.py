@@ -48,10 +48,11 @@ def assert_close(actual, expected, tolerance):
         assert (x - y).norm() <= tolerance * y.norm(), name
 
 
+@pytest.mark.parametrize("key_heads", [2, 4])
 @pytest.mark.parametrize("decay", [0.2, 7.0])
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 130, SEGMENT + 70])
-def test_equals_the_recurrence(length, decay):
-    inputs = random_inputs(length, decay=decay)
+def test_equals_the_recurrence(length, decay, key_heads):
+    inputs = random_inputs(length, decay=decay, key_heads=key_heads)
     assert_close(results(gated_delta_rule, inputs), results(gated_delta_recurrent, inputs), 1e-12)
 
 
