@@ -1,5 +1,6 @@
 """Start the ranks of a run on this machine and watch over them."""
 
+import json
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ from typing import TextIO
 
 from pretrain.run_dir import RunDirectory
 
+PIDS = "pids.json"
 POLL_S = 0.1
 GRACE_S = 20.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -34,11 +36,19 @@ def run_ranks(run: RunDirectory, nproc: int) -> int:
     logs = [attempt / f"rank-{rank}.log" for rank in range(nproc)]
     port = free_port()
     ranks = [_start_rank(run, rank, nproc, port, log) for rank, log in enumerate(logs)]
+    (attempt / PIDS).write_text(json.dumps([rank.pid for rank in ranks]) + "\n")
     with _passing_on_stop_signals(ranks), logs[0].open() as shown:
         failed = _wait(ranks, shown)
         _end(ranks)
         _show(shown)
     return 0 if failed is None else _explain(failed, ranks[failed].returncode, logs[failed])
+
+
+def rank_pids(run: RunDirectory) -> list[int]:
+    """The process ids of the ranks of the newest attempt."""
+    newest = max(run.attempts.iterdir())
+    pids: list[int] = json.loads((newest / PIDS).read_text())
+    return pids
 
 
 def rank_environment(rank: int, nproc: int, port: int) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """The training loop. Every rank runs `python -m pretrain.train RUN_DIR`."""
 
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -8,21 +7,20 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.stream import Batch, Source, TokenStream
+from data_pipeline.stream import Batch
 from parallel.apply import Parallelised, apply
 from parallel.fsdp import owned_region
 from parallel.gradients import clip_gradients
 from parallel.mesh import Mesh, join_ranks
 from pretrain.checkpoint.store import CheckpointStore, Progress
 from pretrain.config import Config, read_run_config
-from pretrain.errors import UserError
+from pretrain.data import open_stream
 from pretrain.layouts import resolve_layout
 from pretrain.loss import (
     IGNORED,
@@ -39,6 +37,7 @@ from pretrain.model.transformer import Transformer
 from pretrain.optim import build_optimizer, set_learning_rate
 from pretrain.run_dir import RunDirectory
 from pretrain.schedule import learning_rate
+from pretrain.signals import StopRequest
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 STOPPED_ON_REQUEST = 75
@@ -198,31 +197,6 @@ def train(config: Config, run: RunDirectory) -> int:
     if dist.get_rank() == 0:
         run.mark_done(progress.step)
     return 0
-
-
-class StopRequest:
-    """SIGTERM or SIGUSR2 ask for a checkpoint and an orderly end, at the next step boundary."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        for number in (signal.SIGTERM, signal.SIGUSR2):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-
-
-def open_stream(config: Config) -> TokenStream:
-    """The data stream of a run. Raises UserError if the model cannot hold its tokens."""
-    sources = [Source(source.path, source.weight) for source in config.data.sources()]
-    stream = TokenStream(sources, config.data.seq_len, config.data.seed)
-    if stream.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"model.vocab_size = {config.model.vocab_size} is smaller than the vocabulary of "
-            f"the tokenizer in {sources[0].path}, {stream.vocab_size}: set "
-            f"model.vocab_size={stream.vocab_size} or more, or use other shards"
-        )
-    return stream
 
 
 def open_metrics(config: Config, run: RunDirectory, resumed_at: int) -> MetricsWriter:

@@ -1,6 +1,7 @@
 """A trained model, whole, in one process: for evaluation, generation and export."""
 
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -34,4 +35,6 @@ def load_trained(run: RunDirectory) -> tuple[Config, Transformer]:
 
 def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
     """Fill a plain model with the weights of a checkpoint, whatever layout wrote it."""
-    dcp.load({"model": model.state_dict()}, checkpoint_id=checkpoint, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load({"model": model.state_dict()}, checkpoint_id=checkpoint, no_dist=True)

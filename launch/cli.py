@@ -1,0 +1,133 @@
+"""The `farspan` command line. Everything heavy is imported inside the command that needs it."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch import data
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Pretrain Mixture-of-Experts language models on very long contexts, "
+    "from raw Common Crawl to a Hugging Face checkpoint.",
+)
+app.add_typer(data.app, name="data")
+
+Recipe = Annotated[str, typer.Argument(help="A shipped recipe or the path of a .yaml file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings, as in optim.lr=1e-3."),
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where everything is made.")] = Path("demo"),
+) -> None:
+    """The whole path on this machine, in minutes: crawl, clean, train, kill, resume, export."""
+    from launch.demo import run_demo
+
+    run_demo(out)
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Ranks on this machine.")] = 1,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Where the run lives [default: runs/RECIPE].")
+    ] = None,
+    prepare_only: Annotated[
+        bool, typer.Option("--prepare-only", help="Check everything and write the run directory.")
+    ] = False,
+) -> None:
+    """Train a model; the same command again resumes.
+
+    Exit codes: 0 done, 75 stopped on request with everything saved, 2 a mistake in what was
+    asked for, 1 anything else.
+    """
+    from launch.train import prepare, train_locally
+
+    run = prepare(recipe, overrides or [], nproc, run_dir)
+    if not prepare_only:
+        raise typer.Exit(train_locally(run, nproc))
+
+
+@app.command("eval")
+def evaluate(
+    run: Run,
+    text: Annotated[Path, typer.Option(help="A UTF-8 text file.")],
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens seen at most [default: data.seq_len].")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Mean cross-entropy of a text, in nats per predicted token."""
+    from launch.inference import evaluate_text
+
+    evaluate_text(run, text, context, as_json)
+
+
+@app.command()
+def generate(
+    run: Run,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample among so many.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+) -> None:
+    """Continue a prompt."""
+    from launch.inference import continue_prompt
+
+    continue_prompt(run, prompt, max_new_tokens, temperature, top_k, seed)
+
+
+@app.command()
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    to: Annotated[str, typer.Option(help="The format: hf.")] = "hf",
+) -> None:
+    """Write the newest checkpoint as safetensors, config and tokenizer that transformers loads."""
+    from launch.inference import export_model
+
+    export_model(run, to, out)
+
+
+@app.command()
+def report(run: Run) -> None:
+    """Write RUN/report.html: one file with every chart, readable without a network."""
+    from launch.train import write_run_report
+
+    print(write_run_report(run))
+
+
+@app.command()
+def config(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Print the resolved configuration: defaults < recipe < KEY=VALUE."""
+    from pretrain.config import load_config
+
+    sys.stdout.write(load_config(recipe, overrides or []).to_yaml())
+
+
+def main() -> None:
+    """Run the command line; an error that carries an `exit_code` is told in its own words."""
+    try:
+        app()
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

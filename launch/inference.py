@@ -1,0 +1,88 @@
+"""`farspan eval`, `generate` and `export`: what is done with a trained model."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from pretrain.errors import UserError
+from pretrain.run_dir import RunDirectory
+
+
+def evaluate_text(directory: Path, text: Path, context: int | None, as_json: bool) -> None:
+    """Print the mean cross-entropy of a text file under the model of a run."""
+    from data_pipeline.stream import load_tokenizer
+    from pretrain.checkpoint.trained import load_trained
+    from pretrain.evals.perplexity import perplexity
+
+    run = RunDirectory(directory)
+    try:
+        content = text.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{text}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{text} is not UTF-8 (byte {error.start})") from None
+    config, model = load_trained(run)
+    token_ids = load_tokenizer(run.tokenizer).encode(content)
+    if len(token_ids) < 2:
+        raise UserError(f"{text} has {len(token_ids)} tokens; a prediction needs at least 2")
+    result = perplexity(model, token_ids, context or config.data.seq_len)
+    if as_json:
+        print(json.dumps(asdict(result)))
+    else:
+        print(
+            f"{result.loss:.4f} nats per token over {result.tokens} predicted tokens, "
+            f"context {result.context}"
+        )
+
+
+def continue_prompt(
+    directory: Path,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    seed: int,
+) -> None:
+    """Print a prompt and its continuation by the model of a run."""
+    from data_pipeline.stream import load_tokenizer
+    from pretrain.checkpoint.trained import load_trained
+    from pretrain.evals.generate import generate
+
+    run = RunDirectory(directory)
+    _, model = load_trained(run)
+    tokenizer = load_tokenizer(run.tokenizer)
+    prompt_ids = tokenizer.encode(prompt)
+    if not prompt_ids:
+        raise UserError("--prompt is empty; give at least one word to continue")
+    new_ids = generate(
+        model,
+        prompt_ids,
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+        stop_id=tokenizer.eos_id,
+    )
+    print(prompt + tokenizer.decode(new_ids))
+
+
+def export_model(directory: Path, to: str, out: Path) -> None:
+    """Write the newest checkpoint of a run in another format."""
+    if to != "hf":
+        raise UserError(f"--to {to} is not a format; allowed: hf")
+    from data_pipeline.stream import load_tokenizer
+    from pretrain.checkpoint.hf import export
+    from pretrain.checkpoint.trained import load_trained
+
+    run = RunDirectory(directory)
+    config, model = load_trained(run)
+    eos_id = load_tokenizer(run.tokenizer).eos_id
+    export(
+        config.model,
+        model.state_dict(),
+        run.tokenizer,
+        out,
+        eos_id=eos_id,
+        max_positions=config.data.seq_len,
+    )
+    print(f"exported to {out}")
