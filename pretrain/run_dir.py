@@ -43,6 +43,11 @@ class RunDirectory:
         return self.root / "wandb"
 
     @property
+    def wandb_id(self) -> Path:
+        """The id of the W&B run that every attempt continues."""
+        return self.wandb / "run_id"
+
+    @property
     def report(self) -> Path:
         return self.root / "report.html"
 

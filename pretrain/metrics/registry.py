@@ -45,9 +45,10 @@ METRICS: dict[str, Metric] = {
         Metric(
             "train/aux_loss",
             "1",
-            "mean over expert layers of E * sum_e f_e P_e, f_e the expert frequencies of the "
-            "previous step, P_e this step's mean router probabilities",
-            "Enters the gradient times model.moe.aux_loss; 1 is balanced.",
+            "mean over expert layers of E * sum_e f_e P_e",
+            "Balance loss; the gradient is that of train/loss + model.moe.aux_loss * this. f_e are "
+            "the expert frequencies of the previous step, P_e this step's mean router "
+            "probabilities. 1 is balanced, E is everything to one expert.",
         ),
         Metric(
             "train/tokens",

@@ -199,7 +199,7 @@ def _start_wandb(
         dir=run.root,
         project=project,
         name=name,
-        id=_wandb_id(run.wandb / "run_id"),
+        id=_wandb_id(run.wandb_id),
         mode=mode,
         resume="allow" if mode == "online" else None,
         config=config,
