@@ -147,7 +147,8 @@ def _report(result: "RunResult", out: Path) -> None:
     table.add_column("documents", justify="right")
     for row in result.funnel:
         table.add_row(row["stage"], row["reason"], str(row["documents"]))
-    console.print(table)
+    if result.funnel:
+        console.print(table)
     for archive in result.manifest.extra["inputs"]:
         if not archive["documents"]:
             _say(f"{archive['path']}: no documents")

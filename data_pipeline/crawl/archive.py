@@ -52,6 +52,7 @@ class _Record:
     id: str
     url: str
     offset: int
+    content_length: int
     is_whole: bool
     outcome: Page | Reject | None
 
@@ -145,14 +146,15 @@ class Archive:
         if last is None:
             yield self._damaged(start, "damaged", f"no readable record: {error}")
             return archive.next_record(start + 1)
-        end = archive.member_end(last.offset)
-        if end is None or "decompression" not in error:
+        end = archive.record_end(last.offset, last.content_length)
+        if end is None:
             return (yield from self._reject(last))
         if last.outcome is not None:
             yield last.outcome
         resume = archive.next_record(end)
         if resume != end:
-            yield self._damaged(end, "damaged", f"unreadable bytes: {error}")
+            reason = "truncated" if resume is None else "damaged"
+            yield self._damaged(end, reason, f"nothing readable here: {error}")
         return resume
 
     def _after_end(self, last_offset: int) -> Iterator[Reject]:
@@ -188,8 +190,8 @@ class Archive:
         """Read one record to its end."""
         kind = str(record.record_type)
         self.records[kind] += 1
-        has_length = _header(record, "Content-Length").isdigit()
-        id = (has_length and _header(record, self.id_header)) or self._fallback_id()
+        declared = _header(record, "Content-Length")
+        id = (declared.isdigit() and _header(record, self.id_header)) or self._fallback_id()
         url = _header(record, "WARC-Target-URI").strip("<>")
         try:
             record.parse_http(quirks_mode=True)
@@ -215,7 +217,9 @@ class Archive:
                 body=body,
             )
             outcome = self._judge(page, record, kind, length, is_http_readable)
-        return _Record(id, url, record.stream_pos, has_length and length == expected, outcome)
+        content_length = int(declared) if declared.isdigit() else -1
+        is_whole = content_length >= 0 and length == expected
+        return _Record(id, url, record.stream_pos, content_length, is_whole, outcome)
 
     def _judge(
         self, page: Page, record: WarcRecord, kind: str, length: int, is_http_readable: bool

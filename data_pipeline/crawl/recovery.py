@@ -1,12 +1,15 @@
 """Where records start in a damaged archive, found from its bytes alone."""
 
 import zlib
+from collections.abc import Iterator
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 GZIP_MAGIC = b"\x1f\x8b\x08"
 RECORD_MAGIC = b"WARC/"
-BLOCK = 1 << 20
+END_OF_BLOCK = b"\r\n\r\n"
+MAX_HEADERS = 1 << 16
+BLOCK = 1 << 16
 
 
 class ArchiveBytes:
@@ -25,7 +28,7 @@ class ArchiveBytes:
         after an empty line.
         """
         if not self.is_gzip:
-            position = self._bytes.find(b"\r\n\r\n" + RECORD_MAGIC, max(0, start - 4))
+            position = self._bytes.find(END_OF_BLOCK + RECORD_MAGIC, max(0, start - 4))
             return None if position < 0 else position + 4
         position = self._bytes.find(GZIP_MAGIC, start)
         while position >= 0:
@@ -34,22 +37,28 @@ class ArchiveBytes:
             position = self._bytes.find(GZIP_MAGIC, position + 1)
         return None
 
+    def record_end(self, start: int, content_length: int) -> int | None:
+        """Offset just after the record at byte `start`, or None where it is not as long as it says.
+
+        A record of an archive that is one gzip member as a whole has no place of its own to look
+        at: it is believed, and `start` returned.
+        """
+        headers = self._text(start, 0, MAX_HEADERS).find(END_OF_BLOCK)
+        if headers < 0:
+            return start
+        end = headers + len(END_OF_BLOCK) + content_length
+        if self._text(start, end, len(END_OF_BLOCK)) != END_OF_BLOCK:
+            return None
+        if self.is_gzip:
+            return self.member_end(start) or len(self._bytes)
+        return start + end + len(END_OF_BLOCK)
+
     def member_end(self, start: int) -> int | None:
         """Offset just after the gzip member at byte `start`; None where none is whole there."""
-        stream = zlib.decompressobj(zlib.MAX_WBITS | 16)
-        position, compressed = start, b""
-        while not stream.eof:
-            if not compressed:
-                compressed = self._bytes[position : position + BLOCK]
-                position += len(compressed)
-            if not compressed:
-                return None
-            try:
-                stream.decompress(compressed, BLOCK)
-            except zlib.error:
-                return None
-            compressed = stream.unconsumed_tail
-        return position - len(stream.unused_data)
+        member = _Member(self._bytes, start)
+        for _ in member:
+            pass
+        return member.end
 
     def unreadable_tail(self, start: int) -> int | None:
         """Offset at which the gzip members from byte `start` on stop being whole, or None.
@@ -65,9 +74,45 @@ class ArchiveBytes:
         return None
 
     def _starts_record(self, position: int) -> bool:
+        return self._text(position, 0, len(RECORD_MAGIC)) == RECORD_MAGIC
+
+    def _text(self, start: int, position: int, size: int) -> bytes:
+        """At most `size` bytes from `position` on in the uncompressed text at byte `start`."""
+        if not self.is_gzip:
+            return self._bytes[start + position : start + position + size]
+        text, seen = b"", 0
+        for block in _Member(self._bytes, start):
+            text += block[max(0, position - seen) :]
+            seen += len(block)
+            if len(text) >= size:
+                break
+        return text[:size]
+
+
+class _Member:
+    """The text of one gzip member in blocks, as far as it can be decompressed.
+
+    Attributes:
+        end: offset just after the member, once all blocks of a whole one have been read.
+    """
+
+    def __init__(self, archive: bytes | mmap, start: int) -> None:
+        self._archive = archive
+        self._start = start
+        self.end: int | None = None
+
+    def __iter__(self) -> Iterator[bytes]:
         stream = zlib.decompressobj(zlib.MAX_WBITS | 16)
-        try:
-            text = stream.decompress(self._bytes[position : position + 512], len(RECORD_MAGIC))
-        except zlib.error:
-            return False
-        return text == RECORD_MAGIC
+        position, compressed = self._start, b""
+        while not stream.eof:
+            if not compressed:
+                compressed = self._archive[position : position + BLOCK]
+                position += len(compressed)
+            if not compressed:
+                return
+            try:
+                yield stream.decompress(compressed, BLOCK)
+            except zlib.error:
+                return
+            compressed = stream.unconsumed_tail
+        self.end = position - len(stream.unused_data)
