@@ -43,6 +43,13 @@ def library_pages(count: int) -> list[LibraryPage]:
     return pages
 
 
+def _environment() -> dict[str, str]:
+    """Only what Python needs: pydoc prints defaults, and one of them is the whole environment."""
+    needed = ("PYTHONPATH", "LD_LIBRARY_PATH")
+    passed = {name: os.environ[name] for name in needed if name in os.environ}
+    return {**passed, "PYTHONHASHSEED": "0", "PYTHONWARNINGS": "ignore", "LC_ALL": "C.UTF-8"}
+
+
 def _render(count: int, skip: list[str]) -> tuple[list[LibraryPage], str | None]:
     """Pages, and the module on which the renderer died, if it did."""
     with TemporaryDirectory() as folder:
@@ -51,8 +58,8 @@ def _render(count: int, skip: list[str]) -> tuple[list[LibraryPage], str | None]
         with suppress(subprocess.TimeoutExpired):
             subprocess.run(
                 command,
-                cwd=folder,
-                env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONWARNINGS": "ignore"},
+                cwd="/",
+                env=_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
