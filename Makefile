@@ -21,7 +21,7 @@ else
 TORCH := torch==$(TORCH_VERSION)
 endif
 
-.PHONY: install demo test test-all lint format clean
+.PHONY: install demo test test-slow lint format clean
 
 install: $(INSTALLED)
 
@@ -40,8 +40,8 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/pytest -m "not slow"
 
-test-all: $(INSTALLED)
-	$(BIN)/pytest
+test-slow: $(INSTALLED)
+	$(BIN)/pytest -m slow
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -117,7 +117,8 @@ def _make_crawl(demo: Demo, console: Console) -> tuple[list[str], str]:
     from data_pipeline.sample import make_sample_crawl
 
     report = make_sample_crawl(demo.crawl, pages=PAGES, files=ARCHIVES, seed=SEED)
-    console.print(str(report))
+    planted = ", ".join(f"{count} {kind}" for kind, count in report.planted.items())
+    console.print(f"{len(report.files)} WARC files in {demo.crawl}: {planted}")
     *archives, held_out = sorted(map(str, demo.crawl.glob("*.warc.gz")))
     return archives, held_out
 
@@ -169,10 +170,12 @@ def _last_step(demo: Demo) -> int:
 def _loss_in_transformers(demo: Demo, context: int) -> float:
     """The loss of the exported model on the held-out text, over the windows of `farspan eval`."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
-    model = AutoModelForCausalLM.from_pretrained(demo.export, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(demo.export)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(demo.export, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(demo.export)
     text = demo.held_out.read_text()
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
     total = 0.0

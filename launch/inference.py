@@ -15,14 +15,8 @@ def evaluate_text(directory: Path, text: Path, context: int | None, as_json: boo
     from pretrain.evals.perplexity import perplexity
 
     run = RunDirectory(directory)
-    try:
-        content = text.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{text}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{text} is not UTF-8 (byte {error.start})") from None
     config, model = load_trained(run)
-    token_ids = load_tokenizer(run.tokenizer).encode(content)
+    token_ids = load_tokenizer(run.tokenizer).encode(_read_text(text))
     if len(token_ids) < 2:
         raise UserError(f"{text} has {len(token_ids)} tokens; a prediction needs at least 2")
     result = perplexity(model, token_ids, context or config.data.seq_len)
@@ -33,6 +27,15 @@ def evaluate_text(directory: Path, text: Path, context: int | None, as_json: boo
             f"{result.loss:.4f} nats per token over {result.tokens} predicted tokens, "
             f"context {result.context}"
         )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start})") from None
 
 
 def continue_prompt(

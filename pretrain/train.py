@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data_pipeline.stream import Batch
 from parallel.apply import Parallelised, apply
+from parallel.comm import describe_lost_rank
 from parallel.fsdp import owned_region
 from parallel.gradients import clip_gradients
 from parallel.mesh import Mesh, join_ranks
@@ -30,7 +31,7 @@ from pretrain.loss import (
     uniform_frequencies,
 )
 from pretrain.metrics.expert_load import summarise_load
-from pretrain.metrics.sinks import JsonlSink, MetricsWriter, Row, WandbSink
+from pretrain.metrics.sinks import JsonlSink, MetricsWriter, WandbSink, step_line
 from pretrain.model.init import initialize
 from pretrain.model.kernels.documents import Documents
 from pretrain.model.transformer import Transformer
@@ -187,7 +188,7 @@ def train(config: Config, run: RunDirectory) -> int:
         if metrics and (is_last or progress.step % config.train.log_every == 0):
             row = metrics_row(trainer, result, lr, seconds)
             metrics.log(row)
-            print_line(config, row)
+            print(step_line(row, config.train.steps), flush=True)
         if is_last or progress.step % config.checkpoint.every == 0:
             trainer.save()
     if metrics:
@@ -222,20 +223,14 @@ def metrics_row(trainer: Trainer, result: StepResult, lr: float, seconds: float)
     }
 
 
-def print_line(config: Config, row: Row) -> None:
-    print(
-        f"step {row['train/step']}/{config.train.steps}  loss {row['train/loss']:.4f}  "
-        f"grad norm {row['train/grad_norm']:.3f}  lr {row['train/lr']:.2e}  "
-        f"{row['perf/tokens_per_s']:,.0f} tokens/s",
-        flush=True,
-    )
-
-
 def main() -> int:
     run = RunDirectory(Path(sys.argv[1]))
     try:
         return train(read_run_config(run), run)
     except Exception as error:
+        if lost := describe_lost_rank(error):
+            print(f"error: {lost}", file=sys.stderr)
+            return 1
         code = getattr(error, "exit_code", None)
         if code is None:
             raise

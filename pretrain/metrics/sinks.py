@@ -87,6 +87,15 @@ class JsonlSink:
         self._file.close()
 
 
+def step_line(row: Row, steps: int) -> str:
+    """A row as the one line that a log shows of it."""
+    return (
+        f"step {row['train/step']}/{steps}  loss {row['train/loss']:.4f}  "
+        f"grad norm {row['train/grad_norm']:.3f}  lr {row['train/lr']:.2e}  "
+        f"{row['perf/tokens_per_s']:,.0f} tokens/s"
+    )
+
+
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of metrics.jsonl, one at a time; a half-written last line is left out.
 

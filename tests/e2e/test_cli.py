@@ -1,0 +1,155 @@
+"""The command line, from training to a model that transformers loads."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ranks import ROOT, TIMEOUT_S
+
+TEXT = "abc def the cab of ghij. " * 80
+
+
+def farspan(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "launch.cli", *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+
+
+def succeed(*arguments: str, **environment: str) -> str:
+    done = farspan(*arguments, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def refusal(*arguments: str) -> str:
+    """The one message of a command that must be the user's mistake."""
+    done = farspan(*arguments)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("cli") / "run"
+    succeed(
+        *("train", "tiny-hybrid-moe", "--run-dir", str(directory), f"data.shards={shards}"),
+        *("train.steps=4", "data.seq_len=64"),
+    )
+    return directory
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, launch.cli;"
+        "print({'torch', 'numpy', 'pyarrow', 'daft', 'transformers', 'pydantic'} & {*sys.modules})"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "set()\n"
+    commands = ("demo", "data", "train", "eval", "generate", "export", "report", "config")
+    listed = succeed("--help")
+    assert all(command in listed for command in commands)
+
+
+def test_config_prints_a_tree_that_can_be_a_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(succeed("config", "tiny", "optim.lr=0.25"))
+    assert "lr: 0.25" in recipe.read_text()
+    assert succeed("config", str(recipe)) == recipe.read_text()
+
+
+def test_a_run_directory_holds_the_whole_run(run: Path) -> None:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["train/step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[-1]["train/tokens"] == 4 * 8 * 64
+    assert {"train/loss", "train/grad_norm", "perf/tokens_per_s"} <= rows[0].keys()
+    for name in ("config.yaml", "report.html", "tokenizer.json", "done.json", "checkpoints"):
+        assert (run / name).exists(), name
+    assert (run / "attempts" / "0001" / "rank-0.log").read_text()
+
+
+def test_the_exported_model_has_the_same_loss_in_transformers(run: Path, tmp_path: Path) -> None:
+    import transformers
+
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    ours = json.loads(succeed("eval", str(run), "--text", str(text), "--json"))
+    succeed("export", str(run), "--to", "hf", "--out", str(tmp_path / "hf"))
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ids = tokenizer(TEXT, add_special_tokens=False, return_tensors="pt").input_ids
+    assert ours["tokens"] == ids.shape[1] - 1
+    assert ours["context"] == 64
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, ids.shape[1] - 1, 64):
+            window = ids[:, start : start + 65]
+            total += model(window, labels=window).loss.item() * (window.shape[1] - 1)
+    assert ours["loss"] == pytest.approx(total / ours["tokens"], rel=1e-5)
+
+
+def test_generation_continues_the_prompt_and_repeats_itself(run: Path) -> None:
+    arguments = ("generate", str(run), "--prompt", "abc def", "--max-new-tokens", "8")
+    sampled = (*arguments, "--temperature", "1", "--seed", "3")
+    assert succeed(*arguments).startswith("abc def")
+    assert succeed(*sampled) == succeed(*sampled)
+
+
+def test_two_runs_that_need_the_sample_at_once_share_one(tmp_path: Path) -> None:
+    code = "from launch.sample import sample_shards; print(sample_shards())"
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=os.environ | {"FARSPAN_CACHE": str(tmp_path)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=TIMEOUT_S) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert outputs[0][0] == outputs[1][0]
+    assert sum("making sample shards" in errors for _, errors in outputs) == 1
+    assert (Path(outputs[0][0].strip()) / "manifest.json").exists()
+
+
+def test_mistakes_are_told_in_one_message(run: Path, shards: Path, tmp_path: Path) -> None:
+    where = ("--run-dir", str(tmp_path / "new"))
+    data = f"data.shards={shards}"
+    assert "did you mean tiny?" in refusal("train", "tinny", *where)
+    assert "no such file" in refusal("train", "tiny", *where, "data.shards=nowhere")
+    assert "layout" in refusal("train", "tiny", *where, data, "--nproc", "3")
+    assert "1024" in refusal("train", "tiny", *where, data, "model.vocab_size=512")
+    assert "not a run directory" in refusal("eval", str(tmp_path), "--text", str(tmp_path))
+    assert "gone cannot be read" in refusal("eval", str(run), "--text", str(tmp_path / "gone"))
+    assert "allowed: hf" in refusal("export", str(run), "--to", "gguf", "--out", str(tmp_path))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_shard_with_another_hash_stops_the_run_and_is_named(shards: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(shards, damaged)
+    tar = next(damaged.glob("shards/*.tar"))
+    content = bytearray(tar.read_bytes())
+    content[len(content) // 2] ^= 1
+    tar.write_bytes(content)
+    message = refusal(
+        *("train", "tiny", "--run-dir", str(tmp_path / "run"), f"data.shards={damaged}"),
+        "train.steps=2",
+    )
+    assert tar.name in message
+    assert "sha256" in message
