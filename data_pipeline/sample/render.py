@@ -20,10 +20,8 @@ from pathlib import Path
 
 ACT_ON_IMPORT = "antigravity idlelib this tkinter turtle turtledemo"
 TABLES_OF_DATA = "coreweave_evaluations dateparser_data encodings tzdata"
-HUGE_PAGES = "bokeh google numpy pydantic pydantic_core"
-SLOW_IMPORTS = (
-    "daft dateparser functorch huggingface_hub safetensors torch torchgen transformers wandb"
-)
+HUGE_PAGES = "google pyarrow pydantic pydantic_core sympy"
+SLOW_IMPORTS = "daft dateparser functorch huggingface_hub safetensors torchgen transformers wandb"
 INTERNAL = "lib2to3 pip sys test"
 SKIPPED = frozenset(
     f"{ACT_ON_IMPORT} {TABLES_OF_DATA} {HUGE_PAGES} {SLOW_IMPORTS} {INTERNAL}".split()
@@ -55,9 +53,14 @@ def _with_submodules(name: str, skip: set[str]) -> Iterator[str]:
 
 
 def render(name: str) -> str | None:
-    """The page of a module, or None if it cannot be imported, or is very short or long."""
+    """The page of a module, or None if it cannot be imported, or is very short or long.
+
+    An installed package's own page would repeat the modules it re-exports, at great length.
+    """
     try:
         module = importlib.import_module(name)
+        if hasattr(module, "__path__") and name.partition(".")[0] not in sys.stdlib_module_names:
+            return None
         html = pydoc.HTMLDoc()
         page = html.page(name, html.document(module, name))
     except (Exception, SystemExit):
