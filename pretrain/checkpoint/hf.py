@@ -69,6 +69,9 @@ def export(
     dtype = str(state["embedding.weight"].dtype).removeprefix("torch.")
     out.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(state_to_hf(config, state), out, metadata={"format": "pt"})
+    for weights in out.glob("*.safetensors"):
+        # safetensors writes files that only their owner can read.
+        weights.chmod(0o644)
     _write_json(
         out / "config.json",
         hf_config

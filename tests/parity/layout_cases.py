@@ -4,6 +4,7 @@ Arguments: the shards, the folder for results, the layouts as `name:key=value,ke
 """
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,13 @@ STEPS = 6
 
 def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """The weights, their gradients' moments and the step counts."""
+    for weight, moments in optimizer.state.items():
+        yield weight
+        yield from moments.values()
 
 
 def run_case(shards: Path, overrides: list[str], device: torch.device) -> dict[str, Any]:
@@ -42,6 +50,7 @@ def run_case(shards: Path, overrides: list[str], device: torch.device) -> dict[s
         "losses": losses,
         "aux_losses": aux_losses,
         "gradients": gradients,
+        "dtypes": {tensor.dtype for tensor in optimizer_state(trainer.optimizer)},
         "expert_calls": traffic.calls if traffic else 0,
     }
 

@@ -14,6 +14,7 @@ LAYOUTS = {
         "dp2": "parallel.dp_shard=2",
         "hsdp2": "parallel.dp_replicate=2",
         "dp2-ep2": "parallel.ep=2",
+        "bf16": "parallel.ep=2,train.dtype=bfloat16",
     },
     4: {
         "dp4": "parallel.dp_shard=4",
@@ -38,7 +39,7 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize("name", ["one-by-one", *LAYOUTS[2], *LAYOUTS[4]])
+@pytest.mark.parametrize("name", ["one-by-one", *LAYOUTS[2].keys() - {"bf16"}, *LAYOUTS[4]])
 def test_a_layout_equals_one_rank(name: str, results: dict[str, dict]) -> None:
     ours, reference = results[name], results["one"]
     assert ours["losses"] == pytest.approx(reference["losses"], rel=TOLERANCE)
@@ -48,6 +49,13 @@ def test_a_layout_equals_one_rank(name: str, results: dict[str, dict]) -> None:
     errors = {name: relative_error(ours["gradients"][name], expected[name]) for name in expected}
     worst = max(errors, key=errors.__getitem__)
     assert errors[worst] <= TOLERANCE, f"gradient of {worst}: {errors[worst]:.1e}"
+
+
+def test_bf16_computes_on_float32_weights_and_stays_close(results: dict[str, dict]) -> None:
+    ours, reference = results["bf16"], results["one"]
+    assert ours["dtypes"] == {torch.float32}
+    assert ours["losses"] != reference["losses"]
+    assert ours["losses"] == pytest.approx(reference["losses"], rel=1e-3)
 
 
 def test_every_weight_has_a_gradient_and_the_loss_falls(results: dict[str, dict]) -> None:
