@@ -1,8 +1,11 @@
 """The checkpoints of a run: each complete or absent, never half."""
 
 import json
+import os
+import re
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,15 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from pretrain.checkpoint.manifest import find_damage, write_manifest
+from pretrain.checkpoint.manifest import (
+    Entries,
+    describe_files,
+    find_damage,
+    list_files,
+    write_manifest,
+)
 from pretrain.errors import UserError
+from pretrain.run_dir import write_atomically
 
 PROGRESS = "progress.json"
 
@@ -52,15 +62,15 @@ class CheckpointStore:
         final = checkpoint_path(self.folder, progress.step)
         aside = self.folder / f".{final.name}"
         if dist.get_rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            write_atomically(aside / PROGRESS, json.dumps(vars(progress)) + "\n")
         dist.barrier()
         dcp.save(_tensors(model, optimizer, expert_frequencies), checkpoint_id=aside)
+        files = _describe_together(aside)
         if dist.get_rank() == 0:
-            (aside / PROGRESS).write_text(json.dumps(vars(progress)) + "\n")
-            write_manifest(aside)
-            shutil.rmtree(final, ignore_errors=True)
+            write_manifest(aside, files)
             aside.rename(final)
+            _sync(self.folder)
             for old in saved_steps(self.folder)[: -self.keep]:
                 shutil.rmtree(checkpoint_path(self.folder, old))
         dist.barrier()
@@ -73,16 +83,19 @@ class CheckpointStore:
     ) -> Progress | None:
         """Load the newest whole checkpoint in place; None if there is no checkpoint. Collective.
 
-        The weights may be laid out over the ranks in another way than they were saved in.
+        The weights may be laid out over the ranks in another way than they were saved in. Newer
+        checkpoints, which are damaged, are set aside as damaged-step-NNNNNNNN.
 
         Raises:
             UserError: there are checkpoints, and all of them are damaged.
         """
-        chosen = torch.tensor([newest_whole(self.folder) if dist.get_rank() == 0 else 0])
-        dist.broadcast(chosen, src=0)
-        if chosen < 0:
+        steps = _from_rank_0(saved_steps(self.folder))
+        step = newest_whole(self.folder, steps, _find_damage_together)
+        if dist.get_rank() == 0:
+            self._clear_away_newer_than(step)
+        if step is None:
             return None
-        path = checkpoint_path(self.folder, int(chosen))
+        path = checkpoint_path(self.folder, step)
         tensors = _tensors(model, optimizer, expert_frequencies)
         dcp.load(tensors, checkpoint_id=path)
         set_state_dict(
@@ -93,6 +106,16 @@ class CheckpointStore:
         )
         return Progress(**json.loads((path / PROGRESS).read_text()))
 
+    def _clear_away_newer_than(self, step: int | None) -> None:
+        for unfinished in self.folder.glob(".step-*"):
+            shutil.rmtree(unfinished)
+        for newer in saved_steps(self.folder):
+            if step is not None and newer > step:
+                path = checkpoint_path(self.folder, newer)
+                damaged = self.folder / f"damaged-{path.name}"
+                shutil.rmtree(damaged, ignore_errors=True)
+                path.rename(damaged)
+
 
 def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
@@ -100,30 +123,33 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def saved_steps(folder: Path) -> list[int]:
     """The steps of the checkpoints in `folder`, oldest first."""
-    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
+    names = (re.fullmatch(r"step-(\d{8,})", path.name) for path in folder.glob("step-*"))
+    return sorted(int(name[1]) for name in names if name)
 
 
-def newest_whole(folder: Path) -> int:
-    """The newest step whose checkpoint is whole, -1 if there are no checkpoints.
+def newest_whole(
+    folder: Path, steps: list[int], damage_of: Callable[[Path], str | None] = find_damage
+) -> int | None:
+    """The newest of `steps` whose checkpoint is whole, None if there are none.
 
     A damaged one is named on stderr and passed over.
 
     Raises:
         UserError: all are damaged.
     """
-    steps = saved_steps(folder)
-    damage = ""
+    damage = None
     for step in reversed(steps):
-        damage = find_damage(checkpoint_path(folder, step)) or ""
+        damage = damage_of(checkpoint_path(folder, step))
         if not damage:
             return step
-        print(f"warning: checkpoint of step {step} is damaged: {damage}", file=sys.stderr)
-    if steps:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(f"warning: the checkpoint of step {step} is damaged: {damage}", file=sys.stderr)
+    if damage:
         raise UserError(
             f"every checkpoint in {folder} is damaged, the oldest: {damage}. Restore one, or "
             "remove the folder to begin the run anew"
         )
-    return -1
+    return None
 
 
 def _tensors(
@@ -131,3 +157,38 @@ def _tensors(
 ) -> dict[str, Any]:
     weights, moments = get_state_dict(model, optimizer)
     return {"model": weights, "optimizer": moments, "expert_frequencies": expert_frequencies}
+
+
+def _from_rank_0(value: Any) -> Any:
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _gather(value: Any) -> list[Any]:
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _describe_together(folder: Path) -> Entries:
+    """Size and sha256 of every file; the ranks share the work."""
+    names = _from_rank_0(list_files(folder))
+    mine = names[dist.get_rank() :: dist.get_world_size()]
+    parts: list[Entries] = _gather(describe_files(folder, mine))
+    return {name: entry for part in parts for name, entry in part.items()}
+
+
+def _find_damage_together(folder: Path) -> str | None:
+    """`find_damage`; the ranks share the work and agree."""
+    found = _gather(find_damage(folder, dist.get_rank(), dist.get_world_size()))
+    return next((damage for damage in found if damage), None)
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
-from pretrain.checkpoint.store import checkpoint_path, newest_whole
+from pretrain.checkpoint.store import checkpoint_path, newest_whole, saved_steps
 from pretrain.config import Config, read_run_config
 from pretrain.errors import UserError
 from pretrain.model.transformer import Transformer
@@ -21,8 +21,8 @@ def load_trained(run: RunDirectory) -> tuple[Config, Transformer]:
         UserError: not a run directory, or no checkpoint yet.
     """
     config = read_run_config(run)
-    step = newest_whole(run.checkpoints)
-    if step < 0:
+    step = newest_whole(run.checkpoints, saved_steps(run.checkpoints))
+    if step is None:
         raise UserError(
             f"{run.root} has no checkpoint yet; train to step {config.checkpoint.every} at least "
             "(checkpoint.every)"

@@ -5,8 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint.manifest import MANIFEST, find_damage, write_manifest
-from pretrain.checkpoint.store import newest_whole
+from pretrain.checkpoint.manifest import (
+    MANIFEST,
+    describe_files,
+    find_damage,
+    list_files,
+    write_manifest,
+)
+from pretrain.checkpoint.store import newest_whole, saved_steps
 from pretrain.errors import UserError
 
 
@@ -20,7 +26,7 @@ def make_checkpoint(folder: Path, step: int) -> Path:
     (path / "inner").mkdir(parents=True)
     (path / "weights").write_bytes(bytes(range(256)) * 64)
     (path / "inner" / "progress.json").write_text('{"step": 8}')
-    write_manifest(path)
+    write_manifest(path, describe_files(path, list_files(path)))
     return path
 
 
@@ -49,12 +55,18 @@ def test_a_file_cut_in_half_is_named_with_its_sizes(checkpoint: Path) -> None:
     assert "16384" in damage
 
 
+def test_parts_share_the_files_between_them(checkpoint: Path) -> None:
+    flip_a_byte(checkpoint / "weights")
+    found = [find_damage(checkpoint, part, 2) for part in range(2)]
+    assert sum(damage is not None for damage in found) == 1
+
+
 def test_a_missing_file_is_named(checkpoint: Path) -> None:
     (checkpoint / "weights").unlink()
     assert "weights is missing" in str(find_damage(checkpoint))
 
 
-@pytest.mark.parametrize("text", ["", "{", json.dumps({"other": 1})])
+@pytest.mark.parametrize("text", ["", "{", json.dumps({"other": 1}), json.dumps({"files": ["a"]})])
 def test_a_damaged_manifest_is_named(checkpoint: Path, text: str) -> None:
     (checkpoint / MANIFEST).write_text(text)
     assert MANIFEST in str(find_damage(checkpoint))
@@ -66,12 +78,13 @@ def test_the_newest_whole_checkpoint_is_chosen_and_the_damage_told(
     for step in (8, 16, 24):
         make_checkpoint(tmp_path, step)
     flip_a_byte(tmp_path / "step-00000024" / "weights")
-    assert newest_whole(tmp_path) == 16
+    (tmp_path / "step-00000032.bak").mkdir()
+    assert newest_whole(tmp_path, saved_steps(tmp_path)) == 16
     assert "step 24" in capsys.readouterr().err
 
 
 def test_no_checkpoint_is_not_damage_but_only_damaged_ones_are_an_error(tmp_path: Path) -> None:
-    assert newest_whole(tmp_path) == -1
+    assert newest_whole(tmp_path, saved_steps(tmp_path)) is None
     flip_a_byte(make_checkpoint(tmp_path, 8) / "weights")
     with pytest.raises(UserError, match="weights"):
-        newest_whole(tmp_path)
+        newest_whole(tmp_path, saved_steps(tmp_path))
