@@ -6,12 +6,14 @@ printed before anything heavy is loaded.
 
 import dataclasses
 import difflib
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from pretrain.errors import UserError
 from pretrain.model.config import ModelConfig
@@ -20,13 +22,22 @@ from pretrain.run_dir import RunDirectory
 RECIPES = Path(__file__).parent / "recipes"
 SAMPLE_SHARDS = "sample"
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
+
+def _refuse_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be an integer, not true or false")
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_refuse_bool)]
+Positive = Annotated[Integer, Field(ge=1)]
+NonNegative = Annotated[Integer, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ShardSource(Section):
@@ -35,13 +46,13 @@ class ShardSource(Section):
 
 
 class DataConfig(Section):
-    shards: str | tuple[ShardSource, ...] = Field(
+    shards: str | Annotated[tuple[ShardSource, ...], Field(min_length=1)] = Field(
         SAMPLE_SHARDS,
         description="A folder made by `farspan data run`, a list of {path, weight}, or `sample`: "
         "a small crawl made on this machine on first use.",
     )
     seq_len: Positive = Field(4096, description="Tokens per sequence.")
-    seed: int = Field(0, description="Decides the order of the documents.")
+    seed: NonNegative = Field(0, description="Decides the order of the documents.")
 
     def sources(self) -> tuple[ShardSource, ...]:
         return (ShardSource(path=self.shards),) if isinstance(self.shards, str) else self.shards
@@ -51,7 +62,7 @@ class TrainConfig(Section):
     steps: Positive = 1000
     global_batch: Positive = Field(8, description="Sequences per optimizer step, over all ranks.")
     microbatch: Positive = Field(1, description="Sequences per forward pass of one rank.")
-    seed: int = Field(0, description="Decides the initial weights.")
+    seed: NonNegative = Field(0, description="Decides the initial weights.")
     log_every: Positive = Field(1, description="Steps between two rows of metrics.jsonl.")
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="Of the computation; weights and reductions stay float32."
@@ -66,14 +77,14 @@ class OptimConfig(Section):
     lr: Annotated[float, Field(gt=0)] = 3e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip: Annotated[float, Field(gt=0)] = Field(1.0, description="Largest global gradient norm.")
-    betas: tuple[Share, Share] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
 
 
 class ScheduleConfig(Section):
     name: Literal["constant", "cosine", "wsd"] = "cosine"
     warmup_steps: NonNegative = 0
-    decay_share: Share = Field(0.2, description="wsd: the last share of the steps, decaying.")
+    decay_share: Share = Field(0.2, description="wsd: how much of the steps after warmup decays.")
     min_lr: Share = Field(0.1, description="Final learning rate as a share of optim.lr.")
 
 
@@ -247,24 +258,40 @@ def _nearest(name: str, allowed: Sequence[str]) -> str:
 def _describe(error: ValidationError) -> str:
     lines: dict[str, str] = {}
     for problem in error.errors():
-        location = [part for part in problem["loc"] if part not in _UNION_TAGS]
+        location = [part for part in problem["loc"] if not _is_union_tag(part)]
         dotted = ".".join(map(str, location))
-        wish = problem["msg"][0].lower() + problem["msg"][1:]
+        wish = problem["msg"].removeprefix("Value error, ")
+        wish = wish[0].lower() + wish[1:]
+        if problem["type"] == "literal_error":
+            allowed = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+            wish += _nearest(str(problem["input"]), allowed)
+        if note := _description(location):
+            wish += f" ({note})"
         lines.setdefault(dotted, f"{dotted} = {problem['input']!r}: {wish}")
     return "\n".join(lines.values())
 
 
-_UNION_TAGS = {"str", "constrained-int", "literal['auto']", "tuple[ShardSource, ...]"}
+def _is_union_tag(part: Any) -> bool:
+    """Whether pydantic put `part` into a location to say which member of a union it tried."""
+    return part in {"str", "constrained-int"} or not re.fullmatch(r"\w+", str(part))
+
+
+def _description(location: Sequence[Any]) -> str | None:
+    """What the field at `location` is for, where that is written down."""
+    if len(location) != 2 or location[0] not in Config.model_fields:
+        return None
+    section = Config.model_fields[str(location[0])].annotation
+    field = getattr(section, "model_fields", {}).get(location[1])
+    return field.description if field else None
 
 
 def _check_model(model: ModelConfig) -> None:
     """Refuse sizes that no layer can have."""
     for dotted, value in _numbers(model, "model"):
-        lowest = 0 if dotted.rsplit(".", 1)[-1] in _MAY_BE_ZERO else 1
-        if value < lowest and isinstance(value, int):
-            raise UserError(f"{dotted} = {value}: must be at least {lowest}")
-        if value < 0:
-            raise UserError(f"{dotted} = {value}: must not be negative")
+        may_be_zero = dotted.rsplit(".", 1)[-1] in _MAY_BE_ZERO
+        if not math.isfinite(value) or value < 0 or (value == 0 and not may_be_zero):
+            wish = "zero or more" if may_be_zero else "more than zero"
+            raise UserError(f"{dotted} = {value}: must be {wish}, and finite")
     attention, linear, moe = model.attention, model.linear, model.moe
     if not model.layer_pattern:
         raise UserError("model.layer_pattern is empty: name at least one of linear, softmax")
@@ -292,7 +319,7 @@ def _check_model(model: ModelConfig) -> None:
         )
 
 
-_MAY_BE_ZERO = {"n_experts", "d_shared_expert"}
+_MAY_BE_ZERO = {"n_experts", "d_shared_expert", "aux_loss", "d_ff", "init_std"}
 
 
 def _numbers(section: Any, path: str) -> Iterator[tuple[str, float]]:

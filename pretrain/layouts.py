@@ -74,12 +74,12 @@ def _problem(config: Config, layout: Layout) -> str | None:
     if experts % layout.ep:
         return f"parallel.ep = {layout.ep} does not divide model.moe.n_experts = {experts}"
     expert_shard = layout.dp_shard // layout.ep
-    for dotted in ("d_model", "moe.d_expert") if layout.ep > 1 else ():
-        width = config.model.d_model if dotted == "d_model" else config.model.moe.d_expert
-        if width % expert_shard:
+    widths = {"d_model": config.model.d_model, "moe.d_expert x 2": 2 * config.model.moe.d_expert}
+    for name, width in widths.items():
+        if layout.ep > 1 and width % expert_shard:
             return (
                 f"dp_shard / ep = {expert_shard} ranks share each expert, and do not divide "
-                f"model.{dotted} = {width}"
+                f"model.{name} = {width}"
             )
     if train.global_batch % (layout.world_size * train.microbatch):
         return (
