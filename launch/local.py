@@ -1,7 +1,9 @@
 """Start the ranks of a run on this machine and watch over them."""
 
+import ctypes
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,15 +12,23 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import TextIO
+from types import FrameType, TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from pretrain.run_dir import RunDirectory
 
 PIDS = "pids.json"
 POLL_S = 0.1
-GRACE_S = 20.0
+# Long enough for the slowest thing a stopping rank does: a last checkpoint, W&B's last rows.
+GRACE_S = 120.0
+# How long the ranks that fail together take to be seen.
+SETTLE_S = 1.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+STOPPED_ON_REQUEST = 75
+LOST_RANK = 70
 
 Rank = subprocess.Popen[bytes]
 
@@ -26,8 +36,8 @@ Rank = subprocess.Popen[bytes]
 def run_ranks(run: RunDirectory, nproc: int) -> int:
     """Run `pretrain.train` on `nproc` ranks to its end; rank 0's log is shown as it grows.
 
-    SIGTERM, SIGINT and SIGUSR2 are passed on as a request to save and stop. When a rank fails,
-    the others are ended and the failed one's log is named.
+    SIGTERM, SIGINT and SIGUSR2 are passed on as a request to save and stop; a second SIGINT ends
+    the ranks at once. When a rank fails, the others are ended and the failed one's log is named.
 
     Returns:
         The exit code: 0, or that of the rank that failed first (1 if it was killed).
@@ -35,12 +45,13 @@ def run_ranks(run: RunDirectory, nproc: int) -> int:
     attempt = run.new_attempt()
     logs = [attempt / f"rank-{rank}.log" for rank in range(nproc)]
     port = free_port()
-    ranks = [_start_rank(run, rank, nproc, port, log) for rank, log in enumerate(logs)]
-    (attempt / PIDS).write_text(json.dumps([rank.pid for rank in ranks]) + "\n")
-    with _passing_on_stop_signals(ranks), logs[0].open() as shown:
-        failed = _wait(ranks, shown)
-        _end(ranks)
-        _show(shown)
+    ranks: list[Rank] = []
+    with _passing_on_stop_signals(ranks):
+        ranks += [_start_rank(run, rank, nproc, port, log) for rank, log in enumerate(logs)]
+        (attempt / PIDS).write_text(json.dumps([rank.pid for rank in ranks]) + "\n")
+        with _Screen(logs[0]) as screen:
+            failed = _wait(ranks, screen)
+            _end(ranks, screen)
     return 0 if failed is None else _explain(failed, ranks[failed].returncode, logs[failed])
 
 
@@ -85,14 +96,28 @@ def _start_rank(run: RunDirectory, rank: int, nproc: int, port: int, log: Path) 
             stderr=subprocess.STDOUT,
             # Signals from a terminal reach this process alone, which passes them on.
             start_new_session=True,
+            preexec_fn=_in_rank_before_it_starts,
         )
+
+
+def _in_rank_before_it_starts() -> None:
+    # A request to stop waits until the rank can answer it (pretrain.signals).
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    if sys.platform == "linux":
+        # A rank whose launcher was killed saves and stops.
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 @contextmanager
 def _passing_on_stop_signals(ranks: list[Rank]) -> Iterator[None]:
+    interrupts = 0
+
     def pass_on(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupts
+        interrupts += number == signal.SIGINT
         for rank in ranks:
-            rank.send_signal(signal.SIGTERM)
+            rank.send_signal(signal.SIGKILL if interrupts > 1 else signal.SIGTERM)
 
     before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
@@ -102,29 +127,72 @@ def _passing_on_stop_signals(ranks: list[Rank]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _wait(ranks: list[Rank], shown: TextIO) -> int | None:
-    """The first rank that failed, or None once all have succeeded."""
+class _Screen:
+    """Shows a log as it grows; on a terminal, with a bar for the steps."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log.open()
+        self._console = Console(soft_wrap=True, highlight=False, markup=False)
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bars = Progress(*columns, console=self._console, transient=True)
+        self._steps = self._bars.add_task("steps", total=None, visible=False)
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        self.refresh()
+        self._bars.stop()
+        self._log.close()
+
+    def refresh(self) -> None:
+        text = self._log.read()
+        if not text:
+            return
+        self._console.out(text, end="")
+        if steps := re.findall(r"^step (\d+)/(\d+)", text, re.MULTILINE):
+            done, total = map(int, steps[-1])
+            self._bars.update(self._steps, completed=done, total=total, visible=True)
+
+
+def _wait(ranks: list[Rank], screen: _Screen) -> int | None:
+    """The rank that failed, or None once all have succeeded."""
     while True:
         codes = [rank.poll() for rank in ranks]
-        _show(shown)
-        for rank, code in enumerate(codes):
-            if code:
-                return rank
+        screen.refresh()
+        if any(codes):
+            time.sleep(SETTLE_S)
+            return _to_blame([rank.poll() for rank in ranks])
         if all(code == 0 for code in codes):
             return None
         time.sleep(POLL_S)
 
 
-def _show(log: TextIO) -> None:
-    sys.stdout.write(log.read())
-    sys.stdout.flush()
+def _to_blame(codes: list[int | None]) -> int:
+    """The rank whose failure explains the others': killed, else mistaken, else failed."""
+
+    def rank_order(rank: int) -> int:
+        code = codes[rank]
+        if not code or code == LOST_RANK:
+            return 3
+        return 0 if code < 0 else 2 if code == STOPPED_ON_REQUEST else 1
+
+    return min(range(len(codes)), key=rank_order)
 
 
-def _end(ranks: list[Rank]) -> None:
-    """Give ranks that are still saving a moment, then end what is left."""
+def _end(ranks: list[Rank], screen: _Screen) -> None:
+    """Give ranks that are stopping a moment, then end what is left."""
     deadline = time.monotonic() + GRACE_S
-    stopping = any(rank.returncode == 75 for rank in ranks)
+    stopping = any(rank.returncode == STOPPED_ON_REQUEST for rank in ranks)
     while stopping and time.monotonic() < deadline and any(r.poll() is None for r in ranks):
+        screen.refresh()
         time.sleep(POLL_S)
     for rank in ranks:
         rank.kill()
@@ -132,11 +200,11 @@ def _end(ranks: list[Rank]) -> None:
 
 
 def _explain(rank: int, code: int, log: Path) -> int:
-    if code == 75:
+    if code == STOPPED_ON_REQUEST:
         print("stopped on request; everything is saved, the same command goes on from here")
         return code
     how = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
     print(f"rank {rank} {how}; its log: {log}", file=sys.stderr)
     if rank != 0:
         sys.stderr.write("".join(log.read_text(errors="replace").splitlines(True)[-20:]))
-    return max(code, 1)
+    return 1 if code < 0 or code == LOST_RANK else code

@@ -9,8 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.shards import Manifest, load_manifest
 from launch.sample import sample_shards
-from pretrain.config import SAMPLE_SHARDS, Config, read_run_config
+from pretrain.config import SAMPLE_SHARDS, Config, ShardSource, read_run_config
+from pretrain.data import open_stream
 from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory, write_atomically
 
@@ -28,37 +30,68 @@ MAY_CHANGE = (
 
 
 def prepare_run(config: Config, directory: Path) -> RunDirectory:
-    """Write the resolved configuration and the tokenizer into the run directory.
+    """Write the resolved configuration, the tokenizer and what is known of the data.
 
     Raises:
-        UserError, DataError: the shards are not there, or the directory holds a run of another
-            model or other data.
+        UserError, DataError: the shards are not there, or the directory is in use or holds a run
+            of another model or other data; nothing has been changed then.
     """
-    from pretrain.data import open_stream
-
     run = RunDirectory(directory.resolve())
-    if config.data.shards == SAMPLE_SHARDS:
-        config = _replace(config, "data", "shards", str(sample_shards()))
-    config = _replace(config, "run", "dir", str(run.root))
+    config = _with_absolute_paths(config, run)
     stream = open_stream(config)
-    if run.config.exists():
-        _refuse_another_run(run, config)
+    data = [_describe(source, load_manifest(source.path)) for source in config.data.sources()]
+    is_new = not run.config.exists()
     run.root.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(stream.tokenizer, run.tokenizer)
-    run.done.unlink(missing_ok=True)
-    write_atomically(run.config, config.to_yaml())
-    write_atomically(run.root / "versions.json", json.dumps(_versions(), indent=1) + "\n")
+    with run.exclusive():
+        if is_new:
+            shutil.copyfile(stream.tokenizer, run.tokenizer)
+            write_atomically(run.data, json.dumps(data, indent=1) + "\n")
+        else:
+            _refuse_another_run(run, config, data)
+        run.done.unlink(missing_ok=True)
+        write_atomically(run.root / "versions.json", json.dumps(_versions(), indent=1) + "\n")
+        write_atomically(run.config, config.to_yaml())
     return run
 
 
-def _replace(config: Config, section: str, field: str, value: Any) -> Config:
-    changed = getattr(config, section).model_copy(update={field: value})
-    return config.model_copy(update={section: changed})
+def _with_absolute_paths(config: Config, run: RunDirectory) -> Config:
+    """The run can be resumed and reported from any working directory."""
+    if config.data.shards == SAMPLE_SHARDS:
+        shards: Any = str(sample_shards())
+    elif isinstance(config.data.shards, str):
+        shards = str(Path(config.data.shards).resolve())
+    else:
+        shards = tuple(
+            source.model_copy(update={"path": str(Path(source.path).resolve())})
+            for source in config.data.shards
+        )
+    data = config.data.model_copy(update={"shards": shards})
+    return config.model_copy(
+        update={"data": data, "run": config.run.model_copy(update={"dir": str(run.root)})}
+    )
 
 
-def _refuse_another_run(run: RunDirectory, config: Config) -> None:
-    before = dict(_leaves(read_run_config(run).model_dump(mode="json"), ""))
-    now = dict(_leaves(config.model_dump(mode="json"), ""))
+def _describe(source: ShardSource, manifest: Manifest) -> dict[str, Any]:
+    return {
+        "shards": manifest.sha256,
+        "tokenizer": manifest.tokenizer_sha256,
+        "weight": source.weight,
+        "unigram_entropy": manifest.unigram_entropy,
+        "funnel": manifest.extra.get("funnel", []),
+    }
+
+
+def _refuse_another_run(run: RunDirectory, config: Config, data: list[dict[str, Any]]) -> None:
+    def settings(config: Config, data: list[dict[str, Any]]) -> dict[str, Any]:
+        tree = config.model_dump(mode="json")
+        tree["data"]["shards"] = {
+            str(number): {key: source[key] for key in ("shards", "tokenizer", "weight")}
+            for number, source in enumerate(data)
+        }
+        return dict(_leaves(tree, ""))
+
+    before = settings(read_run_config(run), json.loads(run.data.read_text()))
+    now = settings(config, data)
     changed = [
         f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())

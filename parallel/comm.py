@@ -1,24 +1,11 @@
 """Collectives with autograd that count what they send."""
 
-import os
-import traceback
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-
-def describe_lost_rank(error: Exception) -> str | None:
-    """What to tell of an error that means another rank is gone; None for any other error."""
-    is_distributed = isinstance(error, dist.DistError) or "gloo" in str(error)
-    if not is_distributed:
-        return None
-    collective = traceback.extract_tb(error.__traceback__)[-1].name
-    rank = dist.get_rank() if dist.is_initialized() else os.environ["RANK"]
-    reason = str(error).splitlines()[0]
-    return f"rank {rank} lost contact with the other ranks in {collective}: {reason}"
 
 
 class Communicator:

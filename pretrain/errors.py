@@ -8,3 +8,9 @@ class UserError(Exception):
     """
 
     exit_code = 2
+
+
+class TrainingError(Exception):
+    """Training cannot go on, and a person has to look: told without a traceback."""
+
+    exit_code = 1

@@ -1,9 +1,15 @@
 """The folder of one run: the only place that knows which file lies where."""
 
+import fcntl
 import json
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from pretrain.errors import UserError
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -60,13 +66,44 @@ class RunDirectory:
         """The success marker: a run without it has not finished."""
         return self.root / "done.json"
 
+    @property
+    def data(self) -> Path:
+        """What the run knows of its data: hashes, unigram entropy, why documents were dropped."""
+        return self.root / "data.json"
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the run directory: one process at a time may change it.
+
+        Raises:
+            UserError: another process holds it; the message says which.
+        """
+        with (self.root / "lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise UserError(
+                    f"{self.root} is in use by {file.read().strip() or 'another process'}: wait "
+                    "for it, or stop it (SIGTERM saves first)"
+                ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            yield
+
     def new_attempt(self) -> Path:
         """Make the folder of the next attempt, which holds one log per rank."""
         self.attempts.mkdir(parents=True, exist_ok=True)
         number = 1 + max((int(path.name) for path in self.attempts.iterdir()), default=0)
-        attempt = self.attempts / f"{number:04d}"
-        attempt.mkdir()
-        return attempt
+        while True:
+            attempt = self.attempts / f"{number:04d}"
+            try:
+                attempt.mkdir()
+            except FileExistsError:
+                number += 1
+            else:
+                return attempt
 
     def mark_done(self, step: int) -> None:
         """Write the success marker for a run that has finished `step` steps."""

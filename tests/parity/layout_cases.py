@@ -13,9 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from parallel.mesh import join_ranks
 from pretrain.config import load_config
 from pretrain.run_dir import RunDirectory
-from pretrain.train import COLLECTIVE_TIMEOUT, Trainer, join_ranks
+from pretrain.train import COLLECTIVE_TIMEOUT
+from pretrain.trainer import Trainer
 
 STEPS = 6
 
@@ -36,7 +38,7 @@ def run_case(shards: Path, overrides: list[str], device: torch.device) -> dict[s
         "tiny-hybrid-moe", [f"data.shards={shards}", f"train.steps={STEPS}", *overrides]
     )
     trainer = Trainer(config, RunDirectory(Path("nowhere")), device)
-    losses, aux_losses, gradients = [], [], {}
+    losses, aux_losses, grad_norms, gradients = [], [], [], {}
     for step in range(STEPS):
         batch = trainer.read_batch()
         loss, aux_loss, counts, _ = trainer.backward(batch)
@@ -44,11 +46,12 @@ def run_case(shards: Path, overrides: list[str], device: torch.device) -> dict[s
         aux_losses.append(aux_loss)
         if step == 0:
             gradients = {name: whole(w.grad) for name, w in trainer.model.named_parameters()}
-        trainer.finish_step(counts)
+        grad_norms.append(trainer.finish_step(counts))
     traffic = trainer.parallelised.expert_traffic
     return {
         "losses": losses,
         "aux_losses": aux_losses,
+        "grad_norms": grad_norms,
         "gradients": gradients,
         "dtypes": {tensor.dtype for tensor in optimizer_state(trainer.optimizer)},
         "expert_calls": traffic.calls if traffic else 0,

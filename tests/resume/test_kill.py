@@ -2,11 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,7 @@ class Run:
             *(sys.executable, "-m", "launch.cli", "train", "tiny-hybrid-moe"),
             *("--nproc", "2", "--run-dir", str(directory), f"data.shards={shards}"),
             *(f"train.steps={STEPS}", f"checkpoint.every={EVERY}", "parallel.ep=2"),
+            "schedule.name=constant",
         ]
 
     def start(self, *overrides: str) -> subprocess.Popen[str]:
@@ -40,21 +41,24 @@ class Run:
             text=True,
         )
 
-    def finish(self, *overrides: str) -> str:
+    def finish(self, *overrides: str, code: int = 0) -> str:
         process = self.start(*overrides)
         output, _ = process.communicate(timeout=TIMEOUT_S)
-        assert process.returncode == 0, output
+        assert process.returncode == code, output
         return output
 
-    def interrupt_at(self, step: int, send: Callable[[int], None]) -> tuple[int, str]:
-        """Call `send(pid of the launcher)` once `step` is logged; returns exit code and output."""
+    def start_and_reach(self, step: int) -> subprocess.Popen[str]:
+        """Start, and return once `step` is logged (0: once the ranks are there)."""
         process = self.start()
-        while self.logged_steps()[-1:] < [step]:
+        while not self.has_reached(step):
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.02)
-        send(process.pid)
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-        return process.returncode, output
+        return process
+
+    def has_reached(self, step: int) -> bool:
+        if step:
+            return self.logged_steps()[-1:] >= [step]
+        return (self.directory / "attempts" / "0001" / "pids.json").exists()
 
     def rows(self) -> list[dict]:
         lines = (self.directory / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -77,16 +81,29 @@ def uninterrupted(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Run
     return run
 
 
+def outcome(process: subprocess.Popen[str]) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=TIMEOUT_S)
+    return process.returncode, output
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def test_killed_at_three_steps_it_resumes_bitwise(
     shards: Path, tmp_path: Path, uninterrupted: Run
 ) -> None:
     run = Run(shards, tmp_path / "run")
     for step, rank in ((2, 1), (6, 0), (9, 1)):
-        code, output = run.interrupt_at(
-            step, lambda _, rank=rank: os.kill(rank_pids(run.run_dir)[rank], signal.SIGKILL)
-        )
+        process = run.start_and_reach(step)
+        os.kill(rank_pids(run.run_dir)[rank], signal.SIGKILL)
+        code, output = outcome(process)
         assert code == 1, output
-        assert "signal 9" in output or "failed" in output
+        assert f"rank {rank} was killed by signal 9" in output
         assert not (run.directory / "done.json").exists()
     run.finish()
     assert run.curve() == uninterrupted.curve()
@@ -94,11 +111,14 @@ def test_killed_at_three_steps_it_resumes_bitwise(
     assert len(list((run.directory / "attempts").iterdir())) == 4
 
 
-def test_asked_to_stop_it_saves_and_says_so(
-    shards: Path, tmp_path: Path, uninterrupted: Run
+@pytest.mark.parametrize("step", [0, 5])
+def test_asked_to_stop_it_saves_and_goes_on_later(
+    shards: Path, tmp_path: Path, uninterrupted: Run, step: int
 ) -> None:
     run = Run(shards, tmp_path / "run")
-    code, output = run.interrupt_at(5, lambda pid: os.kill(pid, signal.SIGTERM))
+    process = run.start_and_reach(step)
+    process.send_signal(signal.SIGTERM)
+    code, output = outcome(process)
     assert code == 75, output
     saved = [path.name for path in (run.directory / "checkpoints").iterdir()]
     assert f"step-{run.logged_steps()[-1]:08d}" in saved
@@ -106,28 +126,93 @@ def test_asked_to_stop_it_saves_and_says_so(
     assert run.curve() == uninterrupted.curve()
 
 
-def test_a_finished_run_can_be_made_longer_but_not_another(uninterrupted: Run) -> None:
-    before = uninterrupted.curve()
-    uninterrupted.finish()
-    assert uninterrupted.curve() == before
-    uninterrupted.finish(f"train.steps={STEPS + 2}", "schedule.name=cosine")
-    assert uninterrupted.curve()[:STEPS] == before
-    assert uninterrupted.logged_steps() == list(range(1, STEPS + 3))
+def test_ranks_do_not_outlive_their_launcher_and_nobody_trains_beside_them(
+    shards: Path, tmp_path: Path, uninterrupted: Run
+) -> None:
+    run = Run(shards, tmp_path / "run")
+    process = run.start_and_reach(2)
+    assert "is in use by process" in run.finish(code=2)
+    ranks = rank_pids(run.run_dir)
+    process.kill()
+    process.communicate(timeout=TIMEOUT_S)
+    deadline = time.monotonic() + TIMEOUT_S
+    while any(map(is_alive, ranks)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    run.finish()
+    assert run.curve() == uninterrupted.curve()
 
-    process = uninterrupted.start("model.d_model=64")
-    output, _ = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 2
-    assert "model.d_model: 128 -> 64" in output
+
+def test_it_resumes_on_another_layout(shards: Path, tmp_path: Path, uninterrupted: Run) -> None:
+    run = Run(shards, tmp_path / "run")
+    process = run.start_and_reach(6)
+    process.send_signal(signal.SIGTERM)
+    assert outcome(process)[0] == 75
+    run.finish("--nproc", "1", "parallel.ep=1", "train.microbatch=4")
+    losses = [row["train/loss"] for row in run.rows()]
+    expected = [row["train/loss"] for row in uninterrupted.rows()]
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def copy_of(run: Run, shards: Path, directory: Path) -> Run:
+    shutil.copytree(run.directory, directory)
+    return Run(shards, directory)
+
+
+def test_a_finished_run_can_be_made_longer_but_not_shorter_or_another(
+    shards: Path, tmp_path: Path, uninterrupted: Run
+) -> None:
+    run = copy_of(uninterrupted, shards, tmp_path / "run")
+    run.finish()
+    assert run.curve() == uninterrupted.curve()
+    run.finish(f"train.steps={STEPS + 2}")
+    assert run.curve()[:STEPS] == uninterrupted.curve()
+    assert run.logged_steps() == list(range(1, STEPS + 3))
+    assert "can only be raised" in run.finish("train.steps=3", code=2)
+    assert "model.d_model: 128 -> 64" in run.finish("model.d_model=64", code=2)
+
+
+def test_other_data_is_refused_and_changes_nothing(
+    shards: Path, tmp_path: Path, uninterrupted: Run
+) -> None:
+    from data_pipeline.shards import write_shards
+
+    run = copy_of(uninterrupted, shards, tmp_path / "run")
+    other = tmp_path / "other"
+    write_shards([("a", "abc def " * 99)], shards / "tokenizer.json", other, extra={})
+    before = {path: path.read_bytes() for path in run.directory.glob("*.*")}
+    assert "data.shards.0.shards" in run.finish(f"data.shards={other}", code=2)
+    assert {path: path.read_bytes() for path in run.directory.glob("*.*")} == before
+
+    moved = tmp_path / "moved"
+    shutil.copytree(shards, moved)
+    run.finish(f"data.shards={moved}")
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     shards: Path, tmp_path: Path, uninterrupted: Run
 ) -> None:
-    run = Run(shards, tmp_path / "run")
-    run.finish()
+    run = copy_of(uninterrupted, shards, tmp_path / "run")
     newest = max((run.directory / "checkpoints").iterdir())
     largest = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-    output = run.finish()
+    # A checkpoint that was being written when its run was killed.
+    (newest.parent / f".step-{STEPS:08d}").mkdir()
+    output = run.finish("checkpoint.keep=1")
     assert largest.name in output
-    assert run.curve() == uninterrupted.curve()[:STEPS]
+    assert run.curve() == uninterrupted.curve()
+    assert sorted(path.name for path in newest.parent.iterdir()) == [
+        f"damaged-step-{STEPS:08d}",
+        f"step-{STEPS:08d}",
+    ]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(
+    shards: Path, tmp_path: Path
+) -> None:
+    run = Run(shards, tmp_path / "run")
+    output = run.finish("model.init_std=1e30", code=1)
+    assert "the gradient norm of step 1 is" in output
+    assert "Traceback" not in output
+    assert not (run.directory / "done.json").exists()
+    assert not list((run.directory / "checkpoints").glob("step-*"))
