@@ -165,8 +165,8 @@ class Archive:
     def _reject(self, record: _Record) -> Generator[Page | Reject, None, int | None]:
         archive = ArchiveBytes(self.path)
         resume = archive.next_record(record.offset + 1)
-        is_readable = archive.member_end(record.offset) is not None if archive.is_gzip else resume
-        if is_readable:
+        readable_until = archive.member_end(record.offset) if archive.is_gzip else resume
+        if readable_until is not None:
             reason, detail = "content-length", "the record is not as long as its Content-Length"
         elif resume is None:
             reason, detail = "truncated", "the file is cut inside this record"
@@ -191,7 +191,7 @@ class Archive:
         kind = str(record.record_type)
         self.records[kind] += 1
         declared = _header(record, "Content-Length")
-        id = (declared.isdigit() and _header(record, self.id_header)) or self._fallback_id()
+        id = (declared.isdecimal() and _header(record, self.id_header)) or self._fallback_id()
         url = _header(record, "WARC-Target-URI").strip("<>")
         try:
             record.parse_http(quirks_mode=True)
@@ -217,7 +217,7 @@ class Archive:
                 body=body,
             )
             outcome = self._judge(page, record, kind, length, is_http_readable)
-        content_length = int(declared) if declared.isdigit() else -1
+        content_length = int(declared) if declared.isdecimal() else -1
         is_whole = content_length >= 0 and length == expected
         return _Record(id, url, record.stream_pos, content_length, is_whole, outcome)
 
@@ -236,7 +236,9 @@ class Archive:
         if length > self.max_body:
             return reject("oversized", f"{length} bytes; the limit is {self.max_body}")
         try:
-            body = decode_body(page.body, dict(record.http_headers or {}), self.max_body)
+            transfer_encoding = _http_header(record, "Transfer-Encoding")
+            content_encoding = _http_header(record, "Content-Encoding")
+            body = decode_body(page.body, transfer_encoding, content_encoding, self.max_body)
         except BodyError as error:
             return reject(error.reason, str(error))
         if not body.strip():
@@ -252,6 +254,10 @@ def _content_type(record: WarcRecord, kind: str) -> str | None:
 
 def _header(record: WarcRecord, name: str) -> str:
     return record.headers.get(name) or ""
+
+
+def _http_header(record: WarcRecord, name: str) -> str:
+    return "" if record.http_headers is None else record.http_headers.get(name) or ""
 
 
 def _read_bounded(record: WarcRecord, limit: int) -> tuple[bytes, int]:

@@ -3,7 +3,6 @@
 import io
 import re
 import zlib
-from collections.abc import Mapping
 
 from fastwarc.stream_io import BrotliReader, ChunkedReader, ZstdReader
 
@@ -21,8 +20,8 @@ class BodyError(Exception):
         self.reason = reason
 
 
-def decode_body(raw: bytes, headers: Mapping[str, str], limit: int) -> bytes:
-    """Undo chunked framing and compression, at most `limit` bytes.
+def decode_body(raw: bytes, transfer_encoding: str, content_encoding: str, limit: int) -> bytes:
+    """Undo chunked framing and compression as two HTTP headers name them, at most `limit` bytes.
 
     Crawlers disagree on whether a stored body is still encoded as its headers say, so the bytes
     are asked first: framing that is not there is not removed.
@@ -30,11 +29,10 @@ def decode_body(raw: bytes, headers: Mapping[str, str], limit: int) -> bytes:
     Raises:
         BodyError: reason `encoding` (cut or corrupt) or `oversized` (more than `limit` bytes).
     """
-    names = {name.lower(): value.lower() for name, value in headers.items()}
     try:
-        if _is_chunked(raw, names.get("transfer-encoding", "")):
+        if _is_chunked(raw, transfer_encoding.lower()):
             raw = ChunkedReader(io.BytesIO(raw)).read(limit + 1)
-        raw = _decompress(raw, names.get("content-encoding", ""), limit)
+        raw = _decompress(raw, content_encoding.lower(), limit)
     except (OSError, zlib.error) as error:
         raise BodyError("encoding", f"the body cannot be decoded: {error}") from error
     if len(raw) > limit:

@@ -45,7 +45,7 @@ class ArchiveBytes:
         """
         headers = self._text(start, 0, MAX_HEADERS).find(END_OF_BLOCK)
         if headers < 0:
-            return start
+            return None if self._starts_record(start) else start
         end = headers + len(END_OF_BLOCK) + content_length
         if self._text(start, end, len(END_OF_BLOCK)) != END_OF_BLOCK:
             return None

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import random
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -181,6 +182,25 @@ def test_flipped_bits_cost_one_record(tmp_path: Path) -> None:
         assert outcomes(documents)[0] == ids(1)[0]
         assert outcomes(documents)[-1] == ids(3)[0]
         assert len(documents) == 3, f"byte {position} flipped"
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_mutated_archives_are_read_to_their_end(tmp_path: Path, seed: int) -> None:
+    """Bytes changed, lost and inserted in headers and bodies, in each of three layouts."""
+    draw = random.Random(seed)
+    records = []
+    for number in range(6):
+        content = bytearray(record(number, compressed=False))
+        for _ in range(draw.choice((0, 0, 1, 5))):
+            place = draw.randrange(len(content))
+            lost = draw.choice((0, 1, 20))
+            content[place : place + lost] = draw.randbytes(draw.choice((0, 1, 20)))
+        records.append(bytes(content))
+    whole = b"".join(records)
+    members = b"".join(gzip.compress(content, mtime=0) for content in records)
+    for archive in (whole, gzip.compress(whole, mtime=0), members):
+        documents = read(tmp_path, archive)
+        assert len({document.id for document in documents}) == len(documents)
 
 
 def test_an_archive_in_one_gzip_member_is_read(tmp_path: Path) -> None:
