@@ -172,12 +172,6 @@ def _loss_chart(axis: StepAxis, history: History, unigram_entropy: float | None)
     chart.line("step", "mean", source=source, color=BLUE, line_width=2)
     chart.add_tools(_hover(raw, {"loss": "@value{%.4f}", "mean": "@mean{%.4f}"}))
     keys = [Key("raw", BLUE, "faint"), Key(f"mean of about {rows} rows", BLUE, "line")]
-    if (held_out := history.series.get("eval/loss")) is not None:
-        source = _source(held_out)
-        chart.line("step", "value", source=source, color=ORANGE)
-        dots = chart.scatter("step", "value", source=source, color=ORANGE, size=6)
-        chart.add_tools(_hover(dots, {"held-out loss": "@value{%.4f}"}))
-        keys.append(Key("held-out text", ORANGE, "dot"))
     if unigram_entropy is not None:
         keys.append(_add_reference(chart, "unigram entropy", unigram_entropy))
     return _chart("Loss", "train/loss", keys, chart)

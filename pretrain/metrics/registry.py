@@ -78,7 +78,7 @@ METRICS: dict[str, Metric] = {
             "perf/step_s",
             "s",
             "wall-clock time of the step, waiting for data included",
-            "A step that stands out is a slow rank, a checkpoint or a stalled loader.",
+            "A step that stands out is a slow rank or a stalled loader. Checkpoints are not in it.",
         ),
         Metric(
             "perf/data_wait_s",
@@ -104,12 +104,6 @@ METRICS: dict[str, Metric] = {
             "experts",
             "experts with no token in this step, over all layers",
             "Experts that stay dead are parameters that are not trained.",
-        ),
-        Metric(
-            "eval/loss",
-            "nats/token",
-            "sum of -ln p(token) over the predicted tokens of the held-out text / their count",
-            "Cross-entropy on text the run does not train on.",
         ),
     )
 }

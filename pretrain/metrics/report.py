@@ -122,8 +122,6 @@ def _headline(
         if unigram_entropy is not None:
             detail = f"nats per token; unigram entropy {unigram_entropy:.3f}"
         yield Number("Loss", f"{loss:.4f}", detail)
-    if (loss := history.last("eval/loss")) is not None:
-        yield Number("Held-out loss", f"{loss:.4f}", "nats per token")
     if (throughput := history.series.get("perf/tokens_per_s")) is not None:
         yield Number("Throughput", _compact(float(np.median(throughput.value))), "tokens/s, median")
     if config is not None:

@@ -23,9 +23,9 @@ def test_run_without_metrics_has_an_empty_history(tmp_path):
 
 def test_series_hold_only_the_steps_that_logged_them(tmp_path):
     rows = [{"train/step": step, "train/loss": 1 / step} for step in range(1, 7)]
-    rows[1]["eval/loss"], rows[3]["train/loss"] = 9.0, math.nan
+    rows[1]["train/aux_loss"], rows[3]["train/loss"] = 9.0, math.nan
     history = history_of(tmp_path, rows)
-    assert history.series["eval/loss"].step.tolist() == [2]
+    assert history.series["train/aux_loss"].step.tolist() == [2]
     assert history.series["train/loss"].value[5] == 1 / 6
     assert history.series["train/loss"].non_finite_steps() == [4]
 
