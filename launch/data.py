@@ -1,15 +1,14 @@
 """`farspan data`: from web archives to token shards. Heavy imports stay inside the commands."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from launch.progress import show_progress
 
 if TYPE_CHECKING:
     from data_pipeline.run import RunResult
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Make token shards from web archives.")
 console = Console()
 DAMAGE_LINES = 10
-PLAIN_LINES_PER_STAGE = 10
 
 
 class Mode(StrEnum):
@@ -57,7 +55,7 @@ def run(
         mode=mode.value if mode else None,
         languages=tuple(languages.split(",")) if languages else None,
     )
-    with _progress() as progress:
+    with show_progress(console) as progress:
         result = run_pipeline(
             inputs,
             out,
@@ -81,7 +79,7 @@ def extract(
     """Write {"id", "url", "text"} of every page."""
     from data_pipeline.extract import extract_archives
 
-    with _progress() as progress:
+    with show_progress(console) as progress:
         outcomes = extract_archives(
             inputs, out, mode=mode.value, id_header=id_header, progress=progress
         )
@@ -114,30 +112,6 @@ def dedup(
 
 def _say(line: str) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Bars on a terminal, a few plain lines elsewhere."""
-    if not console.is_terminal:
-        yield _plain_progress
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console) as bars:
-        tasks: dict[str, Any] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done)
-
-        yield show
-
-
-def _plain_progress(stage: str, done: int, total: int) -> None:
-    every = max(1, total // PLAIN_LINES_PER_STAGE)
-    if done == total or done % every == 0:
-        _say(f"{stage}: {done} of {total}")
 
 
 def _report(result: "RunResult", out: Path) -> None:

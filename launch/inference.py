@@ -2,8 +2,12 @@
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
+from rich.console import Console
+
+from launch.progress import show_progress
 from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory
 
@@ -17,9 +21,14 @@ def evaluate_text(directory: Path, text: Path, context: int | None, as_json: boo
     run = RunDirectory(directory)
     config, model = load_trained(run)
     token_ids = load_tokenizer(run.tokenizer).encode(_read_text(text))
-    if len(token_ids) < 2:
-        raise UserError(f"{text} has {len(token_ids)} tokens; a prediction needs at least 2")
-    result = perplexity(model, token_ids, context or config.data.seq_len)
+    # The result alone goes to standard output.
+    with show_progress(Console(stderr=True)) as show:
+        result = perplexity(
+            model,
+            token_ids,
+            context or config.data.seq_len,
+            progress=partial(show, "tokens predicted"),
+        )
     if as_json:
         print(json.dumps(asdict(result)))
     else:

@@ -1,7 +1,7 @@
 """Mean cross-entropy of a model on a text, at a given context length."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,12 @@ class Perplexity:
 
 @torch.no_grad()
 def perplexity(
-    model: Transformer, token_ids: Sequence[int] | Tensor, context: int, *, batch: int = 1
+    model: Transformer,
+    token_ids: Sequence[int] | Tensor,
+    context: int,
+    *,
+    batch: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Perplexity:
     """The mean cross-entropy of `token_ids` [n], each token but the first predicted once.
 
@@ -41,6 +46,7 @@ def perplexity(
 
     Args:
         batch: windows per forward pass; the result does not depend on it.
+        progress: called with the tokens predicted so far, and all that will be.
 
     Raises:
         UserError: fewer than two tokens, or a token id that the model has no embedding for.
@@ -50,12 +56,13 @@ def perplexity(
     ids = torch.as_tensor(token_ids, dtype=torch.int64)
     _check_ids(ids, model.config.vocab_size)
     device = next(model.parameters()).device
-    sums = [
-        _summed_cross_entropy(model, windows.to(device))
-        for windows in _windows(ids, context, batch)
-    ]
-    predicted = len(ids) - 1
-    return Perplexity(math.fsum(sums) / predicted, predicted, context)
+    total = len(ids) - 1
+    predicted, sums = 0, []
+    for windows in _windows(ids, context, batch):
+        sums.append(_summed_cross_entropy(model, windows.to(device)))
+        predicted += windows[:, 1:].numel()
+        progress(predicted, total)
+    return Perplexity(math.fsum(sums) / total, total, context)
 
 
 def _check_ids(ids: Tensor, vocab_size: int) -> None:
