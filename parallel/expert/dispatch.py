@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.comm import Communicator
-from pretrain.model.kernels.experts import count_slots, permute_rows
+from pretrain.model.kernels.experts import combine_by_token, permute_rows, sort_by_expert
 
 
 class AllToAllDispatch:
@@ -24,16 +24,11 @@ class AllToAllDispatch:
         self, x: Tensor, expert_indices: Tensor, expert_weights: Tensor, experts: nn.Module
     ) -> Tensor:
         """x [N, d], expert_indices and expert_weights [N, k] -> [N, d]."""
-        top_k = expert_indices.shape[1]
-        order = expert_indices.flatten().argsort(stable=True)
-        inverse = order.argsort()
-        slots = x[:, None].expand(-1, top_k, -1).flatten(0, 1)
-        counts = count_slots(expert_indices, self.n_experts)
-
-        counts_by_source = self._exchange_counts(counts)
-        sent = counts.view(self.comm.size, -1).sum(1).tolist()
+        rows, slots = sort_by_expert(x, expert_indices, self.n_experts)
+        counts_by_source = self._exchange_counts(slots.counts)
+        sent = slots.counts.view(self.comm.size, -1).sum(1).tolist()
         received = counts_by_source.sum(1).tolist()
-        arrived = self.comm.all_to_all(permute_rows(slots, order, inverse), received, sent)
+        arrived = self.comm.all_to_all(rows, received, sent)
 
         by_expert = self._source_major_to_expert_major(counts_by_source)
         by_source = by_expert.argsort()
@@ -41,9 +36,7 @@ class AllToAllDispatch:
         returned = self.comm.all_to_all(
             permute_rows(computed, by_source, by_expert), sent, received
         )
-
-        out = permute_rows(returned, inverse, order).unflatten(0, (-1, top_k))
-        return torch.einsum("nk,nkd->nd", expert_weights.to(out.dtype), out)
+        return combine_by_token(returned, expert_weights, slots)
 
     def _exchange_counts(self, counts: Tensor) -> Tensor:
         """How many rows each source rank has for each local expert: [ranks, E / ranks]."""

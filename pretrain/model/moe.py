@@ -7,7 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.model.config import MoEConfig
-from pretrain.model.kernels.experts import count_slots, grouped_swiglu, permute_rows
+from pretrain.model.kernels.experts import (
+    combine_by_token,
+    count_slots,
+    grouped_swiglu,
+    sort_by_expert,
+)
 from pretrain.model.mlp import SwiGLU
 from pretrain.model.norm import upcast
 
@@ -82,10 +87,5 @@ def dispatch_locally(
     x: Tensor, expert_indices: Tensor, expert_weights: Tensor, experts: Experts
 ) -> Tensor:
     """Send each token [N, d] through its k experts, all on this device, and sum by weight."""
-    top_k = expert_indices.shape[1]
-    order = expert_indices.flatten().argsort(stable=True)
-    inverse = order.argsort()
-    slots = x[:, None].expand(-1, top_k, -1).flatten(0, 1)
-    counts = count_slots(expert_indices, experts.n_experts)
-    out = permute_rows(experts(permute_rows(slots, order, inverse), counts), inverse, order)
-    return torch.einsum("nk,nkd->nd", expert_weights.to(out.dtype), out.unflatten(0, (-1, top_k)))
+    rows, slots = sort_by_expert(x, expert_indices, experts.n_experts)
+    return combine_by_token(experts(rows, slots.counts), expert_weights, slots)

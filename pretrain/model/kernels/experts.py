@@ -1,6 +1,6 @@
 """The feed-forwards of all experts at once, over tokens sorted by expert."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,35 @@ def count_slots(expert_indices: Tensor, n_experts: int) -> Tensor:
     """[E] int64: how often each expert occurs in `expert_indices`."""
     slots = expert_indices.flatten()
     return slots.new_zeros(n_experts).scatter_add_(0, slots, torch.ones_like(slots))
+
+
+class Slots(NamedTuple):
+    """The (token, choice) slots of a batch in the order of their experts.
+
+    Attributes:
+        order: [N * k] int64, the slots sorted by expert, stably.
+        inverse: [N * k] int64, the permutation that undoes it.
+        counts: [E] int64, the slots of each expert.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    counts: Tensor
+
+
+def sort_by_expert(x: Tensor, expert_indices: Tensor, n_experts: int) -> tuple[Tensor, Slots]:
+    """Repeat each token for its k experts: x [N, d], expert_indices [N, k] -> rows [N * k, d]."""
+    order = expert_indices.flatten().argsort(stable=True)
+    slots = Slots(order, order.argsort(), count_slots(expert_indices, n_experts))
+    repeated = x[:, None].expand(-1, expert_indices.shape[1], -1).flatten(0, 1)
+    return permute_rows(repeated, slots.order, slots.inverse), slots
+
+
+def combine_by_token(rows: Tensor, expert_weights: Tensor, slots: Slots) -> Tensor:
+    """Sum the k results of each token by weight: rows [N * k, d], weights [N, k] -> [N, d]."""
+    by_token = permute_rows(rows, slots.inverse, slots.order)
+    by_choice = by_token.unflatten(0, (-1, expert_weights.shape[1]))
+    return torch.einsum("nk,nkd->nd", expert_weights.to(rows.dtype), by_choice)
 
 
 def permute_rows(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
