@@ -38,12 +38,13 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             shell=True,
             cwd=ROOT if command.startswith("make") else folder,
             env=environment,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
             timeout=10 * MINUTES,
             check=False,
         )
-        assert done.returncode == 0, f"$ {command}\n{done.stdout}{done.stderr}"
+        assert done.returncode == 0, f"$ {command}\n{done.stdout}"
         outputs[command] = done.stdout
     return outputs
 
