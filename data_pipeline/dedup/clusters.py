@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +22,13 @@ class Clusters:
         number: int64, clusters numbered by their first document.
         twin: int64, the document kept of the cluster; the document itself if it is kept.
         jaccard: float64, similarity with the twin; 1 for itself.
-        exact: how many documents have the text of an earlier one.
+        exact: bool, whether the twin has the same text; false for itself.
     """
 
     number: NDArray[np.int64]
     twin: NDArray[np.int64]
     jaccard: NDArray[np.float64]
-    exact: int
+    exact: NDArray[np.bool_]
 
 
 def find_clusters(
@@ -66,7 +67,7 @@ def find_clusters(
                 for a, b in zip(original.tolist(), original[twin].tolist(), strict=True)
             ]
         ),
-        exact=len(rows) - len(originals),
+        exact=(twin != rows) & (original == original[twin]),
     )
 
 
@@ -86,11 +87,24 @@ def _join_similar(
     threshold: float,
     sets: UnionFind,
 ) -> None:
-    """Join all similar pairs of a bucket; pairs that are joined already need no comparison."""
-    for i, b in enumerate(bucket):
-        for a in bucket[:i]:
-            if sets.find(a) != sets.find(b) and jaccard(shingles[a], shingles[b]) >= threshold:
-                sets.union(a, b)
+    """Join all similar pairs of a bucket; only rows of different sets are compared."""
+    joined: dict[int, list[int]] = {}
+    for row in bucket:
+        joined.setdefault(sets.find(row), []).append(row)
+    apart: list[list[int]] = []
+    for rows in joined.values():
+        near: list[list[int]] = []
+        far: list[list[int]] = []
+        for others in apart:
+            pairs = product(rows, others)
+            similar = any(jaccard(shingles[a], shingles[b]) >= threshold for a, b in pairs)
+            (near if similar else far).append(others)
+        for others in near:
+            sets.union(rows[0], others[0])
+        # Growing the longest list keeps a bucket of similar documents linear.
+        *short, longest = sorted([rows, *near], key=len)
+        longest.extend(chain.from_iterable(short))
+        apart = [*far, longest]
 
 
 def _longest(roots: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -21,7 +21,10 @@ from data_pipeline.errors import DataError
 
 @dataclass(frozen=True)
 class DedupReport:
-    """Counts of documents; `clusters` counts those of two or more."""
+    """Counts of documents, the duplicates by whether the one kept has the very same text.
+
+    `clusters` counts those of two or more documents.
+    """
 
     documents: int
     kept: int
@@ -50,8 +53,9 @@ def deduplicate(
         inputs: Parquet or JSONL(.gz, .zst) with unique string `id` and `text`; other columns are
             carried along.
         out: gets documents/*.parquet, in input order, and clusters.parquet, a row per input
-            document: id, cluster, kept, twin (the kept document of its cluster) and jaccard (with
-            its twin), both null if it is kept itself.
+            document: id, cluster, kept, exact (dropped for a twin of the very same text), twin
+            (the kept document of its cluster) and jaccard (with its twin), both null if it is kept
+            itself.
         ngram: words of a shingle. Words are lower-cased runs of `\w`; a shorter text is one
             shingle.
         workers: processes that hash the texts.
@@ -90,8 +94,8 @@ def deduplicate(
     return DedupReport(
         documents=len(kept),
         kept=int(kept.sum()),
-        exact_duplicates=clusters.exact,
-        near_duplicates=int((~kept).sum()) - clusters.exact,
+        exact_duplicates=int(clusters.exact.sum()),
+        near_duplicates=int((~kept & ~clusters.exact).sum()),
         clusters=int((np.bincount(clusters.number) > 1).sum()),
     )
 
@@ -127,6 +131,7 @@ def _table(ids: pa.Array, clusters: Clusters, kept: NDArray[np.bool_]) -> pa.Tab
             "id": ids,
             "cluster": clusters.number,
             "kept": kept,
+            "exact": clusters.exact,
             "twin": pc.if_else(kept, None, ids.take(pa.array(clusters.twin))),
             "jaccard": pa.array(clusters.jaccard, mask=kept),
         }

@@ -10,6 +10,7 @@ import pytest
 import zstandard
 
 from data_pipeline.dedup import DedupReport, deduplicate
+from data_pipeline.dedup.shingles import jaccard
 from data_pipeline.errors import DataError
 
 
@@ -94,6 +95,7 @@ def test_clusters_are_the_components_of_true_similarity(tmp_path, threshold):
             assert row["jaccard"] == pytest.approx(
                 exact_jaccard(text[row["id"]], text[row["twin"]])
             )
+        assert row["exact"] == (text[row["id"]] == text.get(row["twin"]))
     kept = [document for document, row in zip(corpus, rows, strict=True) if row["kept"]]
     assert documents_of(tmp_path / "out") == kept
 
@@ -135,9 +137,32 @@ def test_blank_texts_match_nothing_and_short_ones_match_whole(tmp_path):
     assert [row["twin"] for row in clusters_of(tmp_path / "out")] == [
         *[None] * 5, "4", "7", None, None
     ]  # fmt: skip
+    exact = [row["id"] for row in clusters_of(tmp_path / "out") if row["exact"]]
+    assert exact == ["5"]
     assert report == DedupReport(
         documents=9, kept=7, exact_duplicates=1, near_duplicates=1, clusters=2
     )
+
+
+def test_near_identical_documents_take_linearly_many_comparisons(tmp_path, monkeypatch):
+    rng = random.Random(7)
+    base = [f"word{i}" for i in range(150)]
+    corpus = []
+    for i in range(3000):
+        words = list(base)
+        words[rng.randrange(len(words))] = f"other{i}"
+        corpus.append({"id": str(i), "text": " ".join(words)})
+    compared = 0
+
+    def count(a, b):
+        nonlocal compared
+        compared += 1
+        return jaccard(a, b)
+
+    monkeypatch.setattr("data_pipeline.dedup.clusters.jaccard", count)
+    report = deduplicate([write_jsonl(tmp_path / "in.jsonl", corpus)], tmp_path / "out")
+    assert (report.kept, report.near_duplicates) == (1, 2999)
+    assert compared < 10 * len(corpus)
 
 
 def test_columns_are_carried_as_they_are(tmp_path):
