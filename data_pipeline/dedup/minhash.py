@@ -3,9 +3,36 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.errors import DataError
 from data_pipeline.hashing import mix64
 
 PERMUTATION_SEED = 20_221_107
+PERMUTATIONS = 256
+RECALL_AT_THRESHOLD = 0.95
+
+
+def candidate_probability(similarity: float, bands: int, rows: int) -> float:
+    """The probability that two sets of this Jaccard similarity agree in a band."""
+    return 1 - (1 - similarity**rows) ** bands
+
+
+def choose_bands(threshold: float) -> tuple[int, int]:
+    """Bands and rows that make 95 of 100 pairs at `threshold` candidates, and more above it.
+
+    Of those that take at most 256 permutations, the most rows: they give the fewest candidates
+    below the threshold.
+
+    Raises:
+        DataError: 256 bands of a single row are too few for a similarity this low.
+    """
+    for rows in range(PERMUTATIONS, 0, -1):
+        bands = PERMUTATIONS // rows
+        if candidate_probability(threshold, bands, rows) >= RECALL_AT_THRESHOLD:
+            return bands, rows
+    lowest = 1 - (1 - RECALL_AT_THRESHOLD) ** (1 / PERMUTATIONS)
+    raise DataError(
+        f"threshold={threshold} is too low to find its pairs: use at least {lowest:.3f}"
+    )
 
 
 def minhash(

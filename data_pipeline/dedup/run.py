@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 from data_pipeline.dedup.clusters import Clusters, find_clusters
 from data_pipeline.dedup.inputs import Part, parquet_parts, read_ids, refuse_damage, refuse_null
 from data_pipeline.dedup.lsh import sign
+from data_pipeline.dedup.minhash import candidate_probability, choose_bands
 from data_pipeline.errors import DataError
+
+LOWEST_RECALL = 0.5
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,8 @@ def deduplicate(
     out: Path,
     *,
     threshold: float = 0.8,
-    bands: int = 14,
-    rows: int = 8,
+    bands: int | None = None,
+    rows: int | None = None,
     ngram: int = 5,
     workers: int = 1,
 ) -> DedupReport:
@@ -56,6 +59,8 @@ def deduplicate(
             document: id, cluster, kept, exact (dropped for a twin of the very same text), twin
             (the kept document of its cluster) and jaccard (with its twin), both null if it is kept
             itself.
+        bands: of the MinHash signature, with `rows` values each; both or neither. By default they
+            follow from `threshold`, such that a pair exactly there is found in 95 of 100 cases.
         ngram: words of a shingle. Words are lower-cased runs of `\w`; a shorter text is one
             shingle.
         workers: processes that hash the texts.
@@ -63,7 +68,8 @@ def deduplicate(
     Raises:
         DataError: a setting or a file is wrong; `out` keeps what it had.
     """
-    _check_settings(threshold, bands=bands, rows=rows, ngram=ngram, workers=workers)
+    _check_settings(threshold, ngram=ngram, workers=workers)
+    bands, rows = _checked_bands(threshold, bands, rows)
     folder = out / "documents"
     for path in inputs:
         if folder.resolve() in path.resolve().parents:
@@ -106,6 +112,22 @@ def _check_settings(threshold: float, **counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
             raise DataError(f"{name}={count} is not allowed: it is at least 1")
+
+
+def _checked_bands(threshold: float, bands: int | None, rows: int | None) -> tuple[int, int]:
+    if bands is None and rows is None:
+        return choose_bands(threshold)
+    if bands is None or rows is None:
+        raise DataError(f"bands={bands} with rows={rows} is not allowed: give both or neither")
+    _check_settings(threshold, bands=bands, rows=rows)
+    found = candidate_probability(threshold, bands, rows)
+    if found < LOWEST_RECALL:
+        better = "bands={}, rows={}".format(*choose_bands(threshold))
+        raise DataError(
+            f"bands={bands}, rows={rows} would miss {1 - found:.0%} of the pairs at "
+            f"threshold={threshold}; {better} would do"
+        )
+    return bands, rows
 
 
 def _write_kept(parts: Sequence[Part], kept: NDArray[np.bool_], folder: Path) -> None:

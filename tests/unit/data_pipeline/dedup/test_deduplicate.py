@@ -249,4 +249,11 @@ def test_impossible_settings_are_refused(tmp_path):
     with pytest.raises(DataError, match="threshold=0 is not allowed"):
         deduplicate([], tmp_path, threshold=0)
     with pytest.raises(DataError, match="bands=0 is not allowed"):
-        deduplicate([], tmp_path, bands=0)
+        deduplicate([], tmp_path, bands=0, rows=8)
+    with pytest.raises(DataError, match="bands=14 with rows=None is not allowed: give both"):
+        deduplicate([], tmp_path, bands=14)
+    with pytest.raises(DataError, match=r"threshold=0\.001 is too low .* at least 0\.012"):
+        deduplicate([], tmp_path, threshold=0.001)
+    message = r"bands=14, rows=8 would miss 95% .* threshold=0\.5; bands=64, rows=4 would do"
+    with pytest.raises(DataError, match=message):
+        deduplicate([], tmp_path, threshold=0.5, bands=14, rows=8)
