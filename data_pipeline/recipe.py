@@ -1,15 +1,24 @@
 """A cleaning recipe: which stages run, with which thresholds."""
 
 import difflib
+import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from data_pipeline.errors import DataError
 from data_pipeline.extract import Mode
+from data_pipeline.language import LANGUAGES
 from data_pipeline.quality import C4, GopherQuality, GopherRepetition, Verdict
+from data_pipeline.quality.verdict import Thresholds
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+# Thresholds of the heuristics that are no shares of a text.
+UNBOUNDED = ("min_mean_word_length", "max_mean_word_length", "max_symbol_to_word_ratio")
 
 SHIPPED = Path(__file__).parent / "recipes"
 
@@ -26,16 +35,26 @@ class Language(_Section):
     """Languages to keep (ISO 639-1; none given: all), and the probability that is enough."""
 
     allowed: tuple[str, ...]
-    threshold: float
+    threshold: Share
+
+    @field_validator("allowed")
+    @classmethod
+    def _known(cls, allowed: tuple[str, ...]) -> tuple[str, ...]:
+        codes = tuple(code.strip() for code in allowed)
+        for code in codes:
+            if code not in LANGUAGES:
+                hint = _nearest(code, sorted(LANGUAGES))
+                raise ValueError(f"unknown language {code!r}{hint}; codes are as in en or de")
+        return codes
 
 
 class Dedup(_Section):
     """MinHash-LSH: word `ngram`s, `bands` x `rows` hashes, twins from Jaccard `threshold` on."""
 
-    threshold: float
-    bands: int
-    rows: int
-    ngram: int
+    threshold: Annotated[float, Field(gt=0, le=1)]
+    bands: Count
+    rows: Count
+    ngram: Count
 
 
 class Recipe(_Section):
@@ -49,12 +68,32 @@ class Recipe(_Section):
     c4: C4 | None
     dedup: Dedup
 
+    @field_validator("gopher_repetition", "gopher_quality", "c4")
+    @classmethod
+    def _possible(cls, heuristic: Thresholds | None) -> Thresholds | None:
+        settings = {} if heuristic is None else heuristic.model_dump()
+        for name, value in _numbers(settings):
+            limit = math.inf if isinstance(value, int) or name in UNBOUNDED else 1.0
+            if not (0 <= value <= limit and math.isfinite(value)):
+                allowed = "0 or more" if limit == math.inf else "0 to 1"
+                raise ValueError(f"{name} = {value} is impossible; allowed: {allowed}")
+        return heuristic
+
     def override(self, mode: Mode | None, languages: tuple[str, ...] | None) -> "Recipe":
-        """This recipe with the extraction mode or the languages that the caller asks for."""
+        """This recipe with the extraction mode or the languages that the caller asks for.
+
+        Raises:
+            DataError: a language that no text is ever found to be in.
+        """
         extract = self.extract if mode is None else Extraction(mode=mode)
         language = self.language
         if languages is not None:
-            language = language.model_copy(update={"allowed": languages})
+            try:
+                language = Language(allowed=languages, threshold=language.threshold)
+            except ValidationError as error:
+                raise DataError(
+                    "; ".join(_explain(problem) for problem in error.errors())
+                ) from error
         return self.model_copy(update={"extract": extract, "language": language})
 
     def judge_quality(self, text: str, language: str) -> Verdict:
@@ -91,11 +130,20 @@ def load_recipe(name: str) -> Recipe:
     try:
         return Recipe.model_validate(settings)
     except ValidationError as error:
-        problems = [_explain(problem, settings) for problem in error.errors()]
+        problems = [_explain(problem) for problem in error.errors()]
         raise DataError(f"{path}: " + "; ".join(problems)) from error
 
 
-def _explain(problem: Any, settings: dict[str, Any]) -> str:
+def _numbers(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, int | float]]:
+    """The numbers of a section by their dotted names."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float):
+            yield f"{prefix}{key}", value
+
+
+def _explain(problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
     name = ".".join(location)
     if problem["type"] == "extra_forbidden":
@@ -104,6 +152,8 @@ def _explain(problem: Any, settings: dict[str, Any]) -> str:
         return f"unknown setting {name!r}{hint}; allowed here: {', '.join(allowed)}"
     if problem["type"] == "missing":
         return f"setting {name!r} is missing"
+    if problem["type"] == "value_error":
+        return f"{name}: {problem['ctx']['error']}"
     return f"{name} = {problem['input']!r}: {problem['msg']}"
 
 

@@ -84,7 +84,7 @@ class GopherRepetition(Thresholds):
             yield "gopher.duplicate_paragraph_fraction"
         if paragraph_characters > self.max_duplicate_paragraph_characters:
             yield "gopher.duplicate_paragraph_character_fraction"
-        longest = max([*self.max_top_ngrams, *self.max_duplicate_ngrams])
+        longest = max([*self.max_top_ngrams, *self.max_duplicate_ngrams], default=0)
         for n, top, duplicate in ngram_shares(text.split(), longest):
             if top > self.max_top_ngrams.get(n, 1.0):
                 yield f"gopher.top_{n}_gram_character_fraction"
