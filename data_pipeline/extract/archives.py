@@ -7,9 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data_pipeline.crawl import Archive, Reject, find_archives
+from data_pipeline.errors import DataError, file_errors
 from data_pipeline.extract.text import ExtractError, Mode, extract_text
 
 PAGES = "pages"
+Progress = Callable[[str, int, int], None]
+"""Called with the name of a stage, the parts of it that are done, and all its parts."""
 
 
 def extract_archives(
@@ -18,7 +21,7 @@ def extract_archives(
     *,
     mode: Mode = "fast",
     id_header: str = "WARC-Record-ID",
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    progress: Progress = lambda stage, done, total: None,
 ) -> Counter[str]:
     """Write {"id", "url", "text"} for every page with text, and count documents by outcome.
 
@@ -26,8 +29,20 @@ def extract_archives(
     those that are not.
 
     Raises:
-        DataError: an input that does not exist.
+        DataError: an input that does not exist or cannot be read, or an `out` that cannot be
+            written or is not named .jsonl.
     """
+    if out.suffix != ".jsonl":
+        raise DataError(f"{out}: the file to write is plain JSONL; give it a name in .jsonl")
+    with file_errors():
+        return _extract_archives(inputs, out, mode, id_header, progress)
+
+
+def _extract_archives(
+    inputs: Sequence[str], out: Path, mode: Mode, id_header: str, progress: Progress
+) -> Counter[str]:
+    if out.is_dir():
+        raise DataError(f"{out}: is a folder; name the file to write")
     archives = find_archives(inputs)
     outcomes: Counter[str] = Counter()
     out.parent.mkdir(parents=True, exist_ok=True)
