@@ -39,11 +39,11 @@ def settle(audit: pa.Table, clusters: pa.Table) -> pa.Table:
 
     Args:
         audit: rows of `SCHEMA`; those without a stage have passed every stage so far.
-        clusters: one row for each undecided row, in the same order: cluster, kept, twin, jaccard.
+        clusters: one row for each undecided row, in the same order: cluster, kept, twin,
+            jaccard, exact.
     """
     undecided = pc.is_null(audit["stage"]).combine_chunks()
-    is_exact = pc.equal(clusters["jaccard"], 1.0)
-    duplicate = pc.if_else(is_exact, "exact duplicate", "near duplicate")
+    duplicate = pc.if_else(clusters["exact"], "exact duplicate", "near duplicate")
     kept = clusters["kept"]
     outcome = {
         "stage": pc.if_else(kept, "shards", "dedup"),

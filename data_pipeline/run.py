@@ -8,7 +8,6 @@ DIR/shards/, DIR/tokenizer.json, DIR/manifest.json   see `data_pipeline.shards`
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -24,13 +23,13 @@ from data_pipeline import ledger
 from data_pipeline.clean import Piece, clean_archive
 from data_pipeline.crawl import find_archives
 from data_pipeline.dedup import deduplicate
-from data_pipeline.errors import DataError
+from data_pipeline.errors import file_errors
 from data_pipeline.recipe import Recipe
+from data_pipeline.run_folder import exclusive, record_plan
 from data_pipeline.shards import Manifest, load_manifest, write_shards
-from data_pipeline.tokenize import load_tokenizer, train_tokenizer
+from data_pipeline.tokenize import load_tokenizer, require_vocab_size, train_tokenizer
 from data_pipeline.workers import do_each
 
-FINGERPRINT_BYTES = 1 << 20
 # Training BPE takes time quadratic in the length of a word: 12 s for 100k letters.
 OVERLONG_WORD = re.compile(r"\S{1000}(?=\S)")
 Progress = Callable[[str, int, int], None]
@@ -66,8 +65,8 @@ def run(
 ) -> RunResult:
     """Clean, deduplicate, tokenize and shard the documents of web archives.
 
-    The same inputs and options give the same bytes under `out` for any number of workers, also
-    when the run was killed in between and started again.
+    The same inputs, in any order, and options give the same bytes under `out` for any number of
+    workers, also when the run was killed in between and started again.
 
     Args:
         inputs: paths, folders and glob patterns of WARC and WET files.
@@ -75,11 +74,38 @@ def run(
             the kept texts.
 
     Raises:
-        DataError: an input that does not exist, or a folder that holds another run.
+        DataError: an input that does not exist or cannot be read, or a folder that cannot be
+            written, is in use, or holds another run or other files.
     """
-    archives = find_archives(inputs)
-    plan = _plan(archives, recipe, id_header, tokenizer, vocab_size)
-    _open_folder(out, plan)
+    with file_errors():
+        # Sorted, so that neither the bytes nor the pieces of a killed run depend on their order.
+        archives = sorted(find_archives(inputs))
+        if tokenizer is None:
+            require_vocab_size(vocab_size)
+        else:
+            vocab_size = load_tokenizer(tokenizer).vocab_size
+        with exclusive(out):
+            plan = {
+                "inputs": _fingerprints(archives, progress),
+                "recipe": recipe.model_dump(mode="json", exclude={"description"}),
+                "id_header": id_header,
+                "tokenizer": None if tokenizer is None else _fingerprint(tokenizer),
+                "vocab_size": vocab_size,
+            }
+            record_plan(out, plan)
+            return _run(archives, out, recipe, workers, id_header, tokenizer, vocab_size, progress)
+
+
+def _run(
+    archives: Sequence[Path],
+    out: Path,
+    recipe: Recipe,
+    workers: int,
+    id_header: str,
+    tokenizer: Path | None,
+    vocab_size: int,
+    progress: Progress,
+) -> RunResult:
     work = out / "work"
     if (out / "manifest.json").exists():
         shutil.rmtree(work, ignore_errors=True)
@@ -108,66 +134,19 @@ def _result(manifest: Manifest, is_new: bool) -> RunResult:
     return RunResult(manifest, manifest.extra["funnel"], damage, is_new)
 
 
-def _plan(
-    archives: Sequence[Path],
-    recipe: Recipe,
-    id_header: str,
-    tokenizer: Path | None,
-    vocab_size: int,
-) -> dict[str, Any]:
-    if tokenizer is not None:
-        vocab_size = load_tokenizer(tokenizer).vocab_size
-    return {
-        "inputs": {str(archive): _fingerprint(archive) for archive in archives},
-        "recipe": recipe.model_dump(mode="json"),
-        "id_header": id_header,
-        "tokenizer": None if tokenizer is None else _fingerprint(tokenizer),
-        "vocab_size": vocab_size,
-    }
+def _fingerprints(archives: Sequence[Path], progress: Progress) -> dict[str, str]:
+    """The hash of each archive; for a large crawl that takes a while."""
+    fingerprints = {}
+    for done, archive in enumerate(archives):
+        progress("inputs", done, len(archives))
+        fingerprints[str(archive)] = _fingerprint(archive)
+    progress("inputs", len(archives), len(archives))
+    return fingerprints
 
 
 def _fingerprint(path: Path) -> str:
-    """Size and hash of both ends of a file: enough to notice another one under its name."""
-    size = path.stat().st_size
     with path.open("rb") as file:
-        digest = hashlib.sha256(file.read(FINGERPRINT_BYTES))
-        file.seek(max(0, size - FINGERPRINT_BYTES))
-        digest.update(file.read())
-    return f"{size}:{digest.hexdigest()}"
-
-
-def _open_folder(out: Path, plan: dict[str, Any]) -> None:
-    """Record the plan, or check that the folder was made by the same one."""
-    path = out / "plan.json"
-    if not path.exists():
-        if (out / "manifest.json").exists():
-            raise DataError(f"{out}: holds shards of unknown origin; choose another --out")
-        out.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_text(json.dumps(plan, indent=1) + "\n")
-        aside.rename(path)
-        return
-    before = dict(_leaves(json.loads(path.read_text())))
-    now = dict(_leaves(json.loads(json.dumps(plan))))
-    changes = [
-        f"  {name}: {before.get(name, 'absent')} -> {now.get(name, 'absent')}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-    ]
-    if changes:
-        raise DataError(
-            f"{out} holds a run of other inputs or options:\n"
-            + "\n".join(changes)
-            + "\nRepeat them, choose another --out, or remove the folder"
-        )
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict) and tree:
-        for key, value in tree.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else key)
-    else:
-        yield prefix, tree
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _clean(

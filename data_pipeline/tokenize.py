@@ -10,6 +10,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from data_pipeline.errors import DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
+MIN_VOCAB_SIZE = 257
+MAX_VOCAB_SIZE = 1 << 20
 
 # What published tokenizers call the token that ends a document, the commonest first.
 EOS_NAMES = (
@@ -53,24 +55,28 @@ class Tokenizer:
         return text
 
 
+def require_vocab_size(vocab_size: int) -> None:
+    """Raise a DataError unless `train_tokenizer` can make a tokenizer of this size."""
+    if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
+        raise DataError(
+            f"tokenizer vocab_size={vocab_size} is not allowed: {MIN_VOCAB_SIZE} (the 256 bytes "
+            f"and {END_OF_DOCUMENT}) to {MAX_VOCAB_SIZE}"
+        )
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path) -> None:
     """Train a byte-level BPE of at most `vocab_size` tokens and save it as a tokenizer.json.
 
     The same texts in the same order give the same file. Token 0 is `<|endoftext|>`.
     """
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size <= len(alphabet):
-        raise DataError(
-            f"tokenizer vocab_size={vocab_size} is too small: the 256 bytes and {END_OF_DOCUMENT} "
-            f"need {len(alphabet) + 1}"
-        )
+    require_vocab_size(vocab_size)
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_DOCUMENT],
-        initial_alphabet=alphabet,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)

@@ -53,7 +53,7 @@ def run(
 
     chosen = load_recipe(recipe).override(
         mode=mode.value if mode else None,
-        languages=tuple(languages.split(",")) if languages else None,
+        languages=None if languages is None else tuple(languages.split(",")),
     )
     with show_progress(console) as progress:
         result = run_pipeline(
@@ -115,6 +115,8 @@ def _say(line: str) -> None:
 
 
 def _report(result: "RunResult", out: Path) -> None:
+    from data_pipeline.errors import DataError
+
     if not result.is_new:
         _say(f"{out} is finished already: same inputs, same options")
     table = Table("stage", "reason")
@@ -131,6 +133,11 @@ def _report(result: "RunResult", out: Path) -> None:
     if len(result.damage) > DAMAGE_LINES:
         _say(f"... and {len(result.damage) - DAMAGE_LINES} more damaged records: {out / 'audit'}")
     manifest = result.manifest
+    if not manifest.documents:
+        raise DataError(
+            f"no document is left to train on: {out / 'audit'} says why of each. Change the recipe "
+            "or the inputs, and choose another --out"
+        )
     _say(
         f"{manifest.documents} documents, {manifest.tokens} tokens in {len(manifest.shards)} "
         f"shards: {out / 'manifest.json'}"

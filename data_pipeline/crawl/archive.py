@@ -58,7 +58,7 @@ class _Record:
 
 
 def find_archives(inputs: Sequence[str]) -> list[Path]:
-    """Resolve paths, folders and glob patterns to archive files, in the order given.
+    """Resolve paths, folders and glob patterns to archive files, each once, in the order given.
 
     Raises:
         DataError: a path that does not exist, or a pattern or folder without an archive.
@@ -72,9 +72,10 @@ def find_archives(inputs: Sequence[str]) -> list[Path]:
             matches = [path]
         else:
             matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
-        if not matches:
+        files = [match.resolve() for match in matches if match.is_file()]
+        if not files:
             raise DataError(_nothing_found(name, path))
-        found.update(dict.fromkeys(matches))
+        found.update(dict.fromkeys(files))
     return list(found)
 
 
@@ -84,7 +85,7 @@ def _nothing_found(name: str, path: Path) -> str:
         return f"{name}: no web archive in this folder (a name ends in {suffixes})"
     if glob.has_magic(name):
         return f"{name}: no file matches this pattern"
-    return f"{name}: no such file"
+    return f"{name}: not a regular file" if path.exists() else f"{name}: no such file"
 
 
 class Archive:
