@@ -1,7 +1,8 @@
-"""Cheap looks at a body before a parser sees it."""
+"""Cheap looks at a body before a parser, or a reader of its tree, spends time on it."""
 
 import re
-from collections import Counter
+
+from resiliparse.parse.html import DOMContext, HTMLTree, traverse_dom
 
 SNIFF_BYTES = 4096
 MAX_CONTROL_SHARE = 0.02
@@ -24,11 +25,10 @@ BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff")
 CONTROL_CODES = bytes(code for code in range(32) if code not in b"\0\t\n\f\r\x1b") + b"\x7f"
 
 HTML_TAG = re.compile(rb"<(?:!doctype|html|head|body|title|meta|div|p|table|h1|a|script)\b", re.I)
-TAG_NAME = re.compile(r"<(/?)([a-z][a-z0-9-]*)", re.IGNORECASE)
-VOID_ELEMENTS = "area base br col embed hr img input link meta source track wbr"
-# HTML ends these itself before a sibling of their kind: they do not nest.
-SELF_CLOSING = "li p td th tr dt dd option optgroup thead tbody tfoot colgroup rt rp"
-NOT_NESTING = frozenset(f"{VOID_ELEMENTS} {SELF_CLOSING}".split())
+
+
+class _TooDeepError(Exception):
+    """Ends a walk through a tree."""
 
 
 def binary_kind(body: bytes) -> str | None:
@@ -48,25 +48,28 @@ def looks_like_html(body: bytes) -> bool:
     return HTML_TAG.search(body, 0, SNIFF_BYTES) is not None
 
 
-def nesting(html: str, *, ignore_below: int) -> tuple[int, int]:
-    """Upper bounds of a page's element depth and of its number of elements.
+def is_nested_beyond(tree: HTMLTree, depth: int, depth_times_elements: int) -> bool:
+    """Whether the parser's own tree is deeper, or larger for its depth, than a reader of it bears.
 
-    A page with fewer than `ignore_below` start tags is not scanned: its depth is at most that.
+    Tags cannot tell: which of them open or close an element only the parser decides.
     """
-    elements = html.count("<") - html.count("</")
-    if elements < ignore_below:
-        return elements, elements
-    open_elements: Counter[str] = Counter()
-    depth = deepest = 0
-    for match in TAG_NAME.finditer(html):
-        name = match[2].lower()
-        if name in NOT_NESTING:
-            continue
-        if not match[1]:
-            open_elements[name] += 1
-            depth += 1
-            deepest = max(deepest, depth)
-        elif open_elements[name]:
-            open_elements[name] -= 1
-            depth -= 1
-    return deepest, elements
+    root = tree.document and tree.document.first_element_child
+    if root is None:
+        return False
+    elements = len(root.get_elements_by_tag_name("*")) + 1
+    if elements <= depth and elements**2 <= depth_times_elements:
+        return False
+    visited = deepest = 0
+
+    def visit(context: DOMContext) -> None:
+        nonlocal visited, deepest
+        visited += 1
+        deepest = max(deepest, context.depth)
+        if deepest > depth or deepest * visited > depth_times_elements:
+            raise _TooDeepError
+
+    try:
+        traverse_dom(root, visit, elements_only=True)
+    except _TooDeepError:
+        return True
+    return False

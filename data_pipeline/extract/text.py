@@ -4,19 +4,19 @@ import re
 from typing import Literal, get_args
 
 from resiliparse.extract.html2text import extract_plain_text
+from resiliparse.parse.html import HTMLTree
 
 from data_pipeline.crawl import Page
 from data_pipeline.extract.charset import decode
-from data_pipeline.extract.guards import binary_kind, looks_like_html, nesting
+from data_pipeline.extract.guards import binary_kind, is_nested_beyond, looks_like_html
 
 Mode = Literal["fast", "accurate"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 # resiliparse takes about 0.15 us per element and level above it (one core).
 MAX_DEPTH_TIMES_ELEMENTS = 10_000_000
-UNSCANNED_ELEMENTS = 2_000
 # libxml2, under trafilatura, gives up on deeper trees.
-MAX_LXML_DEPTH = 250
+MAX_DEPTH: dict[Mode, int] = {"fast": 3_000, "accurate": 250}
 
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
 SPACES = re.compile(r"[ \t\u00a0]+")
@@ -60,20 +60,17 @@ def _is_html(page: Page) -> bool:
 
 
 def _main_text(html: str, mode: Mode) -> str:
-    depth, elements = nesting(html, ignore_below=UNSCANNED_ELEMENTS)
-    if depth * elements > MAX_DEPTH_TIMES_ELEMENTS:
-        return str(extract_plain_text(html, main_content=False, alt_texts=False))
-    if mode == "fast":
-        return str(extract_plain_text(html, main_content=True, alt_texts=False))
-    return _trafilatura(html)
+    tree = HTMLTree.parse(html)
+    if is_nested_beyond(tree, MAX_DEPTH[mode], MAX_DEPTH_TIMES_ELEMENTS):
+        return str(extract_plain_text(tree, main_content=False, alt_texts=False))
+    if mode == "accurate":
+        return _trafilatura(html)
+    return str(extract_plain_text(tree, main_content=True, alt_texts=False))
 
 
 def _trafilatura(html: str) -> str:
     import trafilatura  # half a second to import, wasted on `fast`
 
-    depth, _ = nesting(html, ignore_below=MAX_LXML_DEPTH)
-    if depth > MAX_LXML_DEPTH:
-        return str(extract_plain_text(html, main_content=False, alt_texts=False))
     return trafilatura.extract(html, include_comments=False) or ""
 
 
