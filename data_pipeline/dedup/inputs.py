@@ -46,8 +46,7 @@ def parquet_parts(inputs: Sequence[Path], scratch: Path) -> list[Part]:
     """
     parts: list[Part] = []
     for source in inputs:
-        if not source.is_file():
-            raise DataError(f"{source}: no such file")
+        _refuse_unreadable(source)
         if source.suffix == ".parquet":
             path = scratch / f"{len(parts):06d}.parquet"
             path.symlink_to(source.resolve())
@@ -96,6 +95,26 @@ def refuse_damage(parts: Sequence[Part]) -> None:
     """Raise a DataError that names the first input whose documents cannot be read."""
     for part in parts:
         _read(part, REQUIRED)
+
+
+def read_batches(part: Part) -> Iterator[pa.RecordBatch]:
+    """The documents of a part with all their columns.
+
+    Raises:
+        DataError: the input is damaged.
+    """
+    try:
+        yield from pq.ParquetFile(part.path).iter_batches()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{part.source}: damaged, its documents cannot be read: {error}") from error
+
+
+def _refuse_unreadable(path: Path) -> None:
+    try:
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _read(part: Part, columns: Sequence[str]) -> pa.Table:

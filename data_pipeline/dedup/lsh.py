@@ -1,6 +1,7 @@
 """The passes on Daft: sign all documents, group equal bands, fetch the shingles of candidates."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -135,7 +136,9 @@ def _read(parts: Sequence[Path]) -> daft.DataFrame:
     if not parts:
         schema = pa.schema({"id": pa.string(), "text": pa.string()})
         return daft.from_arrow(schema.empty_table())
-    return daft.read_parquet([str(part) for part in parts]).select("id", "text")
+    # Daft takes paths for glob patterns.
+    paths = [re.sub(r"([\\*?\[\]{}])", r"\\\1", str(part.absolute())) for part in parts]
+    return daft.read_parquet(paths).select("id", "text")
 
 
 def _spread(operator: type, workers: int) -> Any:

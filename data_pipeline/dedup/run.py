@@ -1,10 +1,8 @@
 """Exact and near-duplicate removal, from files of documents to files of documents."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
@@ -14,9 +12,17 @@ from daft.exceptions import DaftCoreException
 from numpy.typing import NDArray
 
 from data_pipeline.dedup.clusters import Clusters, find_clusters
-from data_pipeline.dedup.inputs import Part, parquet_parts, read_ids, refuse_damage, refuse_null
+from data_pipeline.dedup.inputs import (
+    Part,
+    parquet_parts,
+    read_batches,
+    read_ids,
+    refuse_damage,
+    refuse_null,
+)
 from data_pipeline.dedup.lsh import sign
 from data_pipeline.dedup.minhash import candidate_probability, choose_bands
+from data_pipeline.dedup.outputs import CLUSTERS, DOCUMENTS, staged_results
 from data_pipeline.errors import DataError
 
 LOWEST_RECALL = 0.5
@@ -70,13 +76,11 @@ def deduplicate(
     """
     _check_settings(threshold, ngram=ngram, workers=workers)
     bands, rows = _checked_bands(threshold, bands, rows)
-    folder = out / "documents"
+    folder = out / DOCUMENTS
     for path in inputs:
         if folder.resolve() in path.resolve().parents:
             raise DataError(f"{path}: lies in {folder}, which will be replaced; name another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out, prefix=".dedup-") as name:
-        scratch = Path(name)
+    with staged_results(out) as scratch:
         parts = parquet_parts(inputs, scratch)
         files = [part.path for part in parts if part.rows]
         ids = read_ids(parts)
@@ -92,11 +96,8 @@ def deduplicate(
             files, ids, signatures, threshold=threshold, ngram=ngram, workers=workers
         )
         kept = clusters.twin == np.arange(len(clusters.twin))
-        _write_kept(parts, kept, scratch / "documents")
-        pq.write_table(_table(ids, clusters, kept), scratch / "clusters.parquet")
-        shutil.rmtree(folder, ignore_errors=True)
-        (scratch / "documents").rename(folder)
-        (scratch / "clusters.parquet").rename(out / "clusters.parquet")
+        _write_kept(parts, kept, scratch / DOCUMENTS)
+        pq.write_table(_table(ids, clusters, kept), scratch / CLUSTERS)
     return DedupReport(
         documents=len(kept),
         kept=int(kept.sum()),
@@ -135,16 +136,11 @@ def _write_kept(parts: Sequence[Part], kept: NDArray[np.bool_], folder: Path) ->
     folder.mkdir()
     row = 0
     for number, part in enumerate(parts):
-        file = pq.ParquetFile(part.path)
-        with pq.ParquetWriter(folder / f"part-{number:05d}.parquet", file.schema_arrow) as writer:
-            try:
-                for batch in file.iter_batches():
-                    writer.write_batch(batch.filter(pa.array(kept[row : row + len(batch)])))
-                    row += len(batch)
-            except (pa.ArrowException, OSError) as error:
-                raise DataError(
-                    f"{part.source}: damaged, its documents cannot be read ({error})"
-                ) from error
+        schema = pq.read_schema(part.path)
+        with pq.ParquetWriter(folder / f"part-{number:05d}.parquet", schema) as writer:
+            for batch in read_batches(part):
+                writer.write_batch(batch.filter(pa.array(kept[row : row + len(batch)])))
+                row += len(batch)
 
 
 def _table(ids: pa.Array, clusters: Clusters, kept: NDArray[np.bool_]) -> pa.Table:

@@ -3,6 +3,7 @@ import itertools
 import json
 import random
 import re
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -197,6 +198,60 @@ def test_a_second_run_replaces_the_first(tmp_path):
         deduplicate(kept, tmp_path / "out")
 
 
+def test_files_of_others_are_not_replaced(tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", make_corpus(seed=5)[:4])
+    mine = tmp_path / "mine/documents/thesis.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("years of work")
+    with pytest.raises(DataError, match=r"mine/documents: would be replaced, .* name another"):
+        deduplicate([source], tmp_path / "mine")
+
+    deduplicate([source], tmp_path / "out")
+    mine = mine.rename(tmp_path / "out/documents/thesis.txt")
+    with pytest.raises(DataError, match=r"out/documents: .* no deduplication made thesis\.txt"):
+        deduplicate([source], tmp_path / "out")
+    assert mine.read_text() == "years of work"
+
+    table = tmp_path / "other/clusters.parquet"
+    table.parent.mkdir()
+    pq.write_table(pa.table({"star": ["M13"]}), table)
+    with pytest.raises(DataError, match=r"clusters\.parquet: .* no deduplication made it"):
+        deduplicate([source], tmp_path / "other")
+    assert pq.read_table(table).column_names == ["star"]
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path):
+    left = tmp_path / "out/.dedup-killed"
+    left.mkdir(parents=True)
+    (left / "000000.parquet").touch()
+    deduplicate([write_jsonl(tmp_path / "in.jsonl", make_corpus(seed=5)[:4])], tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "clusters.parquet",
+        "documents",
+    ]
+
+
+@pytest.mark.parametrize("name", ["d[1]", "d{1,2}*?", "d\\1", "d%20 1"])
+def test_names_of_folders_are_no_patterns(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    source = write_jsonl(tmp_path / "in.jsonl", make_corpus(seed=5))
+    expected = deduplicate([source], tmp_path / "plain")
+    assert deduplicate([source], Path(name)) == expected
+    assert clusters_of(Path(name)) == clusters_of(tmp_path / "plain")
+
+
+def test_what_the_file_system_refuses_is_named(tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", make_corpus(seed=5)[:4])
+    with pytest.raises(DataError, match=r"in\.jsonl: File exists"):
+        deduplicate([source], source)
+    with pytest.raises(DataError, match=r"in\.jsonl/out: Not a directory"):
+        deduplicate([source], source / "out")
+    folder = tmp_path / "folder.jsonl"
+    folder.mkdir()
+    with pytest.raises(DataError, match=r"folder\.jsonl: cannot be read \(Is a directory\)"):
+        deduplicate([folder], tmp_path / "out")
+
+
 GOOD = '{"id": "1", "text": "a"}\n'
 
 
@@ -230,7 +285,7 @@ def test_bad_columns_are_named(tmp_path):
     pq.write_table(pa.table({"id": [1], "text": ["a"]}), path)
     with pytest.raises(DataError, match=r"in\.parquet: column `id` is int64"):
         deduplicate([path], tmp_path / "out")
-    with pytest.raises(DataError, match=r"none\.parquet: no such file"):
+    with pytest.raises(DataError, match=r"none\.parquet: cannot be read \(No such file"):
         deduplicate([tmp_path / "none.parquet"], tmp_path / "out")
 
 
