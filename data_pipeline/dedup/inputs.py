@@ -1,22 +1,20 @@
 """Documents of any accepted file type, as Parquet parts that Daft reads in order.
 
-JSONL goes through pyarrow rather than Daft, whose reader silently drops columns that first appear
-late in a file and casts later values to the type of the first.
+JSON Lines are not read by Daft or pyarrow: Daft drops fields that first appear late in a file, both
+rewrite values to fit one type per field, and pyarrow refuses what does not.
 """
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.json
 import pyarrow.parquet as pq
 
+from data_pipeline.dedup.jsonl import read_jsonl
 from data_pipeline.errors import DataError
 
-JSONL_BLOCK = 64 << 20
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 REQUIRED = ("id", "text")
 
@@ -38,8 +36,7 @@ class Part:
 def parquet_parts(inputs: Sequence[Path], scratch: Path) -> list[Part]:
     """Parquet files under `scratch` that hold the documents of `inputs`, in order.
 
-    Parquet inputs are linked; JSONL is converted in blocks of 64 MB, each with the columns and
-    types that its lines have.
+    Parquet inputs are linked and keep their columns; JSON Lines get those of `read_jsonl`.
 
     Raises:
         DataError: a file is missing, unreadable, of an unknown type, or lacks `id` or `text`.
@@ -53,7 +50,7 @@ def parquet_parts(inputs: Sequence[Path], scratch: Path) -> list[Part]:
             parts.append(Part(path, source, 0, _checked_rows(source)))
         elif source.name.endswith(JSONL_SUFFIXES):
             first_row = 0
-            for table in _read_jsonl(source):
+            for table in read_jsonl(source):
                 path = scratch / f"{len(parts):06d}.parquet"
                 pq.write_table(table, path)
                 parts.append(Part(path, source, first_row, len(table)))
@@ -150,41 +147,3 @@ def _checked_rows(path: Path) -> int:
         if found not in (pa.string(), pa.large_string(), pa.string_view()):
             raise DataError(f"{path}: column `{name}` is {found}, it must be string")
     return int(file.metadata.num_rows)
-
-
-def _read_jsonl(path: Path) -> Iterator[pa.Table]:
-    documents = 0
-    try:
-        with io.BufferedReader(pa.input_stream(str(path), compression="detect")) as stream:
-            while block := stream.read(JSONL_BLOCK):
-                table = _parse(block + stream.readline())
-                documents += len(table)
-                yield table
-    except pa.ArrowInvalid as error:
-        raise DataError(
-            f"{path}: not JSON Lines with string `id` and `text` ({error}, counted from document "
-            f"{documents})"
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path}: damaged after document {documents} ({error})") from error
-
-
-def _parse(lines: bytes) -> pa.Table:
-    schema = pa.schema([(name, pa.string()) for name in REQUIRED])
-    table = _read_json(lines, schema)
-    for field in table.schema:
-        # pyarrow turns strings that look like dates into timestamps.
-        if pa.types.is_timestamp(field.type):
-            schema = schema.append(pa.field(field.name, pa.string()))
-    if len(schema) > len(REQUIRED):
-        table = _read_json(lines, schema)
-    table.validate(full=True)
-    return table
-
-
-def _read_json(lines: bytes, schema: pa.Schema) -> pa.Table:
-    return pyarrow.json.read_json(
-        pa.BufferReader(lines),
-        read_options=pyarrow.json.ReadOptions(block_size=len(lines) + 1),
-        parse_options=pyarrow.json.ParseOptions(explicit_schema=schema),
-    )

@@ -59,8 +59,9 @@ def deduplicate(
     connected components; blank texts match nothing. The result does not depend on `workers`.
 
     Args:
-        inputs: Parquet or JSONL(.gz, .zst) with unique string `id` and `text`; other columns are
-            carried along.
+        inputs: Parquet or JSONL(.gz, .zst) with unique string `id` and `text`. Other columns of
+            Parquet are carried along; other fields of JSONL become one column `extra`, a JSON
+            object of the fields as they were written, or null.
         out: gets documents/*.parquet, in input order, and clusters.parquet, a row per input
             document: id, cluster, kept, exact (dropped for a twin of the very same text), twin
             (the kept document of its cluster) and jaccard (with its twin), both null if it is kept

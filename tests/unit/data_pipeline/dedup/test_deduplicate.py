@@ -97,8 +97,10 @@ def test_clusters_are_the_components_of_true_similarity(tmp_path, threshold):
                 exact_jaccard(text[row["id"]], text[row["twin"]])
             )
         assert row["exact"] == (text[row["id"]] == text.get(row["twin"]))
-    kept = [document for document, row in zip(corpus, rows, strict=True) if row["kept"]]
-    assert documents_of(tmp_path / "out") == kept
+    kept = [document["id"] for document, row in zip(corpus, rows, strict=True) if row["kept"]]
+    documents = documents_of(tmp_path / "out")
+    assert [document["id"] for document in documents] == kept
+    assert all(document["text"] == text[document["id"]] for document in documents)
 
 
 def test_workers_and_files_do_not_change_the_outcome(tmp_path):
@@ -111,8 +113,9 @@ def test_workers_and_files_do_not_change_the_outcome(tmp_path):
     frames = ["".join(lines[60:70]), "".join(lines[70:80])]
     zstd.write_bytes(b"".join(zstandard.compress(frame.encode()) for frame in frames))
     parquet = tmp_path / "4[a].parquet"
-    schema = pa.schema({"id": pa.large_string(), "text": pa.large_string(), "n": pa.int64()})
-    pq.write_table(pa.Table.from_pylist(corpus[80:], schema), parquet, row_group_size=7)
+    schema = pa.schema([(name, pa.large_string()) for name in ("id", "text", "extra")])
+    rows = [{**row, "extra": json.dumps({"n": row["n"]})} for row in corpus[80:]]
+    pq.write_table(pa.Table.from_pylist(rows, schema), parquet, row_group_size=7)
 
     one = deduplicate([whole], tmp_path / "one")
     two = deduplicate([plain, zipped, zstd, parquet], tmp_path / "two", workers=2)
@@ -166,13 +169,57 @@ def test_near_identical_documents_take_linearly_many_comparisons(tmp_path, monke
     assert compared < 10 * len(corpus)
 
 
-def test_columns_are_carried_as_they_are(tmp_path):
+def test_columns_of_parquet_are_carried_as_they_are(tmp_path):
     corpus = [
-        {"id": "1", "text": "a", "date": "2020-01-01", "score": 1},
-        {"id": "2", "text": "b", "date": "2020-01-02T00:00:00Z", "score": 1.5, "late": [1]},
+        {"id": "1", "text": "a", "date": "2020-01-01", "meta": {"score": 1}, "tags": []},
+        {"id": "2", "text": "b", "date": "2020-01-02T00:00:00Z", "meta": None, "tags": [1]},
     ]
-    deduplicate([write_jsonl(tmp_path / "in.jsonl", corpus)], tmp_path / "out")
-    assert documents_of(tmp_path / "out") == [{**corpus[0], "late": None}, corpus[1]]
+    pq.write_table(pa.Table.from_pylist(corpus), tmp_path / "in.parquet")
+    deduplicate([tmp_path / "in.parquet"], tmp_path / "out")
+    assert documents_of(tmp_path / "out") == corpus
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        '"meta": {}',
+        '"meta": {"date": "2020-01-01T00:00:00Z", "none": null, "empty": []}',
+        '"field": 1, "late": 1.50',
+        '"field": "one"',
+        '"field": [1, "a", {"b": []}]',
+        f'"long": {"9" * 5000}, "small": 1E-500',
+        '"extra": {"id": "not mine", "text": 5}, "h\\u00e9": "\\ud800 , } \\" é"',
+        '"same": 1,"same" : 2',
+    ],
+)
+def test_fields_of_json_lines_are_carried_to_the_letter(tmp_path, other):
+    path = tmp_path / "in.jsonl"
+    lines = [
+        f'{{"id": "1", "text": "a", {other}}}',
+        "",
+        f' {{ {other} ,"text": "b",\t"id": "2"}}\r',
+        '{"id": "3", "field": {}, "text": "c"}',
+        '{"text": "d", "id": "4"}',
+    ]
+    path.write_text("\ufeff" + "\n".join(lines))
+    deduplicate([path], tmp_path / "out")
+    documents = documents_of(tmp_path / "out")
+    assert [(row["id"], row["text"]) for row in documents] == [*zip("1234", "abcd", strict=True)]
+    first, second, third, fourth = [row["extra"] for row in documents]
+    assert (
+        first.replace(", ", ",") == second.replace(", ", ",") == f"{{{other}}}".replace(", ", ",")
+    )
+    assert (third, fourth) == ('{"field": {}}', None)
+
+
+def test_json_lines_of_several_tables_keep_their_order(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_pipeline.dedup.jsonl.TABLE_BYTES", 2000)
+    corpus = make_corpus(seed=8)
+    path = write_jsonl(tmp_path / "in.jsonl", corpus)
+    path.write_text(path.read_text() + "\n" * 5000)
+    report = deduplicate([path], tmp_path / "out")
+    assert [row["id"] for row in clusters_of(tmp_path / "out")] == [row["id"] for row in corpus]
+    assert len(documents_of(tmp_path / "out")) == report.kept
 
 
 def test_no_documents_give_empty_results(tmp_path):
@@ -259,11 +306,14 @@ GOOD = '{"id": "1", "text": "a"}\n'
     ("name", "content", "message"),
     [
         ("in.csv", b"id,text\n", r"in\.csv: unknown file type; allowed are \.parquet, \.jsonl"),
-        ("in.jsonl", (GOOD + '{"id": "2", \n').encode(), r"in\.jsonl: not JSON Lines .* row 1"),
-        ("in.jsonl", (GOOD + '{"id": 2, "text": "b"}').encode(), r"from string to number in row 1"),
+        ("in.jsonl", (GOOD + '{"id": "2", \n').encode(), r"document 1 .*in\.jsonl: .* not JSON"),
+        ("in.jsonl", b'{"id": 2, "text": "b"}', r"document 0 .*in\.jsonl: `id` must be a string"),
+        ("in.jsonl", b'{"id": "2", "text": "\\ud800"}', r"`text` has half a surrogate pair"),
+        ("in.jsonl", b"[1]", r"document 0 .*in\.jsonl: .* no JSON object but \[1\]"),
+        ("in.jsonl", b"[" * 100_000, r"document 0 .*in\.jsonl: .* not JSON"),
         ("in.jsonl", (GOOD + '{"id": "2"}').encode(), r"document 1 .*in\.jsonl has no `text`"),
         ("in.jsonl", (GOOD + GOOD).encode(), r"id `1` stands twice: document 0 .* document 1"),
-        ("in.jsonl", b'{"id": "1", "text": "\xff"}\n', r"in\.jsonl: not JSON Lines"),
+        ("in.jsonl", b'{"id": "1", "text": "\xff"}\n', r"in\.jsonl: .* not JSON"),
         ("in.jsonl.gz", gzip.compress(GOOD.encode() * 99)[:40], r"in\.jsonl\.gz: damaged"),
         ("in.jsonl.gz", GOOD.encode(), r"in\.jsonl\.gz: damaged"),
         ("in.jsonl.zst", zstandard.compress(GOOD.encode() * 99)[:20], r"in\.jsonl\.zst: damaged"),
