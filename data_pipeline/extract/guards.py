@@ -10,17 +10,21 @@ MAGIC_NUMBERS = {
     b"%PDF-": "PDF",
     b"PK\x03\x04": "ZIP",
     b"\x89PNG": "PNG",
-    b"GIF8": "GIF",
     b"\xff\xd8\xff": "JPEG",
-    b"RIFF": "RIFF",
     b"\x7fELF": "ELF",
     b"\xd0\xcf\x11\xe0": "OLE",
-    b"Rar!": "RAR",
     b"7z\xbc\xaf": "7z",
+}
+# Words of a text too: a control code follows soon where they are more.
+SPELLED_MAGIC_NUMBERS = {
+    b"GIF8": "GIF",
+    b"RIFF": "RIFF",
+    b"Rar!": "RAR",
     b"ID3": "MP3",
     b"OggS": "Ogg",
     b"wOF": "font",
 }
+SPELLED_MAGIC_BYTES = 64
 BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff")
 CONTROL_CODES = bytes(code for code in range(32) if code not in b"\0\t\n\f\r\x1b") + b"\x7f"
 
@@ -37,6 +41,11 @@ def binary_kind(body: bytes) -> str | None:
     for magic, kind in MAGIC_NUMBERS.items():
         if start.startswith(magic):
             return kind
+    near = start[:SPELLED_MAGIC_BYTES]
+    if len(near.translate(None, CONTROL_CODES + b"\0")) < len(near):
+        for magic, kind in SPELLED_MAGIC_NUMBERS.items():
+            if start.startswith(magic):
+                return kind
     if start.startswith(BYTE_ORDER_MARKS):
         return None
     controls = len(start) - len(start.translate(None, CONTROL_CODES))

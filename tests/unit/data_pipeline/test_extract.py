@@ -122,6 +122,7 @@ def test_control_characters_and_needless_space_are_removed() -> None:
         b"PK\x03\x04" + SENTENCE.encode() * 20,
         bytes(range(256)) * 40,
         b"\x89PNG\r\n" + SENTENCE.encode(),
+        b"ID3\x03\0\0\0" + SENTENCE.encode() * 20,
     ],
 )
 @pytest.mark.parametrize("content_type", ["text/html", "text/plain", None])
@@ -131,6 +132,12 @@ def test_binary_bodies_are_dropped_whatever_their_label(
     with pytest.raises(ExtractError) as error:
         extract_text(page(body, content_type))
     assert error.value.reason == "binary"
+
+
+@pytest.mark.parametrize("start", ["ID3 tags explained.", "RIFF files.", "Rar! Rar!", "wOF"])
+def test_text_that_begins_like_a_binary_format_is_text(start: str) -> None:
+    text = f"{start} {SENTENCE}".strip()
+    assert extract_text(page(text, "text/plain")) == text
 
 
 @pytest.mark.parametrize("body", [html(""), "<html><script>code()</script></html>"])
