@@ -9,6 +9,8 @@ from fastwarc.stream_io import BrotliReader, ChunkedReader, ZstdReader
 CHUNK_HEADER = re.compile(rb"[0-9a-fA-F]{1,8}[ \t]*(?:;[^\r\n]*)?\r\n")
 LAST_CHUNK = b"0\r\n\r\n"
 GZIP_MAGIC = b"\x1f\x8b\x08"
+# zlib copies what follows a member: whole bodies would cost the square of their members.
+GZIP_PIECE = 1 << 14
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
@@ -48,7 +50,7 @@ def _is_chunked(raw: bytes, transfer_encoding: str) -> bool:
 
 def _decompress(raw: bytes, content_encoding: str, limit: int) -> bytes:
     if raw.startswith(GZIP_MAGIC):
-        return _inflate(raw, zlib.MAX_WBITS | 16, limit)
+        return _gunzip(raw, limit)
     if raw.startswith(ZSTD_MAGIC):
         return ZstdReader(io.BytesIO(raw)).read(limit + 1)
     if "deflate" in content_encoding:
@@ -56,6 +58,23 @@ def _decompress(raw: bytes, content_encoding: str, limit: int) -> bytes:
     if "br" in content_encoding.replace(" ", "").split(","):
         return _brotli_or_plain(raw, limit)
     return raw
+
+
+def _gunzip(raw: bytes, limit: int) -> bytes:
+    """All members of a gzip file (RFC 1952, section 2.2), up to one byte more than `limit`."""
+    decoded = bytearray()
+    start = 0
+    while raw.startswith(GZIP_MAGIC, start):
+        member = zlib.decompressobj(zlib.MAX_WBITS | 16)
+        while not member.eof:
+            piece = raw[start : start + GZIP_PIECE]
+            if not piece:
+                raise zlib.error("the compressed stream is cut")
+            decoded += member.decompress(piece, limit + 1 - len(decoded))
+            if len(decoded) > limit:
+                return bytes(decoded)
+            start += len(piece) - len(member.unused_data)
+    return bytes(decoded)
 
 
 def _inflate(raw: bytes, window_bits: int, limit: int) -> bytes:

@@ -114,6 +114,7 @@ def test_wet_records_are_plain_text_in_utf8(tmp_path: Path) -> None:
         ("empty", {"body": b" \r\n"}),
         ("oversized", {"body": b"a" * 5000}),
         ("oversized", {"body": gzip.compress(b"a" * 5000)}),
+        ("oversized", {"body": gzip.compress(b"a" * 2001) * 2}),
         ("encoding", {"body": gzip.compress(HTML)[:-20]}),
     ],
 )
@@ -136,6 +137,8 @@ def chunked(body: bytes) -> bytes:
         ([("Transfer-Encoding", "chunked")], HTML),
         ([], chunked(HTML)),
         ([("Content-Encoding", "gzip")], gzip.compress(HTML)),
+        ([("Content-Encoding", "gzip")], gzip.compress(HTML[:20]) + gzip.compress(HTML[20:])),
+        ([("Content-Encoding", "gzip")], gzip.compress(HTML) + b"\r\n"),
         ([("Content-Encoding", "gzip")], HTML),
         ([("Transfer-Encoding", "chunked")], chunked(gzip.compress(HTML))),
         ([("Content-Encoding", "deflate")], zlib.compress(HTML)),
