@@ -20,6 +20,7 @@ from data_pipeline.recipe import Recipe
 
 DOCUMENT_SCHEMA = pa.schema({"id": pa.string(), "document_id": pa.string(), "text": pa.string()})
 ROWS_PER_WRITE = 1000
+CHARACTERS_PER_WRITE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -81,17 +82,19 @@ Batch = tuple[list[dict[str, Any]], list[dict[str, str]]]
 
 
 def _batches(records: Archive, recipe: Recipe, piece: str) -> Iterator[Batch]:
-    """Audit rows and passing texts, a thousand documents at a time."""
+    """Audit rows and passing texts, a thousand documents at a time or fewer long ones."""
     rows: list[dict[str, Any]] = []
     texts: list[dict[str, str]] = []
+    characters = 0
     for number, document in enumerate(records):
         row, text = judge(document, recipe)
         rows.append(row)
         if text is not None:
             texts.append({"id": f"{piece}/{number}", "document_id": document.id, "text": text})
-        if len(rows) == ROWS_PER_WRITE:
+            characters += len(text)
+        if len(rows) == ROWS_PER_WRITE or characters >= CHARACTERS_PER_WRITE:
             yield rows, texts
-            rows, texts = [], []
+            rows, texts, characters = [], [], 0
     yield rows, texts
 
 

@@ -14,10 +14,10 @@ import os
 import shutil
 import tarfile
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from data_pipeline.tokenize import load_tokenizer
 
 FORMAT_VERSION = 1
 DOCUMENTS_PER_ENCODING = 512
+# An encoding takes about 200 bytes of memory per character.
+CHARACTERS_PER_ENCODING = 1 << 22
 # A mapped file holds a file descriptor, of which a process commonly has 1024.
 MAPPED_SHARDS = 512
 
@@ -141,11 +143,25 @@ def _entropy(occurrences: NDArray[np.int64]) -> float:
     return float(-(share * np.log(share)).sum())
 
 
-def _encode(documents: Iterable[tuple[str, str]], encode_batch: Any) -> Iterator[Any]:
-    documents = iter(documents)
-    while batch := list(islice(documents, DOCUMENTS_PER_ENCODING)):
+def _encode(
+    documents: Iterable[tuple[str, str]], encode_batch: Callable[[list[str]], list[list[int]]]
+) -> Iterator[tuple[str, list[int]]]:
+    for batch in _batches(documents):
         names, texts = zip(*batch, strict=True)
-        yield from zip(names, encode_batch(texts), strict=True)
+        yield from zip(names, encode_batch(list(texts)), strict=True)
+
+
+def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    batch: list[tuple[str, str]] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document[1])
+        if len(batch) == DOCUMENTS_PER_ENCODING or characters >= CHARACTERS_PER_ENCODING:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 class _ShardWriter:

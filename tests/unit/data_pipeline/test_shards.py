@@ -86,6 +86,15 @@ def test_equal_documents_make_equal_bytes(data, tmp_path, tokenizer):
         assert (again / file).read_bytes() == (data / file).read_bytes()
 
 
+def test_batches_bounded_by_their_characters_give_the_same_bytes(
+    data, tmp_path, tokenizer, monkeypatch
+):
+    monkeypatch.setattr("data_pipeline.shards.CHARACTERS_PER_ENCODING", 70)
+    again = tmp_path / "again"
+    write_shards(DOCUMENTS, tokenizer, again, tokens_per_shard=200, extra={"a": 1})
+    assert (again / "manifest.json").read_bytes() == (data / "manifest.json").read_bytes()
+
+
 def test_making_shards_again_replaces_them(data):
     write_shards(DOCUMENTS[:3], data / "tokenizer.json", data, extra={})
     assert load_manifest(data).documents == 3
