@@ -4,7 +4,9 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from contextlib import contextmanager
+from multiprocessing import active_children, get_context, parent_process
+from signal import SIG_BLOCK, SIG_SETMASK, SIGINT, pthread_sigmask
 from threading import Thread
 from typing import Any
 
@@ -26,6 +28,7 @@ def do_each(
 
     Raises:
         WorkerDiedError: a worker process was killed.
+        KeyboardInterrupt: raised in this process; the workers have been killed.
     """
     workers = min(workers, len(arguments))
     if workers <= 1:
@@ -34,7 +37,8 @@ def do_each(
             yield
         return
     with ProcessPoolExecutor(workers, get_context("spawn"), _end_with_parent) as pool:
-        futures = [pool.submit(task, *one) for one in arguments]
+        with _interrupt_blocked():
+            futures = [pool.submit(task, *one) for one in arguments]
         try:
             for future in as_completed(futures):
                 future.result()
@@ -44,8 +48,22 @@ def do_each(
                 "a worker process was killed, perhaps for want of memory. What was finished is "
                 "kept: run the same command again, with fewer --workers"
             ) from error
+        except KeyboardInterrupt:
+            for worker in active_children():
+                worker.kill()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupt_blocked() -> Iterator[None]:
+    """Start workers that leave a terminal's ctrl-C to their parent."""
+    before = pthread_sigmask(SIG_BLOCK, {SIGINT})
+    try:
+        yield
+    finally:
+        pthread_sigmask(SIG_SETMASK, before)
 
 
 def _end_with_parent() -> None:

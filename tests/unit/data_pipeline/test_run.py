@@ -176,6 +176,17 @@ def test_a_killed_run_ends_with_the_same_bytes_for_any_workers_and_order_of_inpu
     assert _files(out) == _files(finished)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("stage", "workers"), [("clean: 0", 1), ("clean: 1", 2), ("dedup: 1", 2)])
+def test_a_stopped_run_says_how_to_continue(
+    sample: SampleReport, tmp_path: Path, stage: str, workers: int, number: signal.Signals
+) -> None:
+    done = _signal_at(stage, _command(_inputs(sample), tmp_path / "data", workers), number)
+    assert done.returncode == 75
+    assert done.stderr == "stopped; the same command continues\n"
+    assert not (tmp_path / "data" / "manifest.json").exists()
+
+
 def test_a_finished_run_is_said_to_be_and_left_alone(sample: SampleReport, finished: Path) -> None:
     before = _files(finished)
     result = run(_inputs(sample), finished, load_recipe("demo"), vocab_size=VOCAB_SIZE)
