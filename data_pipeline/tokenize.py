@@ -58,9 +58,10 @@ class Tokenizer:
 def require_vocab_size(vocab_size: int) -> None:
     """Raise a DataError unless `train_tokenizer` can make a tokenizer of this size."""
     if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
+        size = "small" if vocab_size < MIN_VOCAB_SIZE else "large"
         raise DataError(
-            f"tokenizer vocab_size={vocab_size} is not allowed: {MIN_VOCAB_SIZE} (the 256 bytes "
-            f"and {END_OF_DOCUMENT}) to {MAX_VOCAB_SIZE}"
+            f"tokenizer vocab_size={vocab_size} is too {size}: allowed are {MIN_VOCAB_SIZE} (the "
+            f"256 bytes and {END_OF_DOCUMENT}) to {MAX_VOCAB_SIZE}"
         )
 
 
