@@ -16,6 +16,7 @@ from data_pipeline import ledger
 from data_pipeline.crawl import Archive, Page, Reject
 from data_pipeline.extract import ExtractError, extract_text
 from data_pipeline.language import detect_language
+from data_pipeline.quality.words import split_words
 from data_pipeline.recipe import Recipe
 
 DOCUMENT_SCHEMA = pa.schema({"id": pa.string(), "document_id": pa.string(), "text": pa.string()})
@@ -118,7 +119,7 @@ def judge(document: Page | Reject, recipe: Recipe) -> tuple[dict[str, Any], str 
     except ExtractError as error:
         return drop("extract", error.reason, str(error))
     language, probability = detect_language(text)
-    row |= {"language": language, "words": len(text.split())}
+    row |= {"language": language, "words": len(split_words(text))}
     if probability < recipe.language.threshold:
         return drop("language", "uncertain", f"{language} with probability {probability:.2f}")
     if recipe.language.allowed and language not in recipe.language.allowed:
@@ -126,4 +127,4 @@ def judge(document: Page | Reject, recipe: Recipe) -> tuple[dict[str, Any], str 
     verdict = recipe.judge_quality(text, language)
     if verdict.reason is not None:
         return drop("quality", verdict.reason)
-    return row | {"words": len(verdict.text.split())}, verdict.text
+    return row | {"words": len(split_words(verdict.text))}, verdict.text

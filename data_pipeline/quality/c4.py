@@ -7,9 +7,10 @@ that work on documents. Its list of bad words is not shipped; a recipe may give 
 import re
 
 from data_pipeline.quality.verdict import Thresholds, Verdict
+from data_pipeline.quality.words import count_sentences, split_words
 
 TERMINAL_PUNCTUATION = (".", "!", "?", '"', "”", "。", "！", "？")
-SENTENCE_END = re.compile(r"[.!?。！？]+[\"”’')\]]*(?=\s|$)|[。！？]")
+ELLIPSIS = "..."
 CITATION = re.compile(r"\[(?:\d*|edit|citation needed)\]")
 WORD = re.compile(r"\w+")
 POLICY_PHRASES = (
@@ -25,8 +26,8 @@ POLICY_PHRASES = (
 class C4(Thresholds):
     """Page and line rules.
 
-    Lines without terminal punctuation or with too few words are removed, and so are lines about
-    JavaScript, cookies or terms of use; a page is dropped for what is left.
+    Lines without terminal punctuation (an ellipsis is none) or with too few words are removed, and
+    so are lines about JavaScript, cookies or terms of use; a page is dropped for what is left.
     """
 
     require_terminal_punctuation: bool
@@ -45,14 +46,15 @@ class C4(Thresholds):
             return Verdict(text, "c4.bad_words")
         lines = (CITATION.sub("", line).rstrip() for line in text.splitlines())
         kept = "\n".join(line for line in lines if self._keeps_line(line))
-        if len(SENTENCE_END.findall(kept)) < self.min_sentences:
+        if count_sentences(kept) < self.min_sentences:
             return Verdict(kept, "c4.sentences")
         return Verdict(kept)
 
     def _keeps_line(self, line: str) -> bool:
-        if self.require_terminal_punctuation and not line.endswith(TERMINAL_PUNCTUATION):
+        is_terminated = line.endswith(TERMINAL_PUNCTUATION) and not line.endswith(ELLIPSIS)
+        if self.require_terminal_punctuation and not is_terminated:
             return False
-        if len(line.split()) < self.min_words_per_line:
+        if len(split_words(line)) < self.min_words_per_line:
             return False
         lowered = line.lower()
         return "javascript" not in lowered and not any(

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.quality.verdict import Thresholds, Verdict
+from data_pipeline.quality.words import UNSPACED_WORD, split_words
 
 LETTER = re.compile(r"[^\W\d_]")
 BULLETS = ("•", "‣", "▪", "◦", "-", "*")
@@ -15,7 +16,10 @@ HASH_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 class GopherQuality(Thresholds):
-    """Document-wise rules; `stop_words` holds required words by language, others are not asked."""
+    """Document-wise rules; `stop_words` holds required words by language, others are not asked.
+
+    Nor is the length of words asked of a text that is mostly Chinese or Japanese.
+    """
 
     min_words: int
     max_words: int
@@ -32,12 +36,14 @@ class GopherQuality(Thresholds):
         return Verdict(text, next(self._broken_rules(text, language), None))
 
     def _broken_rules(self, text: str, language: str) -> Iterator[str]:
-        words = text.split()
+        words = split_words(text)
         if not self.min_words <= len(words) <= self.max_words:
             yield "gopher.word_count"
             return
-        mean_length = sum(map(len, words)) / len(words)
-        if not self.min_mean_word_length <= mean_length <= self.max_mean_word_length:
+        spaced = [word for word in words if not UNSPACED_WORD.match(word)]
+        mean_length = sum(map(len, spaced)) / max(1, len(spaced))
+        is_spaced = 2 * len(spaced) > len(words)
+        if is_spaced and not self.min_mean_word_length <= mean_length <= self.max_mean_word_length:
             yield "gopher.mean_word_length"
         symbols = max(text.count("#"), sum(map(text.count, ELLIPSES)))
         if symbols > self.max_symbol_to_word_ratio * len(words):

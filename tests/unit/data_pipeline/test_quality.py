@@ -8,6 +8,7 @@ import pytest
 
 from data_pipeline.errors import DataError
 from data_pipeline.quality.gopher import ngram_shares
+from data_pipeline.quality.words import count_sentences
 from data_pipeline.recipe import Recipe, load_recipe, shipped_recipes
 
 PROSE = """\
@@ -164,6 +165,7 @@ def test_c4_drops_lines_and_citations(recipe: Recipe) -> None:
         "Home page of the river",
         kept[0].replace("spring", "spring[12]"),
         "Too few words.",
+        "And then the story goes on...",
         "Please enable JavaScript to see the map.",
         kept[1],
         "By reading on you accept our privacy policy.",
@@ -171,6 +173,33 @@ def test_c4_drops_lines_and_citations(recipe: Recipe) -> None:
         "",
     ]
     assert recipe.c4.judge("\n".join(text), "en").text == "\n".join(kept)
+
+
+@pytest.mark.parametrize(
+    ("sentences", "text"),
+    [
+        (1, "Ask Dr. Smith of the U.S. Navy for tools, e.g. Ropes or J. S. Bach."),
+        (3, 'It rained. "Really?" She laughed!'),
+        (2, "It rose by 3.5 m. to 7. Then it fell.\n"),
+        (2, "Он ушёл. Она осталась."),
+        (2, "川です。船です。"),
+        (0, "no end"),
+    ],
+)
+def test_sentences_are_counted_by_their_ends(sentences: int, text: str) -> None:
+    assert count_sentences(text) == sentences
+
+
+def test_chinese_and_japanese_texts_can_pass(recipe: Recipe) -> None:
+    japanese = "今日は川のそばを歩きながら、古い船と町の人々について考えました。"
+    chinese = "今天我沿着河边散步，想起了古老的船只和住在那里的人们。"
+    for language, line in (("ja", japanese), ("zh", chinese)):
+        text = "\n".join(line.replace("船", ship) for ship in "船舟艇")
+        assert recipe.c4 is not None
+        assert recipe.gopher_quality is not None
+        assert recipe.c4.judge(text, language).text == text
+        assert recipe.gopher_quality.judge(text, language).keep
+        assert recipe.gopher_quality.judge(line, language).reason == "gopher.word_count"
 
 
 def test_c4_bad_words_are_the_recipes_own(recipe: Recipe) -> None:
