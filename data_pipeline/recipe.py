@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from data_pipeline.dedup.minhash import candidate_probability, choose_bands
+from data_pipeline.dedup.run import LOWEST_RECALL
 from data_pipeline.errors import DataError
 from data_pipeline.extract import Mode
 from data_pipeline.language import LANGUAGES
@@ -55,6 +57,17 @@ class Dedup(_Section):
     bands: Count
     rows: Count
     ngram: Count
+
+    @model_validator(mode="after")
+    def _finds_its_pairs(self) -> "Dedup":
+        found = candidate_probability(self.threshold, self.bands, self.rows)
+        if found < LOWEST_RECALL:
+            bands, rows = choose_bands(self.threshold)
+            raise ValueError(
+                f"bands {self.bands} and rows {self.rows} miss {1 - found:.0%} of the pairs at "
+                f"threshold {self.threshold}; {bands} and {rows} would do"
+            )
+        return self
 
 
 class Recipe(_Section):
