@@ -13,6 +13,8 @@ END_OF_DOCUMENT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257
 MAX_VOCAB_SIZE = 1 << 20
 
+MAX_TRAINING_WORD = 1_000
+
 # What published tokenizers call the token that ends a document, the commonest first.
 EOS_NAMES = (
     END_OF_DOCUMENT,
@@ -68,11 +70,14 @@ def require_vocab_size(vocab_size: int) -> None:
 def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path) -> None:
     """Train a byte-level BPE of at most `vocab_size` tokens and save it as a tokenizer.json.
 
-    The same texts in the same order give the same file. Token 0 is `<|endoftext|>`.
+    The same texts in the same order give the same file. Token 0 is `<|endoftext|>`. Words are cut
+    every MAX_TRAINING_WORD bytes: training takes time quadratic in the length of a word.
     """
     require_vocab_size(vocab_size)
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    cut = pre_tokenizers.FixedLength(MAX_TRAINING_WORD)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, cut])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -81,6 +86,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = words
     out.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out))
 

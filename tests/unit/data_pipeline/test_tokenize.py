@@ -21,6 +21,18 @@ def test_training_is_deterministic(trained, tmp_path):
     assert (tmp_path / "again.json").read_bytes() == trained.read_bytes()
 
 
+@pytest.mark.parametrize("word", ["ab", " ", "é"])
+def test_training_on_an_endless_word_ends(tmp_path, word):
+    """Minutes without a limit."""
+    path = tmp_path / "tokenizer.json"
+    train_tokenizer([*TEXTS, word * 300_000], 400, path)
+    tokenizer = load_tokenizer(path)
+    text = TEXTS[0] + word * 3000
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode(text)) < len(text) / 2
+    assert "FixedLength" not in path.read_text()
+
+
 def test_any_text_survives_the_round_trip(trained):
     tokenizer = load_tokenizer(trained)
     text = "  unseen: Привет\r\n\x00 \U0001f600é"
