@@ -1,6 +1,7 @@
 """From web archives to audited token shards, in one folder that a killed run continues.
 
 DIR/plan.json        what was asked for: inputs, recipe, options
+DIR/.lock            names the process at work, which holds it
 DIR/work/            finished pieces of an unfinished run; removed at the end
 DIR/audit/*.parquet  one file per archive, one row per document (`data_pipeline.ledger`)
 DIR/shards/, DIR/tokenizer.json, DIR/manifest.json   see `data_pipeline.shards`

@@ -180,8 +180,15 @@ def test_a_killed_run_ends_with_the_same_bytes_for_any_workers_and_order_of_inpu
     assert _files(out) == _files(finished)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize(("stage", "workers"), [("clean: 0", 1), ("clean: 1", 2), ("dedup: 1", 2)])
+@pytest.mark.parametrize(
+    ("stage", "workers", "number"),
+    [
+        ("clean: 0", 1, signal.SIGTERM),
+        ("clean: 1", 2, signal.SIGTERM),
+        ("clean: 0", 2, signal.SIGINT),
+        ("dedup: 0", 2, signal.SIGTERM),
+    ],
+)
 def test_a_stopped_run_says_how_to_continue(
     sample: SampleReport, tmp_path: Path, stage: str, workers: int, number: signal.Signals
 ) -> None:
