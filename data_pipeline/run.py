@@ -9,7 +9,6 @@ DIR/shards/, DIR/tokenizer.json, DIR/manifest.json   see `data_pipeline.shards`
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,8 +30,6 @@ from data_pipeline.shards import Manifest, load_manifest, write_shards
 from data_pipeline.tokenize import load_tokenizer, require_vocab_size, train_tokenizer
 from data_pipeline.workers import do_each
 
-# Training BPE takes time quadratic in the length of a word: 12 s for 100k letters.
-OVERLONG_WORD = re.compile(r"\S{1000}(?=\S)")
 Progress = Callable[[str, int, int], None]
 """Called with the name of a stage, the parts of it that are done, and all its parts."""
 
@@ -221,7 +218,7 @@ def _train_tokenizer(documents: Path, out: Path, vocab_size: int, progress: Prog
     progress("tokenizer", 0, 1)
     if not out.exists():
         aside = out.with_name(f".{out.name}")
-        texts = (OVERLONG_WORD.sub(r"\g<0> ", text) for _, text in _texts(documents, "id"))
+        texts = (text for _, text in _texts(documents, "id"))
         train_tokenizer(texts, vocab_size, aside)
         aside.rename(out)
     progress("tokenizer", 1, 1)
