@@ -131,10 +131,12 @@ def test_ranks_do_not_outlive_their_launcher_and_nobody_trains_beside_them(
 ) -> None:
     run = Run(shards, tmp_path / "run")
     process = run.start_and_reach(2)
-    assert "is in use by process" in run.finish(code=2)
     ranks = rank_pids(run.run_dir)
+    os.kill(ranks[0], signal.SIGSTOP)
+    assert "is in use by process" in run.finish(code=2)
     process.kill()
     process.communicate(timeout=TIMEOUT_S)
+    os.kill(ranks[0], signal.SIGCONT)
     deadline = time.monotonic() + TIMEOUT_S
     while any(map(is_alive, ranks)):
         assert time.monotonic() < deadline
