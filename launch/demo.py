@@ -27,6 +27,8 @@ SEED = 1
 RANKS = 2
 KILL_AFTER_STEP = 15
 HELD_OUT_CHARACTERS = 100_000
+# A folder with this file was made by a demo, and the next one may replace it.
+MARKER = ".farspan-demo"
 
 
 @dataclass(frozen=True)
@@ -95,17 +97,15 @@ def run_demo(out: Path) -> None:
 
 
 def _make_room(demo: Demo) -> None:
-    made_here = {path.name for path in (demo.crawl, demo.data, demo.held_out, demo.run.root)}
-    made_here |= {demo.export.name, "held-out.jsonl"}
+    marker = demo.root / MARKER
     if demo.root.exists():
-        foreign = {path.name for path in demo.root.iterdir()} - made_here
-        if foreign:
+        if any(demo.root.iterdir()) and not marker.exists():
             raise UserError(
-                f"{demo.root} holds {', '.join(sorted(foreign))}, which the demo did not make; "
-                "name another folder with --out"
+                f"{demo.root} holds files that no demo made; name another folder with --out"
             )
         shutil.rmtree(demo.root)
     demo.root.mkdir(parents=True)
+    marker.touch()
 
 
 def _title(console: Console, text: str) -> None:

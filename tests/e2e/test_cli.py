@@ -140,6 +140,14 @@ def test_mistakes_are_told_in_one_message(run: Path, shards: Path, tmp_path: Pat
     assert not (tmp_path / "new").exists()
 
 
+def test_the_demo_does_not_replace_a_folder_it_did_not_make(tmp_path: Path) -> None:
+    thesis = tmp_path / "mine" / "data" / "thesis.txt"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("years of work")
+    assert "no demo made" in refusal("demo", "--out", str(tmp_path / "mine"))
+    assert thesis.read_text() == "years of work"
+
+
 def test_a_shard_with_another_hash_stops_the_run_and_is_named(shards: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(shards, damaged)
