@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.progress import show_progress
+from pretrain.errors import STOPPED_ON_REQUEST
 
 if TYPE_CHECKING:
     from data_pipeline.run import RunResult
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Make token shards from web archives.")
 console = Console()
 DAMAGE_LINES = 10
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h
 SECONDS_TO_LEAVE = 10
 SECONDS_TO_NOTICE = 0.5
 
@@ -105,7 +105,7 @@ def _stoppable() -> Iterator[None]:
         if workers:  # their pool breaks and the main thread leaves, which frees its semaphores
             time.sleep(SECONDS_TO_LEAVE)
         console.show_cursor()
-        os._exit(STOPPED)
+        os._exit(STOPPED_ON_REQUEST)
 
     signal.set_wakeup_fd(wakeup.fileno())
     before = {
@@ -118,7 +118,7 @@ def _stoppable() -> Iterator[None]:
     except WorkerDiedError:
         if not stopping.wait(SECONDS_TO_NOTICE):
             raise
-        raise typer.Exit(STOPPED) from None
+        raise typer.Exit(STOPPED_ON_REQUEST) from None
     finally:
         signal.set_wakeup_fd(-1)
         for number, handler in before.items():

@@ -18,6 +18,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from pretrain.errors import LOST_RANK, STOPPED_ON_REQUEST
 from pretrain.run_dir import RunDirectory
 
 PIDS = "pids.json"
@@ -27,8 +28,6 @@ GRACE_S = 120.0
 # How long the ranks that fail together take to be seen.
 SETTLE_S = 1.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-STOPPED_ON_REQUEST = 75
-LOST_RANK = 70
 
 Rank = subprocess.Popen[bytes]
 

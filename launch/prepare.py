@@ -40,10 +40,9 @@ def prepare_run(config: Config, directory: Path) -> RunDirectory:
     config = _with_absolute_paths(config, run)
     stream = open_stream(config)
     data = [_describe(source, load_manifest(source.path)) for source in config.data.sources()]
-    is_new = not run.config.exists()
     run.root.mkdir(parents=True, exist_ok=True)
     with run.exclusive():
-        if is_new:
+        if not run.config.exists():
             shutil.copyfile(stream.tokenizer, run.tokenizer)
             write_atomically(run.data, json.dumps(data, indent=1) + "\n")
         else:

@@ -1,4 +1,9 @@
-"""Errors meant for the person at the command line."""
+"""Errors meant for the person at the command line, and the exit codes of a rank."""
+
+# Everything is saved; the same command goes on from here (EX_TEMPFAIL of sysexits.h).
+STOPPED_ON_REQUEST = 75
+# A rank failed because another did; a launcher looks for the other one.
+LOST_RANK = 70
 
 
 class UserError(Exception):

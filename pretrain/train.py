@@ -14,7 +14,7 @@ import torch.distributed as dist
 from parallel.mesh import join_ranks
 from pretrain.checkpoint.store import Progress
 from pretrain.config import Config, read_run_config
-from pretrain.errors import UserError
+from pretrain.errors import LOST_RANK, STOPPED_ON_REQUEST, UserError
 from pretrain.metrics.expert_load import summarise_load
 from pretrain.metrics.sinks import JsonlSink, MetricsWriter, WandbSink, step_line
 from pretrain.run_dir import RunDirectory
@@ -22,9 +22,6 @@ from pretrain.signals import StopRequest
 from pretrain.trainer import StepResult, Trainer
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-STOPPED_ON_REQUEST = 75
-# Of a rank that failed because another did; a launcher looks for the other one.
-LOST_RANK = 70
 
 
 def train(config: Config, run: RunDirectory) -> int:
