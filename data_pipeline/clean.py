@@ -1,6 +1,5 @@
 """Clean one archive: from its records to the texts that pass every stage before deduplication."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -42,7 +41,7 @@ class Piece:
 
     @property
     def summary(self) -> Path:
-        """The archive's size and hash, and its records by WARC type."""
+        """The archive's size, and its records by WARC type."""
         return self.folder / "archive.json"
 
     @property
@@ -66,12 +65,9 @@ def clean_archive(archive: Path, piece: Piece, recipe: Recipe, id_header: str) -
             count += len(rows)
             audit.write_table(pa.Table.from_pylist(rows, ledger.SCHEMA))
             documents.write_table(pa.Table.from_pylist(texts, DOCUMENT_SCHEMA))
-    with archive.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     summary = {
         "path": str(archive),
         "bytes": archive.stat().st_size,
-        "sha256": sha256,
         "documents": count,
         "records": dict(sorted(records.records.items())),
     }

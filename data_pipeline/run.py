@@ -83,19 +83,20 @@ def run(
         else:
             vocab_size = load_tokenizer(tokenizer).vocab_size
         with exclusive(out):
+            hashes = _hashes(archives, progress)
             plan = {
-                "inputs": _fingerprints(archives, progress),
+                "inputs": hashes,
                 "recipe": recipe.model_dump(mode="json", exclude={"description"}),
                 "id_header": id_header,
-                "tokenizer": None if tokenizer is None else _fingerprint(tokenizer),
+                "tokenizer": None if tokenizer is None else _sha256(tokenizer),
                 "vocab_size": vocab_size,
             }
             record_plan(out, plan)
-            return _run(archives, out, recipe, workers, id_header, tokenizer, vocab_size, progress)
+            return _run(hashes, out, recipe, workers, id_header, tokenizer, vocab_size, progress)
 
 
 def _run(
-    archives: Sequence[Path],
+    hashes: dict[str, str],
     out: Path,
     recipe: Recipe,
     workers: int,
@@ -108,6 +109,7 @@ def _run(
     if (out / "manifest.json").exists():
         shutil.rmtree(work, ignore_errors=True)
         return _result(load_manifest(out), is_new=False)
+    archives = [Path(name) for name in hashes]
     pieces = [Piece(work / "pieces" / f"{number:05d}") for number in range(len(archives))]
     _clean(archives, pieces, recipe, id_header, workers, progress)
     documents = _deduplicate(pieces, work, recipe, workers, progress)
@@ -117,7 +119,10 @@ def _run(
     funnel = ledger.funnel(out / "audit")
     extra = {
         "recipe": recipe.model_dump(mode="json"),
-        "inputs": [json.loads(piece.summary.read_text()) for piece in pieces],
+        "inputs": [
+            json.loads(piece.summary.read_text()) | {"sha256": sha256}
+            for piece, sha256 in zip(pieces, hashes.values(), strict=True)
+        ],
         "funnel": funnel,
     }
     kept = sum(row["documents"] for row in funnel if row["reason"] == ledger.KEPT)
@@ -132,17 +137,17 @@ def _result(manifest: Manifest, is_new: bool) -> RunResult:
     return RunResult(manifest, manifest.extra["funnel"], damage, is_new)
 
 
-def _fingerprints(archives: Sequence[Path], progress: Progress) -> dict[str, str]:
-    """The hash of each archive; for a large crawl that takes a while."""
-    fingerprints = {}
+def _hashes(archives: Sequence[Path], progress: Progress) -> dict[str, str]:
+    """The sha256 of each archive, in order; for a large crawl that takes a while."""
+    hashes = {}
     for done, archive in enumerate(archives):
         progress("inputs", done, len(archives))
-        fingerprints[str(archive)] = _fingerprint(archive)
+        hashes[str(archive)] = _sha256(archive)
     progress("inputs", len(archives), len(archives))
-    return fingerprints
+    return hashes
 
 
-def _fingerprint(path: Path) -> str:
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
