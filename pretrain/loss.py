@@ -1,4 +1,4 @@
-"""Cross-entropy that never holds all logits, and the experts' balance loss."""
+"""Cross-entropy that never holds all logits."""
 
 from typing import Any
 
@@ -62,30 +62,3 @@ def _cross_entropy_gradient(logits: Tensor, labels: Tensor) -> Tensor:
     one = is_predicted.to(gradient.dtype)
     gradient.scatter_add_(-1, labels.clamp_min(0).unsqueeze(-1), -one)
     return gradient.mul_(one)
-
-
-def balance_loss(router_probability: Tensor, frequencies: Tensor, tokens: int) -> Tensor:
-    """The mean over layers of E * sum_e f_e P_e (Fedus et al. 2021, arXiv:2101.03961, eq. 4).
-
-    `f` are the frequencies of the whole previous optimizer step, so that the loss is the same for
-    every layout and every number of microbatches, and the parts of a step add up.
-
-    Args:
-        router_probability: [layers, E], summed over some tokens of the global batch.
-        frequencies: [layers, E], each row adds up to 1.
-        tokens: in the whole global batch.
-    """
-    layers, experts = frequencies.shape
-    if not layers:
-        return router_probability.sum()
-    return experts * (frequencies * router_probability).sum() / (tokens * layers)
-
-
-def uniform_frequencies(layers: int, experts: int) -> Tensor:
-    """The expert frequencies before the first step: [layers, E] float32."""
-    return torch.full((layers, experts), 1 / max(experts, 1))
-
-
-def expert_frequencies(counts: Tensor) -> Tensor:
-    """Each expert's share of its layer's token-slots: counts [layers, E] -> float32 [layers, E]."""
-    return (counts / counts.sum(-1, keepdim=True).clamp_min(1)).float()

@@ -46,9 +46,16 @@ METRICS: dict[str, Metric] = {
             "train/aux_loss",
             "1",
             "mean over expert layers of E * sum_e f_e P_e",
-            "Balance loss; the gradient is that of train/loss + model.moe.aux_loss * this. f_e are "
-            "the expert frequencies of the previous step, P_e this step's mean router "
+            "Balance loss; the gradient is that of train/loss + model.moe.aux_loss * this + "
+            "model.moe.z_loss * train/z_loss. f_e are the expert frequencies of the previous step "
+            "(of each sequence with model.moe.balance=sequence), P_e this step's mean router "
             "probabilities. 1 is balanced, E is everything to one expert.",
+        ),
+        Metric(
+            "train/z_loss",
+            "1",
+            "mean over tokens and expert layers of logsumexp(router logits)^2",
+            "How large the routers' logits are; model.moe.z_loss keeps it from growing.",
         ),
         Metric(
             "train/tokens",
@@ -104,6 +111,13 @@ METRICS: dict[str, Metric] = {
             "experts",
             "experts with no token in this step, over all layers",
             "Experts that stay dead are parameters that are not trained.",
+        ),
+        Metric(
+            "moe/dropped",
+            "share",
+            "token-slots over their expert's capacity / token-slots, over all layers",
+            "0 without model.moe.capacity_factor; a token whose slots are all dropped passes the "
+            "experts unchanged.",
         ),
     )
 }

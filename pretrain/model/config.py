@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 LayerKind = Literal["linear", "softmax"]
+Balance = Literal["batch", "sequence", "bias"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,17 @@ class LinearAttentionConfig:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """Mixture of experts; with `n_experts = 0` every feed-forward is a dense SwiGLU of `d_ff`."""
+    """Mixture of experts; with `n_experts = 0` every feed-forward is a dense SwiGLU of `d_ff`.
+
+    Attributes:
+        aux_loss: weight of the balance loss.
+        balance: what keeps the experts' loads even: the balance loss with the frequencies of the
+            whole batch or of each sequence, or a selection bias that follows the loads.
+        bias_rate: how far the selection bias moves in a step.
+        z_loss: weight of the router's z-loss.
+        capacity_factor: an expert takes at most this many times its even share of a sequence's
+            slots in training, the rest is dropped; None drops nothing.
+    """
 
     n_experts: int = 512
     top_k: int = 10
@@ -48,6 +59,10 @@ class MoEConfig:
     d_shared_expert: int = 512
     renormalise_top_k: bool = True
     aux_loss: float = 0.001
+    balance: Balance = "batch"
+    bias_rate: float = 0.001
+    z_loss: float = 0.0
+    capacity_factor: float | None = None
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
 

@@ -22,13 +22,17 @@ class TransformerOutput(NamedTuple):
 
     Attributes:
         value: what `output` returned; by default the logits [B, T, V].
-        router_probability: [L_moe, E] fp32 with gradient, summed over the tokens of this call.
-        expert_counts: [L_moe, E] int64, the (token, choice) slots of each expert in this call.
+        balance: [L_moe] fp32 with gradient, see `Routing`; likewise the others.
+        z: [L_moe] fp32 with gradient.
+        expert_counts: [L_moe, E] int64.
+        dropped: [L_moe] int64.
     """
 
     value: Any
-    router_probability: Tensor
+    balance: Tensor
+    z: Tensor
     expert_counts: Tensor
+    dropped: Tensor
 
 
 class Layer(nn.Module):
@@ -114,10 +118,10 @@ class Transformer(nn.Module):
         value = output(self.norm(x_btd), output_embedding.weight)
         return TransformerOutput(value, *self._stack(routings, tokens))
 
-    def _stack(self, routings: list[Routing], tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Routings of the layers -> [L_moe, E] each, which is [0, E] in a dense model."""
+    def _stack(self, routings: list[Routing], tokens: Tensor) -> Routing:
+        """Routings of the layers -> [L_moe, ...] each, where L_moe is 0 in a dense model."""
         if not routings:
-            empty = tokens.new_zeros(0, self.config.moe.n_experts)
-            return empty.float(), empty
-        probability, counts = zip(*routings, strict=True)
-        return torch.stack(probability), torch.stack(counts)
+            none = tokens.new_zeros(0)
+            counts = none.view(0, self.config.moe.n_experts)
+            return Routing(none.float(), none.float(), counts, none)
+        return Routing(*(torch.stack(parts) for parts in zip(*routings, strict=True)))

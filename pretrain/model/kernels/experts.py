@@ -43,9 +43,9 @@ def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 
 def count_slots(expert_indices: Tensor, n_experts: int) -> Tensor:
-    """[E] int64: how often each expert occurs in `expert_indices`."""
-    slots = expert_indices.flatten()
-    return slots.new_zeros(n_experts).scatter_add_(0, slots, torch.ones_like(slots))
+    """How often each row chose each expert: [B, ..., k] -> [B, E] int64."""
+    slots = expert_indices.flatten(1)
+    return slots.new_zeros(len(slots), n_experts).scatter_add_(1, slots, torch.ones_like(slots))
 
 
 class Slots(NamedTuple):
@@ -65,7 +65,8 @@ class Slots(NamedTuple):
 def sort_by_expert(x: Tensor, expert_indices: Tensor, n_experts: int) -> tuple[Tensor, Slots]:
     """Repeat each token for its k experts: x [N, d], expert_indices [N, k] -> rows [N * k, d]."""
     order = expert_indices.flatten().argsort(stable=True)
-    slots = Slots(order, order.argsort(), count_slots(expert_indices, n_experts))
+    counts = count_slots(expert_indices[None], n_experts)[0]
+    slots = Slots(order, order.argsort(), counts)
     repeated = x[:, None].expand(-1, expert_indices.shape[1], -1).flatten(0, 1)
     return permute_rows(repeated, slots.order, slots.inverse), slots
 

@@ -1,16 +1,10 @@
-"""Cross-entropy in chunks, and the balance loss."""
+"""Cross-entropy in chunks."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from pretrain.loss import (
-    IGNORED,
-    balance_loss,
-    chunked_cross_entropy,
-    expert_frequencies,
-    uniform_frequencies,
-)
+from pretrain.loss import IGNORED, chunked_cross_entropy
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 64])
@@ -47,32 +41,3 @@ def test_a_batch_without_loss_tokens_has_no_loss_and_no_gradient() -> None:
     loss.backward()
     assert loss.item() == 0
     assert hidden.grad.abs().sum() == 0
-
-
-def test_the_balance_loss_is_one_when_balanced_and_grows_with_imbalance() -> None:
-    tokens, layers, experts = 64, 3, 8
-    frequencies = uniform_frequencies(layers, experts)
-    even = torch.full((layers, experts), tokens / experts)
-    assert balance_loss(even, frequencies, tokens).item() == pytest.approx(1.0)
-
-    counts = torch.zeros(layers, experts)
-    counts[:, 0] = 2 * tokens
-    one_hot = expert_frequencies(counts.double())
-    assert one_hot.dtype == frequencies.dtype
-    all_to_one = torch.zeros(layers, experts)
-    all_to_one[:, 0] = tokens
-    assert balance_loss(all_to_one, one_hot, tokens).item() == pytest.approx(experts)
-
-
-def test_the_balance_loss_of_the_parts_of_a_batch_adds_up() -> None:
-    torch.manual_seed(0)
-    frequencies = torch.rand(2, 4).softmax(-1)
-    parts = [torch.rand(2, 4) for _ in range(3)]
-    whole = balance_loss(sum(parts), frequencies, 30)
-    assert sum(balance_loss(part, frequencies, 30) for part in parts).item() == pytest.approx(
-        whole.item()
-    )
-
-
-def test_a_dense_model_has_no_balance_loss() -> None:
-    assert balance_loss(torch.zeros(0, 0), uniform_frequencies(0, 0), 8).item() == 0

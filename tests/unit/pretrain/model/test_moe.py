@@ -34,8 +34,8 @@ def token_by_token(moe: MoE, x: Tensor) -> Tensor:
     out = []
     for token in x.double().flatten(0, 1):
         probability = (moe.router.weight @ token).softmax(0)
-        chosen = probability.sort(descending=True).indices[: moe.top_k]
-        total = probability[chosen].sum() if moe.renormalise else 1.0
+        chosen = probability.sort(descending=True).indices[: moe.config.top_k]
+        total = probability[chosen].sum() if moe.config.renormalise_top_k else 1.0
         y = torch.zeros_like(token)
         for e in chosen.tolist():
             gate, up = (moe.experts.gate_up[e] @ token).chunk(2)
@@ -48,7 +48,11 @@ def token_by_token(moe: MoE, x: Tensor) -> Tensor:
 
 def make_moe_like(moe: MoE) -> MoE:
     shared = 0 if moe.shared_expert is None else moe.shared_expert.up.out_features
-    copy = make_moe(top_k=moe.top_k, renormalise_top_k=moe.renormalise, d_shared_expert=shared)
+    copy = make_moe(
+        top_k=moe.config.top_k,
+        renormalise_top_k=moe.config.renormalise_top_k,
+        d_shared_expert=shared,
+    )
     copy.load_state_dict(moe.state_dict())
     return copy.double()
 
@@ -67,29 +71,64 @@ def test_moe_matches_its_definition(settings: dict[str, Any]) -> None:
     torch.testing.assert_close(moe(x)[0].double(), token_by_token(moe, x), rtol=1e-4, atol=1e-5)
 
 
-def test_routing_reports_every_slot_and_the_probability_mass() -> None:
-    moe = make_moe(d_shared_expert=0)
-    x = torch.randn(2, 7, D_MODEL)
-    probability, counts = moe(x)[1]
+def frequencies_of(moe: MoE, chosen: Tensor) -> Tensor:
+    return torch.bincount(chosen.flatten(), minlength=moe.config.n_experts) / chosen.numel()
 
-    expected = (x.flatten(0, 1) @ moe.router.weight.T).softmax(-1)
-    torch.testing.assert_close(probability, expected.sum(0))
-    chosen = expected.topk(2).indices.flatten()
-    assert counts.tolist() == [int((chosen == e).sum()) for e in range(6)]
-    (gradient,) = torch.autograd.grad(probability[0], moe.router.weight)
-    assert gradient.abs().sum() > 0
+
+def test_routing_reports_every_slot_and_the_sums_of_the_losses() -> None:
+    moe = make_moe(d_shared_expert=0)
+    moe.frequencies.copy_(torch.rand(6).softmax(-1))
+    x = torch.randn(2, 7, D_MODEL)
+    routing = moe(x)[1]
+
+    logits = x @ moe.router.weight.T
+    chosen = logits.topk(2).indices.flatten()
+    assert routing.counts.tolist() == [int((chosen == e).sum()) for e in range(6)]
+    mean_probability = logits.softmax(-1).flatten(0, 1).mean(0)
+    balance = 6 * (moe.frequencies * mean_probability).sum()
+    torch.testing.assert_close(routing.balance / 14, balance)
+    torch.testing.assert_close(routing.z / 14, logits.exp().sum(-1).log().square().mean())
+    for loss in (routing.balance, routing.z):
+        (gradient,) = torch.autograd.grad(loss, moe.router.weight, retain_graph=True)
+        assert gradient.abs().sum() > 0
+
+
+def test_the_sequence_balance_loss_takes_the_frequencies_of_each_row() -> None:
+    moe = make_moe(d_shared_expert=0, balance="sequence")
+    x = torch.randn(3, 7, D_MODEL)
+    balance = moe(x)[1].balance
+
+    rows = []
+    for row in x:
+        probability = (row @ moe.router.weight.T).softmax(-1)
+        frequencies = frequencies_of(moe, probability.topk(2).indices)
+        rows.append(6 * (frequencies * probability.mean(0)).sum())
+    torch.testing.assert_close(balance / 21, torch.stack(rows).mean())
+
+
+def test_the_selection_bias_chooses_and_does_not_weigh() -> None:
+    moe = make_moe(d_shared_expert=0, balance="bias", renormalise_top_k=False, top_k=1)
+    x = torch.randn(2, 7, D_MODEL)
+    moe.selection_bias[4] = 1.5
+    out, routing = moe(x)
+
+    assert routing.counts.tolist() == [0, 0, 0, 0, 14, 0]
+    probability = (x @ moe.router.weight.T).softmax(-1)[..., 4:5]
+    gate, up = (x @ moe.experts.gate_up[4].T).chunk(2, dim=-1)
+    torch.testing.assert_close(out, probability * ((F.silu(gate) * up) @ moe.experts.down[4].T))
 
 
 def test_routing_is_in_fp32_under_bf16_weights() -> None:
     moe = make_moe(d_shared_expert=0).bfloat16()
     x = torch.randn(2, 200, D_MODEL, dtype=torch.bfloat16)
-    out, (probability, counts) = moe(x)
+    out, routing = moe(x)
 
-    exact = (x.flatten(0, 1).double() @ moe.router.weight.double().T).softmax(-1)
+    logits = x.flatten(0, 1).double() @ moe.router.weight.double().T
     assert out.dtype == torch.bfloat16
-    assert probability.dtype == torch.float32
-    torch.testing.assert_close(probability.double(), exact.sum(0), rtol=1e-5, atol=0)
-    assert torch.equal(counts, torch.bincount(exact.topk(2).indices.flatten(), minlength=6))
+    assert routing.balance.dtype == routing.z.dtype == torch.float32
+    z = logits.logsumexp(-1).square().sum()
+    torch.testing.assert_close(routing.z.double(), z, rtol=1e-6, atol=0)
+    assert torch.equal(routing.counts, torch.bincount(logits.topk(2).indices.flatten(), None, 6))
 
 
 def test_gradients_are_bitwise_reproducible_with_threads() -> None:

@@ -74,14 +74,13 @@ def test_tied_embedding_gets_both_gradients(tokens: Tensor) -> None:
 def test_router_statistics_cover_every_layer_and_token(tokens: Tensor) -> None:
     result = make_model(make_config(n_layers=3, n_experts=4))(tokens)
 
-    assert result.router_probability.shape == result.expert_counts.shape == (3, 4)
-    torch.testing.assert_close(result.router_probability.sum(1), torch.full((3,), 140.0))
+    assert result.balance.shape == result.z.shape == result.dropped.shape == (3,)
     assert result.expert_counts.sum(1).tolist() == [280, 280, 280]
 
 
 def test_dense_model_has_no_router_statistics(tokens: Tensor) -> None:
     result = make_model(make_config())(tokens)
-    assert len(result.router_probability) == len(result.expert_counts) == 0
+    assert len(result.balance) == len(result.z) == len(result.expert_counts) == 0
 
 
 def test_default_model_is_the_80b_one_and_is_built_without_memory() -> None:
@@ -89,4 +88,4 @@ def test_default_model_is_the_80b_one_and_is_built_without_memory() -> None:
         model = Transformer(ModelConfig())
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert 79e9 < parameters < 81e9
-    assert not list(model.buffers())
+    assert model.state_dict().keys() == dict(model.named_parameters()).keys()
