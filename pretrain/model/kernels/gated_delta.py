@@ -96,6 +96,44 @@ def gated_delta_recurrent(
     return torch.cat(out, dim=2).to(v.dtype), S
 
 
+@torch.library.custom_op("farspan::gated_delta_scan", mutates_args=())
+def _scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor,
+    resets: Tensor | None,
+    scale: float,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, the final state, and the states at the segments' borders.
+
+    One operation to dispatch modes, so that activation recompute can keep its results.
+    """
+    state = initial_state.to(_compute_dtype(v)).flatten(0, 1)
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    borders = []
+    for tokens in segments(v.shape[2]):
+        borders.append(state)
+        segment = load_segment(q, k, v, g, beta, resets, scale, chunk_size, tokens)
+        prepared = prepare(segment)
+        states, V_new = scan_states(prepared, prepared.U, state)
+        _store(out, tokens, outputs(segment, prepared, states, V_new))
+        state = states[-1].clone()
+    return out, state.view(initial_state.shape), torch.stack(borders)
+
+
+@_scan.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    state = torch.empty_like(initial_state, dtype=_compute_dtype(v))
+    borders = state.new_empty(-(-v.shape[2] // SEGMENT_TOKENS), *state.flatten(0, 1).shape)
+    return torch.empty(v.shape, dtype=v.dtype, device=v.device), state, borders
+
+
 class _GatedDeltaRule(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -110,19 +148,10 @@ class _GatedDeltaRule(torch.autograd.Function):
         scale: float,
         chunk_size: int,
     ) -> tuple[Tensor, Tensor]:
-        state = initial_state.to(_compute_dtype(v)).flatten(0, 1)
-        out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        borders = []
-        for tokens in segments(v.shape[2]):
-            borders.append(state)
-            segment = load_segment(q, k, v, g, beta, resets, scale, chunk_size, tokens)
-            prepared = prepare(segment)
-            states, V_new = scan_states(prepared, prepared.U, state)
-            _store(out, tokens, outputs(segment, prepared, states, V_new))
-            state = states[-1].clone()
-        ctx.save_for_backward(q, k, v, g, beta, initial_state, resets, torch.stack(borders))
+        out, state, borders = _scan(q, k, v, g, beta, initial_state, resets, scale, chunk_size)
+        ctx.save_for_backward(q, k, v, g, beta, initial_state, resets, borders)
         ctx.scale, ctx.chunk_size = scale, chunk_size
-        return out, state.view(initial_state.shape)
+        return out, state
 
     @staticmethod
     @once_differentiable
