@@ -19,7 +19,7 @@ def shard_experts(moe_layers: list[Any], mesh: Mesh) -> Communicator:
     Returns:
         The communicator that all these layers share, with its count of calls and bytes.
     """
-    comm = Communicator(mesh.ep.get_group())
+    comm = Communicator(mesh.ep.get_group(), "ep")
     for moe in moe_layers:
         experts: nn.Module = moe.experts
         for name, weight in list(experts.named_parameters(recurse=False)):
