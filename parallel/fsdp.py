@@ -1,5 +1,8 @@
 """Weights, gradients and optimizer state sharded over the data-parallel ranks (FSDP2)."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -9,18 +12,16 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from parallel.mesh import Mesh
 
 
-def shard_weights(
-    model: nn.Module,
-    layers: list[nn.Module],
-    experts: list[nn.Module],
-    mesh: Mesh,
-    dtype: torch.dtype,
-) -> None:
-    """Shard `model` in units of a layer; the experts are units of their own, on their own mesh.
+def shard_weights(stage: Any, experts: Sequence[nn.Module], mesh: Mesh, dtype: torch.dtype) -> None:
+    """Shard the weights of `stage` in units of a layer.
 
     Computation runs in `dtype`; the sharded weights and every reduction stay in float32.
     Gradients are summed over the ranks, not averaged: a loss must be divided by the global
     number of tokens before backward.
+
+    Args:
+        stage: a `Stage`.
+        experts: modules that are units of their own, on the mesh of the experts.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=dtype,
@@ -28,17 +29,19 @@ def shard_weights(
         # Rotary angles come in float32 and have to stay so.
         cast_forward_inputs=False,
     )
+    units = list(stage.modules())
     for unit in experts:
-        # Dimension 0 belongs to `ep`; dimension 1 divides whatever the number of experts.
-        fully_shard(
-            unit,
-            mesh=mesh.shards_of_experts,
-            mp_policy=policy,
-            shard_placement_fn=lambda _: Shard(1),
-        )
-    for unit in [*layers, model]:
-        fully_shard(unit, mesh=mesh.shards_of_dense, mp_policy=policy)
-    for module in model.modules():
+        if unit in units:
+            # Dimension 0 belongs to `ep`; dimension 1 divides whatever the number of experts.
+            fully_shard(
+                unit,
+                mesh=mesh.shards_of_experts,
+                mp_policy=policy,
+                shard_placement_fn=lambda _: Shard(1),
+            )
+    for unit in [*stage.model.layers.values(), stage]:
+        fully_shard(unit, mesh=mesh.shards_of_weights, mp_policy=policy)
+    for module in stage.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)

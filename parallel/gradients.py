@@ -10,11 +10,18 @@ from torch.distributed.tensor import DTensor
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], max_norm: float, pipeline: dist.ProcessGroup
+) -> Tensor:
     """Scale all gradients so that their global 2-norm is at most `max_norm`. Collective.
 
     Every element of the model counts once, wherever it is stored: squares are added over the
     mesh axes a weight is sharded on, and not over those it is replicated on.
+
+    Args:
+        parameters: each weight that this rank stores, once.
+        max_norm: of the whole gradient.
+        pipeline: the ranks that have the other layers.
 
     Returns:
         The norm before clipping: float64 scalar, equal on all ranks.
@@ -30,6 +37,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
         for group in _sharding_groups(members[0]):
             dist.all_reduce(squares, group=group)
         total += squares
+    if dist.get_world_size(pipeline) > 1:
+        dist.all_reduce(total, group=pipeline)
     norm = total.sqrt()
 
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0).float()

@@ -26,53 +26,98 @@ def join_ranks(timeout: timedelta) -> torch.device:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The ranks of a job, arranged twice.
+    """The ranks of a job, arranged three times; neighbours along the last axis are closest.
 
-    Dense weights see the axes (dp_replicate, dp_shard). Expert weights see the same ranks as
-    (dp_replicate, expert_shard, ep), with dp_shard = expert_shard x ep: expert parallelism is
-    folded over data parallelism and needs no ranks of its own.
+    Attributes:
+        tokens: (pp, dp_replicate, dp_shard, cp, tp), as the layout names them: who works on
+            which tokens.
+        weights: (pp, dp_replicate, fsdp, tp), fsdp = dp_shard x cp: who stores which part of a
+            dense weight.
+        experts: (pp, dp_replicate, expert_shard, ep), expert_shard x ep = dp_shard x cp x tp: the
+            same of an expert's weight. Expert parallelism is folded over the axes that split
+            tokens, and needs no ranks of its own.
+        pipeline_ends: the ranks of the first and the last place of this rank's pipeline, which
+            hold the copies of a tied embedding; None where this rank is neither.
     """
 
-    dense: DeviceMesh
-    expert: DeviceMesh
+    tokens: DeviceMesh
+    weights: DeviceMesh
+    experts: DeviceMesh
+    pipeline_ends: dist.ProcessGroup | None
 
     @classmethod
-    def build(cls, device: torch.device, *, dp_replicate: int, dp_shard: int, ep: int) -> "Mesh":
-        """Arrange dp_replicate x dp_shard ranks; `ep` must divide dp_shard. Collective."""
-        assert dp_replicate * dp_shard == dist.get_world_size()
-        assert dp_shard % ep == 0
+    def build(
+        cls,
+        device: torch.device,
+        *,
+        pp: int = 1,
+        dp_replicate: int = 1,
+        dp_shard: int = 1,
+        cp: int = 1,
+        ep: int = 1,
+        tp: int = 1,
+    ) -> "Mesh":
+        """Arrange all ranks of the job; `ep` must divide dp_shard x cp x tp. Collective."""
+        assert pp * dp_replicate * dp_shard * cp * tp == dist.get_world_size()
+        assert dp_shard * cp * tp % ep == 0
+
+        def arrange(**axes: int) -> DeviceMesh:
+            return init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+
+        tokens = arrange(pp=pp, dp_replicate=dp_replicate, dp_shard=dp_shard, cp=cp, tp=tp)
         return cls(
-            init_device_mesh(
-                device.type, (dp_replicate, dp_shard), mesh_dim_names=("dp_replicate", "dp_shard")
-            ),
-            init_device_mesh(
-                device.type,
-                (dp_replicate, dp_shard // ep, ep),
-                mesh_dim_names=("dp_replicate", "expert_shard", "ep"),
-            ),
+            tokens,
+            arrange(pp=pp, dp_replicate=dp_replicate, fsdp=dp_shard * cp, tp=tp),
+            arrange(pp=pp, dp_replicate=dp_replicate, expert_shard=dp_shard * cp * tp // ep, ep=ep),
+            _pipeline_ends(tokens),
         )
 
     @property
-    def shards_of_dense(self) -> DeviceMesh:
-        """Where dense weights are sharded: (dp_shard), or (dp_replicate, dp_shard)."""
-        return self.dense if self.dense.size(0) > 1 else self.dense["dp_shard"]
+    def pp(self) -> DeviceMesh:
+        return self.weights["pp"]
 
     @property
-    def shards_of_experts(self) -> DeviceMesh:
-        """Where expert weights are sharded besides `ep`."""
-        if self.expert.size(0) > 1:
-            return self.expert["dp_replicate", "expert_shard"]
-        return self.expert["expert_shard"]
+    def tp(self) -> DeviceMesh:
+        """The ranks that share a layer; of the same tree as `shards_of_weights`."""
+        return self.weights["tp"]
+
+    @property
+    def cp(self) -> DeviceMesh:
+        return self.tokens["cp"]
 
     @property
     def ep(self) -> DeviceMesh:
-        return self.expert["ep"]
+        return self.experts["ep"]
+
+    @property
+    def shards_of_weights(self) -> DeviceMesh:
+        """Where FSDP shards dense weights: (fsdp), or (dp_replicate, fsdp)."""
+        if self.weights["dp_replicate"].size() > 1:
+            return self.weights["dp_replicate", "fsdp"]
+        return self.weights["fsdp"]
+
+    @property
+    def shards_of_experts(self) -> DeviceMesh:
+        """Where FSDP shards the weights of experts, besides `ep`."""
+        if self.experts["dp_replicate"].size() > 1:
+            return self.experts["dp_replicate", "expert_shard"]
+        return self.experts["expert_shard"]
 
     @property
     def data_rank(self) -> int:
         """This rank's place among those that take different sequences of a global batch."""
-        return dist.get_rank()
+        replicate = self.tokens["dp_replicate"].get_local_rank()
+        return replicate * self.tokens["dp_shard"].size() + self.tokens["dp_shard"].get_local_rank()
 
     @property
     def data_ranks(self) -> int:
-        return dist.get_world_size()
+        return self.tokens["dp_replicate"].size() * self.tokens["dp_shard"].size()
+
+
+def _pipeline_ends(tokens: DeviceMesh) -> dist.ProcessGroup | None:
+    pipelines = tokens.mesh.flatten(1)
+    if pipelines.shape[0] == 1:
+        return None
+    ends = [[first, last] for first, last in zip(*pipelines[[0, -1]].tolist(), strict=True)]
+    group, _ = dist.new_subgroups_by_enumeration(ends)
+    return group

@@ -88,15 +88,42 @@ class ScheduleConfig(Section):
     min_lr: Share = Field(0.1, description="Final learning rate as a share of optim.lr.")
 
 
+class PipelineConfig(Section):
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zbv", "dualpipev"] = Field(
+        "1f1b", description="In which order the stages work on the microbatches."
+    )
+    stages_per_rank: Positive | Literal["auto"] = Field(
+        "auto",
+        description="auto: 2 for interleaved, zbv and dualpipev, else 1.",
+    )
+    layers_per_stage: Literal["balanced"] | tuple[NonNegative, ...] = Field(
+        "balanced", description="balanced: by predicted cost, embedding and head counted."
+    )
+
+
+Recompute = Literal["none", "selective", "full"]
+
+
 class ParallelConfig(Section):
-    pp: Positive = Field(1, description="Pipeline stages.")
+    pp: Positive = Field(1, description="Ranks that share the layers, as a pipeline.")
     dp_replicate: Positive = Field(1, description="Replicas of the sharded weights (HSDP).")
     dp_shard: Positive | Literal["auto"] = Field(
         "auto", description="Ranks that share one copy of the weights (FSDP2); auto: all the rest."
     )
     cp: Positive = Field(1, description="Ranks that share a sequence.")
-    ep: Positive = Field(1, description="Ranks that share the experts, folded over dp_shard.")
-    tp: Positive = Field(1, description="Ranks that share a layer.")
+    ep: Positive = Field(
+        1, description="Ranks that share the experts, folded over dp_shard x cp x tp."
+    )
+    tp: Positive = Field(1, description="Ranks that share a layer and its sequence.")
+    pipeline: PipelineConfig = PipelineConfig()
+    recompute: Recompute | Annotated[tuple[Recompute, ...], Field(min_length=1)] = Field(
+        "none",
+        description="Which activations are computed again in the backward pass; a list repeats "
+        "over the layers.",
+    )
+    dispatcher: Literal["all_to_all", "deepep"] = Field(
+        "all_to_all", description="What carries tokens to the experts; deepep needs CUDA."
+    )
 
 
 class CheckpointConfig(Section):
@@ -319,7 +346,7 @@ def _check_model(model: ModelConfig) -> None:
         )
 
 
-_MAY_BE_ZERO = {"n_experts", "d_shared_expert", "aux_loss", "d_ff", "init_std"}
+_MAY_BE_ZERO = {"n_experts", "d_shared_expert", "aux_loss", "z_loss", "d_ff", "init_std"}
 
 
 def _numbers(section: Any, path: str) -> Iterator[tuple[str, float]]:

@@ -1,30 +1,47 @@
 """Which layouts a configuration can run on: decided before any process starts, without torch."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from itertools import product
+from typing import NoReturn
 
 from pretrain.config import Config
 from pretrain.errors import UserError
+from pretrain.model.config import ModelConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """Sizes of the axes that the ranks are arranged on.
 
-    Experts are folded over dp_shard: `ep` consecutive ranks of it hold all experts between them,
-    and each expert is sharded over the remaining dp_shard / ep.
+    Experts are folded over dp_shard x cp x tp: `ep` consecutive ranks of those hold all experts
+    between them, and each expert is sharded over the remaining ones.
     """
 
+    pp: int = 1
     dp_replicate: int = 1
     dp_shard: int = 1
+    cp: int = 1
     ep: int = 1
+    tp: int = 1
 
     @property
     def world_size(self) -> int:
+        return self.pp * self.dp_replicate * self.dp_shard * self.cp * self.tp
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks that take different sequences of a global batch."""
         return self.dp_replicate * self.dp_shard
 
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that hold one copy of a layer's experts between them."""
+        return self.dp_shard * self.cp * self.tp
+
     def __str__(self) -> str:
-        return f"dp_replicate={self.dp_replicate} dp_shard={self.dp_shard} ep={self.ep}"
+        return " ".join(f"{axis}={size}" for axis, size in asdict(self).items())
 
 
 def resolve_layout(config: Config, world_size: int) -> Layout:
@@ -34,91 +51,149 @@ def resolve_layout(config: Config, world_size: int) -> Layout:
         UserError: it does not divide, or a kind of parallelism that farspan cannot do yet; the
             message has the word "layout", the reason, and the nearest layout that works.
     """
-    parallel = config.parallel
-    for axis in ("pp", "cp", "tp"):
-        if getattr(parallel, axis) != 1:
+    asked = config.parallel
+    others = asked.pp * asked.dp_replicate * asked.cp * asked.tp
+    dp_shard = asked.dp_shard
+    if dp_shard == "auto":
+        if world_size % others:
             _refuse(
                 config,
                 world_size,
-                f"parallel.{axis} = {getattr(parallel, axis)}, and farspan spreads a model only "
-                "over dp_replicate, dp_shard and ep",
+                f"pp x dp_replicate x cp x tp = {others} does not divide the number of ranks, "
+                f"{world_size}",
             )
-    if world_size % parallel.dp_replicate:
-        _refuse(
-            config,
-            world_size,
-            f"parallel.dp_replicate = {parallel.dp_replicate} does not divide the number of "
-            f"ranks, {world_size}",
-        )
-    rest = world_size // parallel.dp_replicate
-    dp_shard = rest if parallel.dp_shard == "auto" else parallel.dp_shard
-    layout = Layout(parallel.dp_replicate, dp_shard, parallel.ep)
+        dp_shard = world_size // others
+    layout = Layout(
+        pp=asked.pp,
+        dp_replicate=asked.dp_replicate,
+        dp_shard=dp_shard,
+        cp=asked.cp,
+        ep=asked.ep,
+        tp=asked.tp,
+    )
     if layout.world_size != world_size:
         _refuse(
             config,
             world_size,
-            f"dp_replicate x dp_shard = {layout.world_size}, but there are {world_size} ranks "
-            "(pp, cp and tp are 1; ep needs no ranks of its own)",
+            f"pp x dp_replicate x dp_shard x cp x tp = {layout.world_size}, but there are "
+            f"{world_size} ranks (ep needs no ranks of its own)",
         )
     if problem := _problem(config, layout):
         _refuse(config, world_size, problem)
+    if problem := _batch_problem(config, layout):
+        wish = _with_batch(config, layout)
+        raise UserError(f"layout refused: {problem}. Nearest that works: {wish}")
     return layout
 
 
 def _problem(config: Config, layout: Layout) -> str | None:
-    experts, train = config.model.moe.n_experts, config.train
-    if layout.ep > 1 and not experts:
-        return f"parallel.ep = {layout.ep}, but the model is dense (model.moe.n_experts = 0)"
-    if layout.dp_shard % layout.ep:
-        return f"parallel.ep = {layout.ep} does not divide dp_shard = {layout.dp_shard}"
-    if experts % layout.ep:
-        return f"parallel.ep = {layout.ep} does not divide model.moe.n_experts = {experts}"
-    expert_shard = layout.dp_shard // layout.ep
-    widths = {"d_model": config.model.d_model, "moe.d_expert x 2": 2 * config.model.moe.d_expert}
+    """Why the model cannot run on `layout`; None if it can."""
+    checks = (_context_problem, _tensor_problem, _expert_problem)
+    return next((problem for check in checks if (problem := check(config, layout))), None)
+
+
+def _context_problem(config: Config, layout: Layout) -> str | None:
+    if layout.cp > 1:
+        return f"parallel.cp = {layout.cp}, and farspan does not split a sequence over ranks yet"
+    return None
+
+
+def _tensor_problem(config: Config, layout: Layout) -> str | None:
+    tp = layout.tp
+    for name, size in _split_by_tp(config):
+        if size % tp:
+            return f"parallel.tp = {tp} does not divide {name} = {size}"
+    for name, heads in _key_heads(config.model):
+        if heads % tp and tp % heads:
+            return f"parallel.tp = {tp} is neither a divisor nor a multiple of {name} = {heads}"
+    return None
+
+
+def _split_by_tp(config: Config) -> Iterator[tuple[str, int]]:
+    model, kinds = config.model, config.model.layer_kinds()
+    yield "data.seq_len", config.data.seq_len
+    yield "model.vocab_size", model.vocab_size
+    if "softmax" in kinds:
+        yield "model.attention.n_heads", model.attention.n_heads
+    if "linear" in kinds:
+        yield "model.linear.n_value_heads", model.linear.n_value_heads
+    if not model.moe.n_experts:
+        yield "model.d_ff", model.d_ff
+    elif model.moe.d_shared_expert:
+        yield "model.moe.d_shared_expert", model.moe.d_shared_expert
+
+
+def _key_heads(model: ModelConfig) -> Iterator[tuple[str, int]]:
+    """The heads that ranks hold copies of where there are fewer than ranks."""
+    kinds = model.layer_kinds()
+    if "softmax" in kinds:
+        yield "model.attention.n_kv_heads", model.attention.n_kv_heads
+    if "linear" in kinds:
+        yield "model.linear.n_key_heads", model.linear.n_key_heads
+
+
+def _expert_problem(config: Config, layout: Layout) -> str | None:
+    moe, ep, ranks = config.model.moe, layout.ep, layout.expert_ranks
+    if ep > 1 and not moe.n_experts:
+        return f"parallel.ep = {ep}, but the model is dense (model.moe.n_experts = 0)"
+    if ranks % ep:
+        return f"parallel.ep = {ep} does not divide dp_shard x cp x tp = {ranks}"
+    if moe.n_experts % ep:
+        return f"parallel.ep = {ep} does not divide model.moe.n_experts = {moe.n_experts}"
+    shards = ranks // ep
+    widths = {"d_model": config.model.d_model, "moe.d_expert x 2": 2 * moe.d_expert}
     for name, width in widths.items():
-        if layout.ep > 1 and width % expert_shard:
+        if moe.n_experts and (ep > 1 or layout.tp > 1) and width % shards:
             return (
-                f"dp_shard / ep = {expert_shard} ranks share each expert, and do not divide "
+                f"dp_shard x cp x tp / ep = {shards} ranks share each expert, and do not divide "
                 f"model.{name} = {width}"
             )
-    if train.global_batch % (layout.world_size * train.microbatch):
+    return None
+
+
+def _batch_problem(config: Config, layout: Layout) -> str | None:
+    train = config.train
+    if train.global_batch % (layout.data_ranks * train.microbatch):
         return (
-            f"train.global_batch = {train.global_batch} is no multiple of ranks x "
-            f"train.microbatch = {layout.world_size} x {train.microbatch}"
+            f"train.global_batch = {train.global_batch} is no multiple of dp_replicate x dp_shard "
+            f"x train.microbatch = {layout.data_ranks} x {train.microbatch}"
         )
     return None
 
 
-def _refuse(config: Config, world_size: int, reason: str) -> None:
-    message = f"layout refused: {reason}."
-    nearest = _nearest(config, world_size)
-    if nearest:
-        message += f" Nearest that works on {world_size} ranks: {nearest}"
-    else:
-        step = world_size * config.train.microbatch
-        batch = max(step, round(config.train.global_batch / step) * step)
-        message += (
-            f" No layout works on {world_size} ranks with train.global_batch = "
-            f"{config.train.global_batch} and train.microbatch = {config.train.microbatch}; "
-            f"nearest batch that does: train.global_batch={batch}"
+def _refuse(config: Config, world_size: int, reason: str) -> NoReturn:
+    wish = _with_batch(config, _nearest(config, world_size))
+    raise UserError(f"layout refused: {reason}. Nearest that works on {world_size} ranks: {wish}")
+
+
+def _with_batch(config: Config, layout: Layout) -> str:
+    """`layout`, with the nearest global batch that it can run where that differs."""
+    if not _batch_problem(config, layout):
+        return str(layout)
+    step = layout.data_ranks * config.train.microbatch
+    batch = max(step, round(config.train.global_batch / step) * step)
+    return f"{layout} with train.global_batch={batch}"
+
+
+def _nearest(config: Config, world_size: int) -> Layout:
+    """The layout that works and differs least from the one asked for, first in pp, ep and tp."""
+
+    def distance(layout: Layout) -> float:
+        asked = config.parallel
+        weight = {"pp": 2, "ep": 2, "tp": 2, "dp_replicate": 1}
+        return sum(
+            factor * abs(math.log2(getattr(layout, axis) / getattr(asked, axis)))
+            for axis, factor in weight.items()
         )
-    raise UserError(message)
+
+    working = [layout for layout in _layouts(world_size) if _problem(config, layout) is None]
+    with_this_batch = [layout for layout in working if _batch_problem(config, layout) is None]
+    return min(with_this_batch or working, key=distance)
 
 
-def _nearest(config: Config, world_size: int) -> Layout | None:
-    """The layout that works and differs least from the one asked for."""
-    asked = config.parallel
+def _layouts(world_size: int) -> Iterator[Layout]:
     divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
-    candidates = [
-        layout
-        for replicate, ep in product(divisors, divisors)
-        if _problem(config, layout := Layout(replicate, world_size // replicate, ep)) is None
-    ]
-    return min(
-        candidates,
-        key=lambda layout: (
-            abs(layout.ep - asked.ep),
-            abs(layout.dp_replicate - asked.dp_replicate),
-        ),
-        default=None,
-    )
+    for pp, replicate, tp, ep in product(divisors, repeat=4):
+        dp_shard, rest = divmod(world_size, pp * replicate * tp)
+        if not rest:
+            yield Layout(pp=pp, dp_replicate=replicate, dp_shard=dp_shard, ep=ep, tp=tp)

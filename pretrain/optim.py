@@ -4,7 +4,7 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from pretrain.config import OptimConfig
@@ -29,6 +29,16 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         betas=config.betas,
         eps=config.eps,
     )
+
+
+def moments(optimizer: torch.optim.AdamW, weight: nn.Parameter) -> dict[str, Tensor]:
+    """The optimizer's state of one weight, made if there has been no step yet."""
+    state: dict[str, Tensor] = optimizer.state[weight]
+    if not state:
+        state["step"] = torch.zeros(())
+        state["exp_avg"] = torch.zeros_like(weight)
+        state["exp_avg_sq"] = torch.zeros_like(weight)
+    return state
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -55,7 +55,7 @@ def run_steps(trainer: Trainer, stop: StopRequest, metrics: MetricsWriter | None
         lr, began = trainer.lr(), time.perf_counter()
         result = trainer.step(stop.requested)
         seconds = time.perf_counter() - began
-        stopping = result.stop_requested
+        stopping = result.measured.stop_requested
         is_last = progress.step == config.train.steps or stopping
         if metrics and (is_last or progress.step % config.train.log_every == 0):
             row = metrics_row(trainer, result, lr, seconds)
@@ -74,17 +74,19 @@ def open_metrics(config: Config, run: RunDirectory, progress: Progress) -> Metri
 
 
 def metrics_row(trainer: Trainer, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:
+    measured = result.measured
     return {
         "train/step": trainer.progress.step,
-        "train/loss": result.loss,
-        "train/aux_loss": result.aux_loss,
+        "train/loss": measured.loss,
+        "train/aux_loss": measured.aux_loss,
+        "train/z_loss": measured.z_loss,
         "train/tokens": trainer.progress.tokens,
         "train/grad_norm": result.grad_norm,
         "train/lr": lr,
         "perf/tokens_per_s": trainer.tokens_per_step / seconds,
         "perf/step_s": seconds,
         "perf/data_wait_s": result.data_wait_s,
-        **summarise_load(result.expert_counts),
+        **summarise_load(measured.expert_counts, measured.dropped),
     }
 
 

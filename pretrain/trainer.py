@@ -2,34 +2,27 @@
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.stream import Batch
-from parallel.apply import Parallelised, apply
+from parallel.apply import Parallelised, Spread, apply
 from parallel.fsdp import owned_region
 from parallel.gradients import clip_gradients
 from parallel.mesh import Mesh
+from pretrain.balancing import RouterState
 from pretrain.checkpoint.store import CheckpointStore, Progress
 from pretrain.config import Config
 from pretrain.data import open_stream
 from pretrain.errors import TrainingError
 from pretrain.layouts import resolve_layout
-from pretrain.loss import (
-    IGNORED,
-    balance_loss,
-    chunked_cross_entropy,
-    expert_frequencies,
-    uniform_frequencies,
-)
+from pretrain.loss import IGNORED
 from pretrain.model.init import initialize
-from pretrain.model.kernels.documents import Documents
 from pretrain.model.transformer import Transformer
+from pretrain.objective import Measured, build_objective, tokens_per_step
 from pretrain.optim import build_optimizer, set_learning_rate
 from pretrain.run_dir import RunDirectory
 from pretrain.schedule import learning_rate
@@ -37,13 +30,15 @@ from pretrain.schedule import learning_rate
 
 @dataclass
 class StepResult:
-    """What a step measured, equal on all ranks."""
+    """What a step measured, equal on all ranks.
 
-    loss: float
-    aux_loss: float
+    Attributes:
+        grad_norm: before clipping.
+        data_wait_s: seconds that the step waited for its batch.
+    """
+
+    measured: Measured
     grad_norm: float
-    expert_counts: Tensor
-    stop_requested: bool
     data_wait_s: float
 
 
@@ -56,69 +51,90 @@ class Trainer:
     def __init__(self, config: Config, run: RunDirectory, device: torch.device) -> None:
         self.config = config
         self.device = device
-        layout = resolve_layout(config, dist.get_world_size())
-        self.mesh = Mesh.build(device, **asdict(layout))
-        self.tokens_per_step = config.train.global_batch * config.data.seq_len
+        self.mesh = Mesh.build(device, **asdict(resolve_layout(config, dist.get_world_size())))
+        self.tokens_per_step = tokens_per_step(config)
         self.stream = open_stream(config)
         self.parallelised = self._build_model()
-        self.model = self.parallelised.model
-        self.optimizer = build_optimizer(self.model, config.optim)
-        moe_layers = sum(hasattr(module, "dispatch") for module in self.model.modules())
-        self.frequencies = uniform_frequencies(moe_layers, config.model.moe.n_experts)
+        self.weights = self.parallelised.weights
+        self.optimizer = build_optimizer(self.weights, config.optim)
+        self.routers = RouterState(config.model.n_layers, config.model.moe)
         self.store = CheckpointStore(run.checkpoints, config.checkpoint.keep)
-        loaded = self.store.load(self.model, self.optimizer, self.frequencies)
+        loaded = self.store.load(self.weights, self.optimizer, self.routers.state_dict())
         self.progress = loaded or Progress(0, 0, self.stream.state_dict())
         self.stream.load_state_dict(self.progress.stream)
-        self.frequencies = self.frequencies.to(self.device)
+        self._refresh()
 
     def _build_model(self) -> Parallelised:
+        config = self.config
         with torch.device("meta"):
-            model = Transformer(self.config.model)
-        dtype = getattr(torch, self.config.train.dtype)
-        parallelised = apply(model, self.mesh, dtype)
-        model.to_empty(device=self.device)
-        initialize(model, self.config.model, self.config.train.seed, owned_region)
+            models = {0: Transformer(config.model)}
+        how = Spread(getattr(torch, config.train.dtype), microbatch=config.train.microbatch)
+        parallelised = apply(models, build_objective(config), self.mesh, how)
+        for stage in parallelised.stages:
+            stage.to_empty(device=self.device)
+            initialize(stage.model, config.model, config.train.seed, owned_region)
         return parallelised
 
     def step(self, stop_requested: bool) -> StepResult:
         """One optimizer step over the next global batch."""
         began = time.perf_counter()
-        microbatches = self.read_batch()
+        batch = self.read_batch()
         data_wait_s = time.perf_counter() - began
 
-        loss, aux_loss, counts, stop = self.backward(microbatches, stop_requested)
-        grad_norm = self.finish_step(counts)
-        return StepResult(loss, aux_loss, grad_norm, counts, stop, data_wait_s)
+        measured = self.backward(batch, stop_requested)
+        grad_norm = self.finish_step(measured.expert_counts)
+        return StepResult(measured, grad_norm, data_wait_s)
 
-    def backward(
-        self, microbatches: Sequence[Batch], stop_requested: bool = False
-    ) -> tuple[float, float, Tensor, bool]:
+    def backward(self, batch: Batch, stop_requested: bool = False) -> Measured:
         """Leave the gradient of a global batch in the weights' `.grad`.
 
         Args:
-            microbatches: this rank's part of the batch.
+            batch: this rank's rows of it.
             stop_requested: whether this rank was asked to stop.
-
-        Returns:
-            Cross-entropy, balance loss and expert counts [layers, E] of the global batch, and
-            whether any rank was asked to stop; equal on all ranks.
         """
-        loss_tokens = torch.tensor(sum(int((b.labels != IGNORED).sum()) for b in microbatches))
+        tokens, labels, position = (
+            torch.from_numpy(array).to(self.device, non_blocking=True)
+            for array in (batch.tokens, batch.labels, batch.position)
+        )
+        # Ranks of pp, cp and tp work on the same rows.
+        copies = dist.get_world_size() // self.mesh.data_ranks
+        loss_tokens = (labels != IGNORED).sum()
         dist.all_reduce(loss_tokens)
-        count = max(1, int(loss_tokens))
-        total = torch.zeros(3 + self.frequencies.numel(), dtype=torch.float64)
-        for batch in microbatches:
-            self.parallelised.accumulate_gradients(is_last=batch is microbatches[-1])
-            total += self._forward_backward(batch, count).cpu()
-        total[2] = stop_requested
+        count = max(1, int(loss_tokens) // copies)
+        self.parallelised.forward_backward(tokens, position, labels, count)
+        return self._measure(count, stop_requested)
+
+    def _measure(self, loss_tokens: int, stop_requested: bool) -> Measured:
+        """Add up what the stages of all ranks measured."""
+        moe = self.config.model.moe
+        layers = self.config.model.n_layers if moe.n_experts else 0
+        routers = torch.zeros(layers, 3 + moe.n_experts, dtype=torch.float64, device=self.device)
+        cross_entropy = torch.zeros(1, dtype=torch.float64, device=self.device)
+        for stage in self.parallelised.stages:
+            routers[[int(number) for number in stage.model.layers][:layers]] += stage.measured
+            # The ranks of tp have each seen the loss of all their tokens.
+            cross_entropy += stage.cross_entropy / self.mesh.tp.size()
+        stop = cross_entropy.new_tensor([stop_requested])
+        total = torch.cat([cross_entropy, stop, routers.flatten()])
         dist.all_reduce(total)
-        cross_entropy, aux_loss, stop = total[:3].tolist()
-        counts = total[3:].view(self.frequencies.shape)
-        return cross_entropy / count, aux_loss, counts, stop > 0
+        total = total.cpu()
+        routers = total[2:].view(layers, 3 + moe.n_experts)
+        balance, z = routers[:, :2].sum(0).tolist()
+        places = max(1, self.tokens_per_step * layers)
+        return Measured(
+            loss=float(total[0]) / loss_tokens,
+            aux_loss=balance / places,
+            z_loss=z / places,
+            expert_counts=routers[:, 3:],
+            dropped=routers[:, 2],
+            stop_requested=bool(total[1] > 0),
+        )
 
     def finish_step(self, expert_counts: Tensor) -> float:
         """Clip, step the optimizer and count the step; returns the norm before clipping."""
-        grad_norm = clip_gradients(self.model.parameters(), self.config.optim.clip).item()
+        grad_norm = clip_gradients(
+            self.weights.parameters(), self.config.optim.clip, self.mesh.pp.get_group()
+        ).item()
         if not math.isfinite(grad_norm):
             raise TrainingError(
                 f"the gradient norm of step {self.progress.step + 1} is {grad_norm}; its weights "
@@ -127,37 +143,25 @@ class Trainer:
         set_learning_rate(self.optimizer, self.lr())
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.frequencies = expert_frequencies(expert_counts).to(self.device)
+        self.routers.update(expert_counts)
+        self._refresh()
         self.progress.step += 1
         self.progress.tokens += self.tokens_per_step
         self.progress.stream = self.stream.state_dict()
         return grad_norm
 
-    def read_batch(self) -> list[Batch]:
-        """This rank's microbatches of the next global batch."""
-        train = self.config.train
-        plan = self.stream.next_batch(train.global_batch)
-        share = train.global_batch // self.mesh.data_ranks
-        first = self.mesh.data_rank * share
-        return [
-            self.stream.read(plan, range(row, row + train.microbatch))
-            for row in range(first, first + share, train.microbatch)
-        ]
+    def _refresh(self) -> None:
+        """Bring what follows the weights and the routers' state up to date."""
+        self.parallelised.replicas.refresh()
+        for stage in self.parallelised.stages:
+            self.routers.copy_to(stage.model.layers)
 
-    def _forward_backward(self, batch: Batch, loss_tokens: int) -> Tensor:
-        """Add to the gradients; returns [cross-entropy sum, balance loss, 0, expert counts...]."""
-        tokens, labels, position = (
-            torch.from_numpy(array).to(self.device, non_blocking=True)
-            for array in (batch.tokens, batch.labels, batch.position)
-        )
-        cross_entropy = partial(
-            chunked_cross_entropy, labels=labels, chunk=self.config.train.loss_chunk
-        )
-        out = self.model(tokens, Documents.from_position(position), cross_entropy)
-        aux_loss = balance_loss(out.router_probability, self.frequencies, self.tokens_per_step)
-        (out.value / loss_tokens + self.config.model.moe.aux_loss * aux_loss).backward()
-        scalars = torch.stack([out.value.detach(), aux_loss.detach(), torch.zeros_like(aux_loss)])
-        return torch.cat([scalars.double(), out.expert_counts.flatten().double()])
+    def read_batch(self) -> Batch:
+        """This rank's rows of the next global batch."""
+        plan = self.stream.next_batch(self.config.train.global_batch)
+        share = self.config.train.global_batch // self.mesh.data_ranks
+        first = self.mesh.data_rank * share
+        return self.stream.read(plan, range(first, first + share))
 
     def lr(self) -> float:
         """The learning rate of the step to come."""
@@ -166,4 +170,4 @@ class Trainer:
         )
 
     def save(self) -> None:
-        self.store.save(self.progress, self.model, self.optimizer, self.frequencies.cpu())
+        self.store.save(self.progress, self.weights, self.optimizer, self.routers.state_dict())

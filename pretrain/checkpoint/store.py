@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch import Tensor, nn
 
 from pretrain.checkpoint.manifest import (
     Entries,
@@ -24,6 +23,7 @@ from pretrain.checkpoint.manifest import (
     write_manifest,
 )
 from pretrain.errors import UserError
+from pretrain.optim import moments
 from pretrain.run_dir import write_atomically
 
 PROGRESS = "progress.json"
@@ -54,9 +54,9 @@ class CheckpointStore:
     def save(
         self,
         progress: Progress,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        expert_frequencies: torch.Tensor,
+        weights: nn.Module,
+        optimizer: torch.optim.AdamW,
+        routers: Mapping[str, Tensor],
     ) -> None:
         """Write a checkpoint aside, hash it, and rename it into place. Collective."""
         final = checkpoint_path(self.folder, progress.step)
@@ -65,7 +65,7 @@ class CheckpointStore:
             aside.mkdir(parents=True)
             write_atomically(aside / PROGRESS, json.dumps(vars(progress)) + "\n")
         dist.barrier()
-        dcp.save(_tensors(model, optimizer, expert_frequencies), checkpoint_id=aside)
+        dcp.save(_tensors(weights, optimizer, routers), checkpoint_id=aside)
         files = _describe_together(aside)
         if dist.get_rank() == 0:
             write_manifest(aside, files)
@@ -77,9 +77,9 @@ class CheckpointStore:
 
     def load(
         self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        expert_frequencies: torch.Tensor,
+        weights: nn.Module,
+        optimizer: torch.optim.AdamW,
+        routers: Mapping[str, Tensor],
     ) -> Progress | None:
         """Load the newest whole checkpoint in place; None if there is no checkpoint. Collective.
 
@@ -96,14 +96,7 @@ class CheckpointStore:
         if step is None:
             return None
         path = checkpoint_path(self.folder, step)
-        tensors = _tensors(model, optimizer, expert_frequencies)
-        dcp.load(tensors, checkpoint_id=path)
-        set_state_dict(
-            model,
-            optimizer,
-            model_state_dict=tensors["model"],
-            optim_state_dict=tensors["optimizer"],
-        )
+        dcp.load(_tensors(weights, optimizer, routers), checkpoint_id=path)
         return Progress(**json.loads((path / PROGRESS).read_text()))
 
     def _clear_away_newer_than(self, step: int | None) -> None:
@@ -153,10 +146,17 @@ def newest_whole(
 
 
 def _tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, expert_frequencies: torch.Tensor
+    weights: nn.Module, optimizer: torch.optim.AdamW, routers: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    weights, moments = get_state_dict(model, optimizer)
-    return {"model": weights, "optimizer": moments, "expert_frequencies": expert_frequencies}
+    """The tensors themselves, by names that no layout changes: loading fills them in place."""
+    named = dict(weights.named_parameters())
+    return {
+        "model": {name: weight.detach() for name, weight in named.items()},
+        "optimizer": {
+            "state": {name: moments(optimizer, weight) for name, weight in named.items()}
+        },
+        "routers": dict(routers),
+    }
 
 
 def _from_rank_0(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """The decoder: embedding, layers, output embedding."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -68,55 +69,82 @@ class Layer(nn.Module):
         return x_btd + out_btd, routing
 
 
-class Transformer(nn.Module):
-    """A decoder-only language model.
+@dataclass(frozen=True)
+class Part:
+    """Consecutive layers of a decoder.
 
-    Its weights mean nothing until `initialize` or `load_state_dict` has filled them. `layers` is
-    keyed by the layer's number, so that a pipeline stage can drop layers and keep the names.
+    Attributes:
+        layers: their numbers.
+        embeds: whether the token embedding comes before them.
+        predicts: whether the last norm and the output embedding come after them.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    layers: range
+    embeds: bool
+    predicts: bool
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model, or a part of one, as a pipeline needs it.
+
+    Its weights mean nothing until `initialize` or `load_state_dict` has filled them. `layers` is
+    keyed by the layer's number: a weight has the same name in a part as in the whole. A part that
+    predicts with tied embeddings has a copy of the embedding.
+    """
+
+    def __init__(self, config: ModelConfig, part: Part | None = None) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleDict(
-            {str(i): Layer(config, kind) for i, kind in enumerate(config.layer_kinds())}
-        )
-        self.norm = RMSNorm(config.d_model, config.norm_eps, config.zero_centered_norm)
-        self.lm_head = (
-            None
-            if config.tie_embeddings
-            else nn.Linear(config.d_model, config.vocab_size, bias=False)
-        )
+        self.part = part or Part(range(config.n_layers), embeds=True, predicts=True)
+        embeds, predicts = self.part.embeds, self.part.predicts
+        tied = config.tie_embeddings
+        self.embedding = None
+        if embeds or (predicts and tied):
+            self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        kinds = config.layer_kinds()
+        self.layers = nn.ModuleDict({str(i): Layer(config, kinds[i]) for i in self.part.layers})
+        self.norm = None
+        self.lm_head = None
+        if predicts:
+            self.norm = RMSNorm(config.d_model, config.norm_eps, config.zero_centered_norm)
+        if predicts and not tied:
+            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
     def forward(
         self,
-        tokens: Tensor,
+        inputs: Tensor,
         documents: Documents | None = None,
         output: Callable[[Tensor, Tensor], Any] = F.linear,
     ) -> TransformerOutput:
         """Run the model on tokens [B, T] int64.
 
         Args:
-            tokens: token ids.
+            inputs: token ids; the hidden state [B, T, d] in a part that does not embed.
             documents: document boundaries; None is one document per row.
             output: applied to the final hidden state [B, T, d] and the output embedding [V, d]
-                inside this call, while sharded weights are whole; by default gives logits.
+                inside this call, while sharded weights are whole; by default gives logits. A part
+                that does not predict gives its hidden state instead.
         """
         if documents is None:
-            documents = Documents.whole_rows(tokens.shape[0], tokens.shape[1], tokens.device)
+            documents = Documents.whole_rows(inputs.shape[0], inputs.shape[1], inputs.device)
         attention = self.config.attention
         rotary_dim = int(attention.head_dim * attention.rope_fraction)
         rotation = Rotation.of_positions(documents.position, rotary_dim, attention.rope_base)
-        x_btd = self.embedding(tokens)
+        x_btd = inputs
+        if self.part.embeds:
+            assert self.embedding is not None
+            x_btd = self.embedding(inputs)
         routings: list[Routing] = []
         for layer in self.layers.values():
             x_btd, routing = layer(x_btd, documents, rotation)
             if routing is not None:
                 routings.append(routing)
-        output_embedding = self.embedding if self.lm_head is None else self.lm_head
-        value = output(self.norm(x_btd), output_embedding.weight)
-        return TransformerOutput(value, *self._stack(routings, tokens))
+        value = x_btd
+        if self.norm is not None:
+            output_embedding = self.embedding if self.lm_head is None else self.lm_head
+            assert output_embedding is not None
+            value = output(self.norm(x_btd), output_embedding.weight)
+        return TransformerOutput(value, *self._stack(routings, inputs))
 
     def _stack(self, routings: list[Routing], tokens: Tensor) -> Routing:
         """Routings of the layers -> [L_moe, ...] each, where L_moe is 0 in a dense model."""

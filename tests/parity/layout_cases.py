@@ -41,20 +41,20 @@ def run_case(shards: Path, overrides: list[str], device: torch.device) -> dict[s
     losses, aux_losses, grad_norms, gradients = [], [], [], {}
     for step in range(STEPS):
         batch = trainer.read_batch()
-        loss, aux_loss, counts, _ = trainer.backward(batch)
-        losses.append(loss)
-        aux_losses.append(aux_loss)
+        measured = trainer.backward(batch)
+        losses.append(measured.loss)
+        aux_losses.append(measured.aux_loss)
         if step == 0:
-            gradients = {name: whole(w.grad) for name, w in trainer.model.named_parameters()}
-        grad_norms.append(trainer.finish_step(counts))
-    traffic = trainer.parallelised.expert_traffic
+            gradients = {name: whole(w.grad) for name, w in trainer.weights.named_parameters()}
+        grad_norms.append(trainer.finish_step(measured.expert_counts))
+    traffic = trainer.parallelised.traffic.get("ep")
     return {
         "losses": losses,
         "aux_losses": aux_losses,
         "grad_norms": grad_norms,
         "gradients": gradients,
         "dtypes": {tensor.dtype for tensor in optimizer_state(trainer.optimizer)},
-        "expert_calls": traffic.calls if traffic else 0,
+        "expert_calls": traffic.calls["all_to_all"] if traffic else 0,
     }
 
 

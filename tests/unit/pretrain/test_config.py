@@ -90,9 +90,14 @@ def test_reading_a_configuration_does_not_load_torch() -> None:
 @pytest.mark.parametrize(
     ("ranks", "overrides", "layout"),
     [
-        (1, [], Layout(1, 1, 1)),
-        (4, ["parallel.ep=2"], Layout(1, 4, 2)),
-        (4, ["parallel.dp_replicate=2", "parallel.ep=2"], Layout(2, 2, 2)),
+        (1, [], Layout()),
+        (4, ["parallel.ep=2"], Layout(dp_shard=4, ep=2)),
+        (
+            4,
+            ["parallel.dp_replicate=2", "parallel.ep=2"],
+            Layout(dp_replicate=2, dp_shard=2, ep=2),
+        ),
+        (8, ["parallel.tp=2", "parallel.pp=2"], Layout(pp=2, dp_shard=2, tp=2)),
     ],
 )
 def test_auto_fills_dp_shard(ranks, overrides, layout) -> None:
@@ -102,16 +107,21 @@ def test_auto_fills_dp_shard(ranks, overrides, layout) -> None:
 @pytest.mark.parametrize(
     ("ranks", "overrides", "words"),
     [
-        (4, ["parallel.ep=3"], ["ep = 3", "dp_shard = 4", "ep=2"]),
-        (3, ["parallel.ep=3", "train.global_batch=6"], ["n_experts = 8", "dp_shard=3 ep=1"]),
+        (4, ["parallel.ep=3"], ["ep = 3", "dp_shard x cp x tp = 4", "ep=4"]),
+        (3, ["parallel.ep=3", "train.global_batch=6"], ["n_experts = 8", "dp_shard=3 cp=1 ep=1"]),
         (4, ["parallel.dp_shard=3"], ["4 ranks", "dp_shard=4"]),
-        (4, ["parallel.dp_replicate=3"], ["dp_replicate = 3", "dp_replicate=2 dp_shard=2"]),
-        (2, ["parallel.tp=2"], ["parallel.tp = 2", "dp_shard=2"]),
+        (
+            4,
+            ["parallel.dp_replicate=3"],
+            ["dp_replicate x cp x tp = 3", "dp_replicate=4 dp_shard=1"],
+        ),
+        (2, ["parallel.cp=2"], ["parallel.cp = 2", "dp_shard=2"]),
+        (3, ["parallel.tp=3", "train.global_batch=6"], ["seq_len = 256", "dp_shard=3"]),
         (4, ["train.global_batch=6"], ["train.global_batch = 6", "train.global_batch=8"]),
         (
             24,
             ["parallel.ep=2", "model.d_model=104", "train.global_batch=48"],
-            ["12 ranks share each expert", "model.d_model = 104", "dp_shard=8 ep=2"],
+            ["12 ranks share each expert", "model.d_model = 104", "dp_shard=8 cp=1 ep=2"],
         ),
         (2, ["model.moe.n_experts=0", "parallel.ep=2"], ["dense", "ep=1"]),
     ],

@@ -1,0 +1,57 @@
+"""What a step of training minimises and measures."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from parallel.stage import Objective
+from pretrain.balancing import auxiliary_loss
+from pretrain.config import Config
+from pretrain.loss import chunked_cross_entropy
+from pretrain.model.transformer import TransformerOutput
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a global batch measured, equal on all ranks.
+
+    Attributes:
+        loss: mean cross-entropy in nats.
+        aux_loss: balance loss, the mean over layers; 1 where all experts get the same.
+        z_loss: the router's z-loss, the mean over tokens and layers.
+        expert_counts: [layers, E], slots of each expert.
+        dropped: [layers], slots over capacity.
+        stop_requested: whether any rank was asked to stop.
+    """
+
+    loss: float
+    aux_loss: float
+    z_loss: float
+    expert_counts: Tensor
+    dropped: Tensor
+    stop_requested: bool
+
+
+def build_objective(config: Config) -> Objective:
+    """Cross-entropy, plus what the routers of each layer add."""
+    model = config.model
+    tokens = tokens_per_step(config)
+
+    def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return chunked_cross_entropy(hidden, weight, labels, config.train.loss_chunk)
+
+    def of_routers(out: TransformerOutput) -> Tensor:
+        return auxiliary_loss(out.balance, out.z, tokens, model.n_layers, model.moe)
+
+    return Objective(cross_entropy, of_routers, measure_routers)
+
+
+def tokens_per_step(config: Config) -> int:
+    return config.train.global_batch * config.data.seq_len
+
+
+def measure_routers(out: TransformerOutput) -> Tensor:
+    """Of each layer with experts: balance, z, dropped slots, expert counts; float64 [L, 3 + E]."""
+    columns = torch.stack([out.balance.detach(), out.z.detach(), out.dropped.to(out.z.dtype)], 1)
+    return torch.cat([columns.double(), out.expert_counts.double()], 1)
