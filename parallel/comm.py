@@ -3,7 +3,9 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,49 @@ from torch import Tensor
 # torch 2.13 deprecates the old names, 2.11 has only those.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class CollectiveResults:
+    """What collectives returned, so that a second forward pass need not send anything again.
+
+    Within `recording`, what is started is kept; within `replaying`, nothing is sent or counted,
+    and the calls return what was kept, in the same order.
+    """
+
+    def __init__(self) -> None:
+        self.replays = False
+        self._kept: list[Tensor] = []
+        self._next = 0
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        with self._in_use():
+            yield
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        self.replays, self._next = True, 0
+        with self._in_use():
+            yield
+
+    def keep(self, result: Tensor) -> None:
+        # Autograd writes into the tensors that an operation returns: keep aliases.
+        self._kept.append(result.detach())
+
+    def next(self) -> Tensor:
+        self._next += 1
+        return self._kept[self._next - 1].detach()
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        token = _results.set(self)
+        try:
+            yield
+        finally:
+            _results.reset(token)
+
+
+_results: ContextVar[CollectiveResults | None] = ContextVar("_results", default=None)
 
 
 class CollectiveError(RuntimeError):
@@ -80,31 +125,43 @@ class Communicator:
         """Start `all_gather`, without autograd."""
         x = x.contiguous()
         out = x.new_empty(self.size, *x.shape)
-        self._count("all_gather", x.nbytes * (self.size - 1))
-        with self.naming("all_gather"):
-            work = _all_gather(out.flatten(0, 1), x, group=self.group, async_op=True)
-        return Pending(self, "all_gather", work, x, out, lambda out: _ranks_along(out, dim))
+        call = partial(_all_gather, out.flatten(0, 1), x)
+        sent_bytes = x.nbytes * (self.size - 1)
+        return self._start("all_gather", call, sent_bytes, x, out, partial(_ranks_along, dim=dim))
 
     def start_reduce_scatter(self, x: Tensor, dim: int) -> "Pending":
         """Start `reduce_scatter`, without autograd."""
         x = x.unflatten(dim, (self.size, -1)).movedim(dim, 0).contiguous()
         out = torch.empty_like(x[0])
-        self._count("reduce_scatter", out.nbytes * (self.size - 1))
-        with self.naming("reduce_scatter"):
-            work = _reduce_scatter(out, x.flatten(0, 1), group=self.group, async_op=True)
-        return Pending(self, "reduce_scatter", work, x, out)
+        call = partial(_reduce_scatter, out, x.flatten(0, 1))
+        return self._start("reduce_scatter", call, out.nbytes * (self.size - 1), x, out)
 
     def start_exchange(self, x: Tensor, received: Sequence[int], sent: Sequence[int]) -> "Pending":
         """Start `exchange`."""
         x = x.contiguous()
         out = x.new_empty(sum(received), *x.shape[1:])
-        row_bytes = x[:1].nbytes
-        self._count("all_to_all", (sum(sent) - sent[self.rank]) * row_bytes)
-        with self.naming("all_to_all"):
-            work = dist.all_to_all_single(
-                out, x, list(received), list(sent), group=self.group, async_op=True
-            )
-        return Pending(self, "all_to_all", work, x, out)
+        call = partial(dist.all_to_all_single, out, x, list(received), list(sent))
+        sent_bytes = (sum(sent) - sent[self.rank]) * x[:1].nbytes
+        return self._start("all_to_all", call, sent_bytes, x, out)
+
+    def _start(
+        self,
+        kind: str,
+        call: Callable[..., dist.Work],
+        sent_bytes: int,
+        source: Tensor,
+        out: Tensor,
+        arrange: "Callable[[Tensor], Tensor] | None" = None,
+    ) -> "Pending":
+        results = _results.get()
+        if results is not None and results.replays:
+            return Pending(self, kind, None, source, results.next(), arrange)
+        self._count(kind, sent_bytes)
+        with self.naming(kind):
+            work = call(group=self.group, async_op=True)
+        if results is not None:
+            results.keep(out)
+        return Pending(self, kind, work, source, out, arrange)
 
     @contextmanager
     def naming(self, kind: str) -> Iterator[None]:
@@ -122,10 +179,6 @@ class Communicator:
         self.bytes[kind] += sent_bytes
 
 
-def _itself(out: Tensor) -> Tensor:
-    return out
-
-
 def _ranks_along(out: Tensor, dim: int) -> Tensor:
     """[ranks, ...] -> [...] concatenated along `dim`; a view where what precedes `dim` is 1."""
     return out.movedim(0, dim).flatten(dim, dim + 1)
@@ -137,16 +190,17 @@ class Pending:
 
     comm: Communicator
     kind: str
-    work: dist.Work
+    work: dist.Work | None
     source: Tensor
     out: Tensor
-    arrange: Callable[[Tensor], Tensor] = _itself
+    arrange: Callable[[Tensor], Tensor] | None = None
 
     def wait(self) -> Tensor:
         """The result, once it has arrived (on a GPU: for what the current stream does next)."""
-        with self.comm.naming(self.kind):
-            self.work.wait()
-        return self.arrange(self.out)
+        if self.work is not None:
+            with self.comm.naming(self.kind):
+                self.work.wait()
+        return self.arrange(self.out) if self.arrange else self.out
 
 
 class _AllGather(torch.autograd.Function):

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
+
+from parallel.comm import CollectiveResults
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -31,65 +33,64 @@ def recompute_layers(layers: Mapping[str, nn.Module], modes: Sequence[Recompute]
     for number, layer in layers.items():
         mode = modes[int(number) % len(modes)]
         if mode != "none":
-            contexts = _keep_and_replay if mode == "selective" else noop_context_fn
-            layer.forward = _checkpointed(layer.forward, contexts)
+            layer.forward = _checkpointed(layer.forward, mode)
 
 
-def _checkpointed(forward: Callable[..., Any], contexts: Callable[[], Any]) -> Callable[..., Any]:
+def _checkpointed(forward: Callable[..., Any], mode: Recompute) -> Callable[..., Any]:
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(
-            forward,
-            *args,
-            use_reentrant=False,
-            preserve_rng_state=False,
-            context_fn=contexts,
-            **kwargs,
-        )
+        region = _Selective(forward) if mode == "selective" else forward
+        return checkpoint(region, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     return checkpointed
 
 
-def _keep_and_replay() -> tuple[TorchDispatchMode, TorchDispatchMode]:
-    kept: list[Any] = []
-    return _Keep(kept), _Replay(kept)
+class _Selective:
+    """`forward`, which from its second call on takes expensive results from the first.
+
+    Unlike torch's selective contexts it can go backward twice, as zero-bubble schedules do, keeps
+    the collectives that wait later, and does not mind that FSDP gathers weights in one pass only.
+    """
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+        self.results: list[Any] = []
+        self.collectives = CollectiveResults()
+        self.has_run = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.has_run:
+            with self.collectives.replaying(), _Replay(self.results):
+                return self.forward(*args, **kwargs)
+        self.has_run = True
+        with self.collectives.recording(), _Keep(self.results):
+            return self.forward(*args, **kwargs)
 
 
 class _Keep(TorchDispatchMode):
     """Keep the results of expensive operations, in the order of their calls."""
 
-    def __init__(self, kept: list[Any]) -> None:
+    def __init__(self, results: list[Any]) -> None:
         super().__init__()
-        self.kept = kept
+        self.results = results
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if _is_expensive(func, args):
-            self.kept.append(_detach(result))
+            self.results.append(_detach(result))
         return result
 
 
 class _Replay(TorchDispatchMode):
-    """Return what `_Keep` kept instead of computing it.
+    """Return what `_Keep` kept instead of computing it."""
 
-    Unlike torch's selective contexts it can be entered more than once (a zero-bubble schedule
-    goes backward twice), and does not mind that FSDP gathers weights in one pass only.
-    """
-
-    def __init__(self, kept: list[Any]) -> None:
+    def __init__(self, results: list[Any]) -> None:
         super().__init__()
-        self.kept = kept
-        self.position = 0
-
-    def __enter__(self) -> Any:
-        self.position = 0
-        return super().__enter__()
+        self.results = iter(results)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not _is_expensive(func, args):
-            return func(*args, **(kwargs or {}))
-        result = self.kept[self.position]
-        self.position += 1
-        return _detach(result)
+        if _is_expensive(func, args):
+            return _detach(next(self.results))
+        return func(*args, **(kwargs or {}))
 
 
 def _detach(result: Any) -> Any:
