@@ -134,6 +134,46 @@ def _(
     return torch.empty(v.shape, dtype=v.dtype, device=v.device), state, borders
 
 
+@torch.library.custom_op("farspan::gated_delta_scan_backward", mutates_args=())
+def _scan_backward(
+    d_out: Tensor,
+    d_state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    borders: Tensor,
+    resets: Tensor | None,
+    scale: float,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v, g, beta and the initial state."""
+    inputs = (q, k, v, g, beta)
+    gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
+    dS = d_state.to(borders.dtype).flatten(0, 1)
+    for border, tokens in reversed(list(zip(borders, segments(v.shape[2]), strict=True))):
+        segment = load_segment(*inputs, resets, scale, chunk_size, tokens)
+        prepared = prepare(segment)
+        states, V_new = scan_states(prepared, prepared.U, border)
+        dO = to_chunks(d_out[:, :, tokens], chunk_size, borders.dtype)
+        d_states, dV_new = scan_state_gradients(segment, prepared, dO, dS)
+        chunk_gradients = segment_gradients(segment, prepared, states, V_new, dO, d_states, dV_new)
+        chunk_gradients.q.mul_(scale)
+        for gradient, chunks in zip(gradients, chunk_gradients, strict=True):
+            _store(gradient, tokens, chunks)
+        dS = d_states[0]
+    dq, dk, dv, dg, dbeta = gradients
+    return dq, dk, dv, dg, dbeta, dS.reshape(d_state.shape)
+
+
+@_scan_backward.register_fake
+def _(d_out: Tensor, d_state: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    *inputs, borders = others[:6]
+    gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
+    return *gradients, torch.empty_like(d_state, dtype=borders.dtype)
+
+
 class _GatedDeltaRule(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -157,24 +197,10 @@ class _GatedDeltaRule(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, g, beta, initial_state, resets, borders = ctx.saved_tensors
-        inputs = (q, k, v, g, beta)
-        gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
-        d_state = d_state.to(borders.dtype).flatten(0, 1)
-        for border, tokens in reversed(list(zip(borders, segments(v.shape[2]), strict=True))):
-            segment = load_segment(*inputs, resets, ctx.scale, ctx.chunk_size, tokens)
-            prepared = prepare(segment)
-            states, V_new = scan_states(prepared, prepared.U, border)
-            dO = to_chunks(d_out[:, :, tokens], ctx.chunk_size, borders.dtype)
-            d_states, dV_new = scan_state_gradients(segment, prepared, dO, d_state)
-            chunk_gradients = segment_gradients(
-                segment, prepared, states, V_new, dO, d_states, dV_new
-            )
-            chunk_gradients.q.mul_(ctx.scale)
-            for gradient, chunks in zip(gradients, chunk_gradients, strict=True):
-                _store(gradient, tokens, chunks)
-            d_state = d_states[0]
-        d_initial = d_state.view(initial_state.shape).to(initial_state.dtype)
-        return *gradients, d_initial, None, None, None
+        gradients = _scan_backward(
+            d_out, d_state, q, k, v, g, beta, borders, resets, ctx.scale, ctx.chunk_size
+        )
+        return *gradients[:5], gradients[5].to(initial_state.dtype), None, None, None
 
 
 def segments(length: int) -> Iterator[slice]:
