@@ -1,0 +1,168 @@
+"""Forward and backward over the microbatches of a step: in a loop, or as a pipeline.
+
+A stage is a module with attributes `index`, `is_first` and `is_last`, called as
+`stage(x, position, labels)`: x is tokens [b, T] on the first stage, else the hidden state; it
+returns the hidden state, on the last stage the scalar to differentiate.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleZBVZeroBubble,
+)
+
+from parallel.pipeline.plan import Action, Schedule, one_stage_order
+
+SCHEDULES = {
+    "gpipe": ScheduleGPipe,
+    "1f1b": Schedule1F1B,
+    "interleaved": ScheduleInterleaved1F1B,
+    "zbv": ScheduleZBVZeroBubble,
+    "dualpipev": ScheduleDualPipeV,
+}
+KINDS = {"F": "forward", "B": "backward", "I": "input", "W": "weight"}
+
+
+@dataclass(frozen=True)
+class PipelineShape:
+    """What the ranks of a pipeline have to agree on.
+
+    Attributes:
+        n_stages: over all ranks.
+        n_microbatches: of a step.
+        tokens: [b, T], of a microbatch.
+        hidden: [b, T_local, d], what a rank passes on of a microbatch.
+        dtype: of the hidden state.
+        splits_backward: whether zbv and dualpipev differentiate by inputs first and by weights
+            later. With activations recomputed this would recompute a layer once per weight;
+            without it, input and weight gradients come together and the bubble is larger.
+    """
+
+    schedule: Schedule
+    n_stages: int
+    n_microbatches: int
+    tokens: tuple[int, int]
+    hidden: tuple[int, int, int]
+    dtype: torch.dtype
+    splits_backward: bool = True
+
+
+class Pipeline:
+    """The stages of one rank among those of a pipeline (torch.distributed.pipelining).
+
+    Weights under FSDP stay gathered from their first use in a step to their last, and their
+    gradients are reduced once, at the end.
+
+    Attributes:
+        stages: torch's wrappers of this rank's stages.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Any],
+        group: dist.ProcessGroup,
+        shape: PipelineShape,
+        device: torch.device,
+    ) -> None:
+        for stage in stages:
+            if isinstance(stage, FSDPModule):
+                # A split backward looks for weights in the graph of the forward: weights
+                # gathered anew would not be found, and their gradient silently lost.
+                stage.set_reshard_after_forward(False)
+        self.shape = shape
+        self.rank = dist.get_rank(group)
+        self.stages = [_torch_stage(stage, group, shape, device) for stage in stages]
+        one_stage = shape.schedule in ("gpipe", "1f1b")
+        self._schedule: Any = SCHEDULES[shape.schedule](
+            self.stages[0] if one_stage else self.stages,
+            shape.n_microbatches,
+            loss_fn=_output_is_loss,
+            scale_grads=False,
+        )
+
+    def forward_backward(self, tokens: Tensor, position: Tensor, labels: Tensor) -> None:
+        """Add the gradient of a step to the weights'. Collective.
+
+        Args:
+            tokens, position, labels: [n_microbatches * b, T], the same on all ranks of a pipeline.
+        """
+        rows = self.shape.n_microbatches * self.shape.tokens[0]
+        assert tokens.shape == (rows, self.shape.tokens[1])
+        self._schedule.step(
+            tokens, position=position, labels=labels, target=labels, return_outputs=False
+        )
+
+    def order(self) -> list[Action]:
+        """What this rank computes in a step, in this order."""
+        shape = self.shape
+        if shape.schedule in ("gpipe", "1f1b"):
+            # What torch says of 1f1b is not what it does.
+            ranks = shape.n_stages
+            return one_stage_order(shape.schedule, ranks, self.rank, shape.n_microbatches)
+        actions = []
+        for action in self._schedule.pipeline_order[self.rank]:
+            for part in () if action is None else (action.sub_actions or (action,)):
+                kind: Any = KINDS[part.computation_type.value]
+                if not shape.splits_backward:
+                    kind = {"input": "backward", "weight": None}.get(kind, kind)
+                if kind is not None:
+                    actions.append(Action(kind, part.stage_index, part.microbatch_index))
+        return actions
+
+
+class SingleStage:
+    """The whole model on each rank: microbatches one after the other."""
+
+    def __init__(self, stage: Any, microbatch: int) -> None:
+        self.stage = stage
+        self.microbatch = microbatch
+
+    def forward_backward(self, tokens: Tensor, position: Tensor, labels: Tensor) -> None:
+        """Add the gradient of a step to the weights'. All arguments [rows, T]. Collective."""
+        columns = (x.split(self.microbatch) for x in (tokens, position, labels))
+        microbatches = list(zip(*columns, strict=True))
+        for number, microbatch in enumerate(microbatches, start=1):
+            is_last = number == len(microbatches)
+            if isinstance(self.stage, FSDPModule):
+                self.stage.set_requires_gradient_sync(is_last)
+                self.stage.set_is_last_backward(is_last)
+            self.stage(*microbatch).backward()
+
+
+def _torch_stage(
+    stage: Any, group: dist.ProcessGroup, shape: PipelineShape, device: torch.device
+) -> PipelineStage:
+    # With the shapes of both ends known, torch does not run the stage to find out.
+    tokens = torch.empty(shape.tokens, dtype=torch.int64, device="meta")
+    hidden = torch.empty(shape.hidden, dtype=shape.dtype, device="meta", requires_grad=True)
+    loss = torch.empty((), device="meta", requires_grad=True)
+    return PipelineStage(
+        stage,
+        stage.index,
+        shape.n_stages,
+        device,
+        input_args=tokens if stage.is_first else hidden,
+        output_args=loss if stage.is_last else hidden,
+        group=group,
+        dw_builder=None if shape.splits_backward else _nothing_left,
+    )
+
+
+def _output_is_loss(output: Tensor, _labels: Tensor) -> Tensor:
+    return output
+
+
+def _nothing_left() -> Any:
+    """torch's builder of the backward's second half, when the first did all."""
+    return lambda: None
