@@ -1,5 +1,7 @@
 """Mixture-of-experts feed-forward."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -7,12 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.model.config import MoEConfig
-from pretrain.model.kernels.experts import (
-    combine_by_token,
-    count_slots,
-    grouped_swiglu,
-    sort_by_expert,
-)
+from pretrain.model.kernels.experts import swiglu_mixture
+from pretrain.model.kernels.slots import Slots, count_slots, queue_positions, sort_by_expert
 from pretrain.model.mlp import SwiGLU
 from pretrain.model.norm import upcast
 
@@ -40,7 +38,7 @@ class Experts(nn.Module):
     """The weights of all experts.
 
     Attributes:
-        compute: `(x, counts, gate_up, down) -> [N, d]`, see `grouped_swiglu`.
+        compute: `(x, expert_weights, slots, gate_up, down) -> [M, d]`, see `swiglu_mixture`.
     """
 
     def __init__(self, n_experts: int, d_model: int, d_expert: int) -> None:
@@ -48,11 +46,14 @@ class Experts(nn.Module):
         self.n_experts = n_experts
         self.gate_up = nn.Parameter(torch.empty(n_experts, 2 * d_expert, d_model))
         self.down = nn.Parameter(torch.empty(n_experts, d_model, d_expert))
-        self.compute = grouped_swiglu
+        self.compute = swiglu_mixture
 
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        """x [N, d] sorted by expert, counts [E] rows of each -> [N, d]."""
-        return self.compute(x, counts, self.gate_up, self.down)
+    def forward(self, x: Tensor, expert_weights: Tensor, slots: Slots) -> Tensor:
+        """x [M, d], expert_weights [M, k] -> [M, d], each token through the experts it chose."""
+        return self.compute(x, expert_weights, slots, self.gate_up, self.down)
+
+
+Finish = Callable[[], Tensor]
 
 
 class MoE(nn.Module):
@@ -64,10 +65,13 @@ class MoE(nn.Module):
     Attributes:
         frequencies: [E] fp32, the experts' shares of the slots in the whole previous step.
         selection_bias: [E] fp32, added to the probabilities to choose by, and not to weigh by.
-        dispatch: `(x [N, d], expert_indices [N, k], expert_weights [N, k], experts) -> [N, d]`;
-            expert parallelism replaces it.
-        sum_over_sequence: counts [B, E] of the rows' tokens here -> of the whole rows; replaced
-            where ranks share rows.
+        dispatch: `(x [N, d], expert_indices [N, k], expert_weights [N, k], experts) -> finish`
+            sends tokens to their experts, -1 to none; `finish()` gives their outputs' sum by
+            weight, [N, d]. Expert parallelism replaces it, and what is computed before `finish`
+            hides the journey.
+        sum_over_sequence: counts [B, E] of the part of each row that is here -> of whole rows.
+        slots_before: counts [B, E] of this part -> of the parts before it, which ranks hold that
+            share the rows. Where rows are split, both are replaced.
     """
 
     frequencies: Tensor
@@ -84,26 +88,26 @@ class MoE(nn.Module):
         even = torch.full((config.n_experts,), 1 / config.n_experts)
         self.register_buffer("frequencies", even, persistent=False)
         self.register_buffer("selection_bias", torch.zeros_like(even), persistent=False)
-        self.dispatch = dispatch_locally
-        self.sum_over_sequence = sum_over_whole_rows
+        self.dispatch = partial(dispatch_locally, dropless=config.capacity_factor is None)
+        self.sum_over_sequence: Callable[[Tensor], Tensor] = counts_of_whole_rows
+        self.slots_before: Callable[[Tensor], Tensor] = torch.zeros_like
 
     def forward(self, x_btd: Tensor) -> tuple[Tensor, Routing]:
         logits_bte = F.linear(upcast(x_btd), upcast(self.router.weight))
         probability_bte = logits_bte.softmax(-1)
         indices_btk, weights_btk = self._choose(probability_bte)
         counts_be = count_slots(indices_btk, self.config.n_experts)
-        out = self.dispatch(
-            x_btd.flatten(0, 1), indices_btk.flatten(0, 1), weights_btk.flatten(0, 1), self.experts
-        ).view_as(x_btd)
-        if self.shared_expert is not None and self.shared_gate is not None:
-            out = out + torch.sigmoid(self.shared_gate(x_btd)) * self.shared_expert(x_btd)
-        counts = counts_be.sum(0)
-        return out, Routing(
-            balance=self._balance(probability_bte, counts_be),
-            z=logits_bte.logsumexp(-1).square().sum(),
-            counts=counts,
-            dropped=counts.new_zeros(()),
-        )
+        balance = self._balance(probability_bte, counts_be)
+        indices_btk, dropped = self._drop(indices_btk, counts_be)
+
+        tokens = (x_btd.flatten(0, 1), indices_btk.flatten(0, 1), weights_btk.flatten(0, 1))
+        finish = self.dispatch(*tokens, self.experts)
+        shared_btd = self._shared(x_btd)
+        out_btd = finish().view_as(x_btd)
+        if shared_btd is not None:
+            out_btd = out_btd + shared_btd
+        z = logits_bte.logsumexp(-1).square().sum()
+        return out_btd, Routing(balance, z, counts_be.sum(0), dropped)
 
     def _choose(self, probability_bte: Tensor) -> tuple[Tensor, Tensor]:
         """The k experts of each token and their weights: [B, T, k] each."""
@@ -131,15 +135,46 @@ class MoE(nn.Module):
         probability_be = probability_bte.sum(1)
         return self.config.n_experts * (frequencies * probability_be).sum()
 
+    def _drop(self, indices_btk: Tensor, counts_be: Tensor) -> tuple[Tensor, Tensor]:
+        """The choices with -1 for those over capacity, and how many those are.
 
-def sum_over_whole_rows(counts_be: Tensor) -> Tensor:
-    """The counts of the whole rows where no rows are split."""
+        In training, an expert takes ceil(capacity_factor * T k / E) slots of a row of T tokens,
+        those of earlier tokens first (Fedus et al. 2021, arXiv:2101.03961, section 2.2). A slot
+        that is dropped adds nothing to its token's sum, and the weights of the token's other
+        slots stay as they are. Evaluation drops nothing.
+        """
+        if self.config.capacity_factor is None or not self.training:
+            return indices_btk, counts_be.new_zeros(())
+        slots_b = self.sum_over_sequence(counts_be).sum(-1)
+        share_b = self.config.capacity_factor * slots_b.double() / self.config.n_experts
+        before_btk = (
+            self.slots_before(counts_be)[:, None]
+            .expand(-1, indices_btk.shape[1], -1)
+            .gather(2, indices_btk)
+        )
+        place_btk = before_btk + queue_positions(indices_btk, self.config.n_experts)
+        over = place_btk >= share_b.ceil()[:, None, None]
+        return indices_btk.masked_fill(over, -1), over.sum()
+
+    def _shared(self, x_btd: Tensor) -> Tensor | None:
+        if self.shared_expert is None or self.shared_gate is None:
+            return None
+        gated: Tensor = torch.sigmoid(self.shared_gate(x_btd)) * self.shared_expert(x_btd)
+        return gated
+
+
+def counts_of_whole_rows(counts_be: Tensor) -> Tensor:
+    """What `MoE.sum_over_sequence` is where no row is split."""
     return counts_be
 
 
 def dispatch_locally(
-    x: Tensor, expert_indices: Tensor, expert_weights: Tensor, experts: Experts
-) -> Tensor:
-    """Send each token [N, d] through its k experts, all on this device, and sum by weight."""
-    rows, slots = sort_by_expert(x, expert_indices, experts.n_experts)
-    return combine_by_token(experts(rows, slots.counts), expert_weights, slots)
+    x: Tensor, expert_indices: Tensor, expert_weights: Tensor, experts: Experts, dropless: bool
+) -> Finish:
+    """Send each token [N, d] through its k experts, all on this device.
+
+    With `dropless` no choice is -1, and the host need not wait for their number.
+    """
+    n_slots = expert_indices.numel() if dropless else int((expert_indices >= 0).sum())
+    slots = sort_by_expert(expert_indices, experts.n_experts, n_slots)
+    return lambda: experts(x, expert_weights, slots)

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.model.config import MoEConfig
-from pretrain.model.kernels.experts import grouped_swiglu
 from pretrain.model.moe import MoE
 
 D_MODEL = 16
@@ -18,14 +17,6 @@ def make_moe(**settings: Any) -> MoE:
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return moe
-
-
-def expert_by_expert(x: Tensor, counts: list[int], gate_up: Tensor, down: Tensor) -> Tensor:
-    out = []
-    for rows, gate_up_e, down_e in zip(x.split(counts), gate_up, down, strict=True):
-        gate, up = (rows @ gate_up_e.T).chunk(2, dim=-1)
-        out.append((F.silu(gate) * up) @ down_e.T)
-    return torch.cat(out)
 
 
 def token_by_token(moe: MoE, x: Tensor) -> Tensor:
@@ -147,28 +138,17 @@ def test_gradients_are_bitwise_reproducible_with_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, gradients(), strict=True))
 
 
-@pytest.mark.parametrize("counts", [[3, 0, 4, 0], [0, 0, 0, 7], [0, 0, 0, 0]])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
-)
-def test_grouped_swiglu_matches_a_loop(
-    counts: list[int], dtype: torch.dtype, tolerance: float
-) -> None:
-    torch.manual_seed(0)
-    shapes = [(sum(counts), 16), (4, 16, 16), (4, 16, 8)]
-    exact = [torch.randn(shape).to(dtype).double().requires_grad_() for shape in shapes]
-    inputs = [tensor.detach().to(dtype).requires_grad_() for tensor in exact]
-    x, gate_up, down = exact
+def test_an_expert_over_capacity_serves_the_first_tokens_of_each_row() -> None:
+    moe = make_moe(d_shared_expert=0, capacity_factor=0.75, top_k=1)
+    x = torch.randn(2, 8, D_MODEL)
+    out, routing = moe(x)
+    whole = moe.eval()(x)[0]
 
-    expected = expert_by_expert(x, counts, gate_up, down)
-    out = grouped_swiglu(inputs[0], torch.tensor(counts), inputs[1], inputs[2])
-    expected.sum().backward()
-    out.sum().backward()
-
-    assert out.dtype == dtype
-    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=10 * tolerance)
-    for ours, reference in zip(inputs, exact, strict=True):
-        assert ours.grad is not None
-        assert reference.grad is not None
-        error = (ours.grad.double() - reference.grad).norm()
-        assert error <= tolerance * reference.grad.norm()
+    chosen = (x @ moe.router.weight.T).argmax(-1)
+    over = torch.zeros(2, 8, dtype=torch.bool)
+    for row in range(2):
+        for e in range(6):
+            over[row, (chosen[row] == e).nonzero().flatten()[1:]] = True
+    assert routing.dropped == over.sum() > 0
+    assert routing.counts.sum() == 16
+    torch.testing.assert_close(out, whole.masked_fill(over[..., None], 0.0))
