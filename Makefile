@@ -3,6 +3,7 @@
 #   make demo    the whole path on this machine: crawl, clean, train, kill, resume, export, report
 #   make test    the test suite
 #   make lint    ruff, mypy, import rules
+#   make test-oracles    our parallelism against that of megatron-core and DeepSpeed
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,6 +15,9 @@ DEMO_DIR ?= demo
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# megatron-core and DeepSpeed, on top of what is in VENV.
+ORACLES := $(VENV)-oracles
+ORACLES_INSTALLED := $(ORACLES)/.installed
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU)
 ifeq ($(filter-out 0,$(HAS_GPU)),)
 TORCH := torch==$(TORCH_VERSION)+cpu
@@ -21,7 +25,7 @@ else
 TORCH := torch==$(TORCH_VERSION)
 endif
 
-.PHONY: install demo test test-slow lint format clean
+.PHONY: install demo test test-slow test-oracles lint format clean
 
 install: $(INSTALLED)
 
@@ -38,10 +42,21 @@ demo: $(INSTALLED)
 	$(BIN)/farspan demo --out $(DEMO_DIR)
 
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not oracle"
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -m slow
+
+$(ORACLES_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m venv --clear --without-pip $(ORACLES)
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
+	  > "$$($(ORACLES)/bin/python -c 'import site; print(site.getsitepackages()[0])')/main.pth"
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/pip --python $(ORACLES)/bin/python install --quiet \
+	  --no-build-isolation -c constraints.txt -e '.[megatron,deepspeed]'
+	@touch $@
+
+test-oracles: $(ORACLES_INSTALLED)
+	$(ORACLES)/bin/python -m pytest -m oracle
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -54,4 +69,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(DEMO_DIR)
+	rm -rf $(VENV) $(ORACLES) $(DEMO_DIR)

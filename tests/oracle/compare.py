@@ -1,0 +1,18 @@
+"""Ours and theirs, tensor by tensor."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+TOLERANCE = 1e-4
+
+
+def assert_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+    """The same names, and for each |ours - theirs| / |theirs| within the tolerance."""
+    assert ours.keys() == theirs.keys()
+    assert all(tensor.norm() > 0 for tensor in theirs.values())
+    errors = {
+        name: float((ours[name] - tensor).norm() / tensor.norm()) for name, tensor in theirs.items()
+    }
+    worst = max(errors, key=errors.__getitem__)
+    assert errors[worst] <= TOLERANCE, f"{worst}: relative error {errors[worst]:.1e}"

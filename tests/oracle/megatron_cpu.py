@@ -1,0 +1,66 @@
+"""What megatron-core 0.16.1 takes for granted about CUDA, and a CPU has not.
+
+Nothing here computes: devices become the CPU, and streams, which only order work, do nothing. The
+layers, the schedules and the collectives are megatron-core's own.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class CudaIsCpu(TorchFunctionMode):
+    """Leaves on the CPU what is asked for with device="cuda" or moved by `cuda()`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.cuda:
+            return args[0]
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+class Stream:
+    """Work on a CPU is done when the call returns: there is nothing to wait for."""
+
+    def wait_stream(self, other: "Stream") -> None: ...
+
+    def record_event(self) -> "Stream":
+        return self
+
+    def synchronize(self) -> None: ...
+
+
+def counts_on_host(counts: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """`moe_utils.maybe_move_tensor_to_cpu`, which leaves what is not on a GPU as a tensor."""
+    return counts.numpy() if as_numpy and isinstance(counts, Tensor) else counts
+
+
+@contextlib.contextmanager
+def cuda_is_cpu() -> Iterator[None]:
+    """Inside, megatron-core runs on the CPU."""
+    stream = Stream()
+    with (
+        patch.multiple(
+            torch.cuda,
+            current_device=lambda: torch.device("cpu"),
+            Stream=Stream,
+            current_stream=lambda: stream,
+            stream=lambda _: contextlib.nullcontext(),
+        ),
+        # No dropout, and the weights come from elsewhere: nothing is drawn.
+        patch.object(CudaRNGStatesTracker, "fork", lambda *_: contextlib.nullcontext()),
+        # The name is left undefined where Transformer Engine is missing, yet compared with None.
+        patch.object(moe_utils, "te_general_gemm", None, create=True),
+        patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", counts_on_host),
+        CudaIsCpu(),
+    ):
+        yield

@@ -1,0 +1,58 @@
+"""Our tensor, expert and pipeline parallelism against megatron-core's."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.oracle.cases import arguments
+from tests.oracle.compare import TOLERANCE, assert_same
+from tests.ranks import run_on_ranks
+
+pytestmark = pytest.mark.oracle
+
+OURS = Path(__file__).with_name("our_cases.py")
+THEIRS = Path(__file__).with_name("megatron_cases.py")
+# What both can express: all layers softmax, no output gate, no shared expert, plain norms.
+COMMON = (
+    "model.layer_pattern=[softmax],model.zero_centered_norm=false,model.vocab_size=1024,"
+    "model.d_model=64,model.d_ff=96,model.attention.head_dim=16,model.attention.rope_fraction=1.0,"
+    "model.attention.output_gate=false,model.moe.d_shared_expert=0,model.moe.aux_loss=0,"
+    "data.seq_len=64"
+)
+DENSE = "model.moe.n_experts=0"
+TIED = f"{DENSE},model.tie_embeddings=true"
+# Tensor parallelism is with sequence parallelism on both sides.
+LAYOUTS = {
+    "tp2": f"{DENSE},parallel.tp=2",
+    "tp2-tied": f"{TIED},parallel.tp=2",
+    "pp2-1f1b": f"{DENSE},parallel.pp=2",
+    "pp2-1f1b-tied": f"{TIED},parallel.pp=2",
+    "moe-ep2": "parallel.ep=2",
+    "moe-ep2-tp2": "parallel.ep=2,parallel.tp=2",
+    "moe-pp2-1f1b": "parallel.pp=2",
+}
+
+
+def run(script: Path, shards: Path, folder: Path) -> dict[str, dict]:
+    cases = {name: f"{COMMON},{layout}" for name, layout in LAYOUTS.items()}
+    run_on_ranks(2, script, *arguments(shards, folder, cases))
+    return {name: torch.load(folder / f"{name}.pt") for name in LAYOUTS}
+
+
+@pytest.fixture(scope="module")
+def ours(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    return run(OURS, shards, tmp_path_factory.mktemp("ours"))
+
+
+@pytest.fixture(scope="module")
+def theirs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    return run(THEIRS, shards, tmp_path_factory.mktemp("megatron"))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_loss_and_gradient_are_those_of_megatron_core(
+    name: str, ours: dict[str, dict], theirs: dict[str, dict]
+) -> None:
+    assert ours[name]["losses"][0] == pytest.approx(theirs[name]["loss"], rel=TOLERANCE)
+    assert_same(ours[name]["gradients"], theirs[name]["gradients"])
