@@ -8,7 +8,7 @@ from torch import Tensor
 from parallel.stage import Objective
 from pretrain.balancing import auxiliary_loss
 from pretrain.config import Config
-from pretrain.loss import chunked_cross_entropy
+from pretrain.model.kernels.cross_entropy import chunked_cross_entropy
 from pretrain.model.transformer import TransformerOutput
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pretrain.errors import UserError
-from pretrain.loss import chunked_cross_entropy
+from pretrain.model.kernels.cross_entropy import chunked_cross_entropy
 from pretrain.model.transformer import Transformer
 
 LOGITS_BYTES = 64 << 20

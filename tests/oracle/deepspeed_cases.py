@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from pretrain.config import Config
 from pretrain.data import open_stream
-from pretrain.loss import IGNORED
 from pretrain.model.init import initialize
+from pretrain.model.kernels.cross_entropy import IGNORED
 from pretrain.model.kernels.documents import Documents
 from pretrain.model.transformer import Transformer
 from pretrain.optim import build_optimizer

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from pretrain.config import Config
 from pretrain.data import open_stream
-from pretrain.loss import IGNORED
 from pretrain.model.init import initialize
+from pretrain.model.kernels.cross_entropy import IGNORED
 from pretrain.model.transformer import Transformer
 from tests.oracle.cases import Microbatch, read_microbatches, run_cases
 from tests.oracle.megatron_cpu import cuda_is_cpu
