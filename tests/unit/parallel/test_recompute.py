@@ -33,7 +33,7 @@ SCAN = torch.ops.farspan.gated_delta_scan.default
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 EXPENSIVE = [
     torch.ops.aten.mm.default,
-    torch.ops.aten._grouped_mm.default,
+    torch.ops.farspan.looped_mixture.default,
     ATTENTION,
     SCAN,
 ]
