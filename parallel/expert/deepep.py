@@ -99,7 +99,7 @@ class _Depart(torch.autograd.Function):
         rows, flight.expert_indices, arriving, flight.handle, flight.event = flight.buffer.dispatch(
             x.contiguous(),
             topk_idx=indices,
-            topk_weights=weights,
+            topk_weights=expert_weights,
             num_experts=n_experts,
             async_with_compute_stream=True,
         )
