@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from parallel.comm import Communicator
 from parallel.expert.shard import shard_experts
 from parallel.fsdp import shard_weights
 from parallel.mesh import Mesh
+from parallel.pipeline.schedule import Pipeline, PipelineShape, SingleStage
+from parallel.recompute import Recompute, recompute_layers
 from parallel.replicas import Replicas, TiedCopy
 from parallel.stage import Objective, Stage
 
@@ -23,13 +24,15 @@ class Spread:
 
     Attributes:
         dtype: of the computation.
-        n_stages: of the pipeline, over all its ranks.
+        recompute: which activations a layer computes again, repeated over the layers.
         microbatch: sequences of a microbatch.
+        pipeline: what its ranks agree on; None without a pipeline.
     """
 
     dtype: torch.dtype
-    n_stages: int = 1
+    recompute: Sequence[Recompute] = ("none",)
     microbatch: int = 1
+    pipeline: PipelineShape | None = None
 
 
 @dataclass
@@ -38,15 +41,16 @@ class Parallelised:
 
     Attributes:
         stages: in the order of the model.
+        runner: runs microbatches through them.
         weights: a module that holds each weight of this rank once, under its name in the model.
         replicas: what completes gradients after the last backward pass of a step.
         traffic: the counted collectives, by axis.
     """
 
     stages: Sequence[Stage]
+    runner: Pipeline | SingleStage
     weights: nn.Module
     replicas: Replicas
-    microbatch: int
     traffic: dict[str, Communicator] = field(default_factory=dict)
 
     def forward_backward(
@@ -55,19 +59,17 @@ class Parallelised:
         """Leave the gradient of this rank's rows [rows, T] in its weights' `.grad`."""
         for stage in self.stages:
             stage.begin(loss_tokens)
-        (stage,) = self.stages
-        size = self.microbatch
-        rows = zip(tokens.split(size), position.split(size), labels.split(size), strict=True)
-        batches = list(rows)
-        for batch in batches:
-            assert isinstance(stage, FSDPModule)
-            stage.set_requires_gradient_sync(batch is batches[-1])
-            stage.set_is_last_backward(batch is batches[-1])
-            stage(*batch).backward()
+        self.runner.forward_backward(tokens, position, labels)
         self.replicas.sum_gradients()
 
 
-def apply(models: Mapping[int, Any], objective: Objective, mesh: Mesh, how: Spread) -> Parallelised:
+def apply(
+    models: Mapping[int, Any],
+    objective: Objective,
+    mesh: Mesh,
+    how: Spread,
+    device: torch.device,
+) -> Parallelised:
     """Spread plain `Transformer`s, built on the meta device, over the ranks of `mesh`.
 
     The order matters: an axis sees the weights as the axes before it left them.
@@ -87,20 +89,28 @@ def apply(models: Mapping[int, Any], objective: Objective, mesh: Mesh, how: Spre
     if mesh.ep.size() > 1:
         traffic["ep"] = shard_experts(moe_layers, mesh)
 
-    # 2. Weights that the steps before have left whole get their gradient in parts.
+    # 2. Recompute: layers forget activations, and compute them again in the backward pass.
+    recompute_layers(layers, how.recompute)
+
+    # 3. Weights that the steps before have left whole get their gradient in parts.
     experts = [moe.experts for moe in moe_layers] if mesh.ep.size() * mesh.tp.size() > 1 else []
     partial = list(_partial_weights(stages, experts))
 
-    # 3. FSDP2, last: it shards what is left on this rank.
+    # 4. FSDP2, last: it shards what is left on this rank.
     for stage in stages:
         shard_weights(stage, experts, mesh, how.dtype)
+
+    # 5. Pipeline: stages work on several microbatches at a time.
+    runner: Pipeline | SingleStage = SingleStage(stages[0], how.microbatch)
+    if how.pipeline is not None:
+        runner = Pipeline(stages, mesh.pp.get_group(), how.pipeline, device)
 
     replicas = Replicas(
         mesh.tp.get_group() if mesh.tp.size() > 1 else None,
         [module.get_parameter(name) for module, name in partial],
         _tied_copy(stages, mesh),
     )
-    return Parallelised(stages, _each_weight_once(stages), replicas, how.microbatch, traffic)
+    return Parallelised(stages, runner, _each_weight_once(stages), replicas, traffic)
 
 
 def _partial_weights(
@@ -132,12 +142,11 @@ def _each_weight_once(stages: Sequence[Stage]) -> nn.Module:
 
 def _tied_copy(stages: Sequence[Stage], mesh: Mesh) -> TiedCopy:
     original = copy = None
-    for stage in stages:
-        if stage.model.embedding is None or (stage.is_first and stage.is_last):
-            continue
+    tied = stages[0].model.config.tie_embeddings and mesh.pp.size() > 1
+    for stage in stages if tied else ():
         if stage.is_first:
             original = stage.model.embedding.weight
-        else:
+        if stage.is_last:
             copy = stage.model.embedding.weight
     on_one_rank = original is not None and copy is not None
     return TiedCopy(original, copy, None if on_one_rank else mesh.pipeline_ends)

@@ -29,6 +29,8 @@ def shard_weights(stage: Any, experts: Sequence[nn.Module], mesh: Mesh, dtype: t
         # Rotary angles come in float32 and have to stay so.
         cast_forward_inputs=False,
     )
+    # A pipeline runs many microbatches between two updates: it gathers the weights once for all.
+    keep_gathered = mesh.pp.size() > 1
     units = list(stage.modules())
     for unit in experts:
         if unit in units:
@@ -37,14 +39,30 @@ def shard_weights(stage: Any, experts: Sequence[nn.Module], mesh: Mesh, dtype: t
                 unit,
                 mesh=mesh.shards_of_experts,
                 mp_policy=policy,
+                reshard_after_forward=not keep_gathered,
                 shard_placement_fn=lambda _: Shard(1),
             )
     for unit in [*stage.model.layers.values(), stage]:
-        fully_shard(unit, mesh=mesh.shards_of_weights, mp_policy=policy)
+        fully_shard(
+            unit,
+            mesh=mesh.shards_of_weights,
+            mp_policy=policy,
+            reshard_after_forward=not keep_gathered,
+        )
+    _prefetch_next_layer(list(stage.model.layers.values()))
     for module in stage.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _prefetch_next_layer(layers: Sequence[Any]) -> None:
+    """Gather a layer's weights, with those of its experts, while the one before it computes."""
+    units = [[unit for unit in layer.modules() if isinstance(unit, FSDPModule)] for layer in layers]
+    for layer, next_units in zip(layers, units[1:], strict=False):
+        layer.set_modules_to_forward_prefetch(next_units)
+    for layer, previous_units in zip(layers[1:], units, strict=False):
+        layer.set_modules_to_backward_prefetch(previous_units)
 
 
 def local_tensor(weight: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import NoReturn
 
+from parallel.pipeline.plan import problem_of_layers, problem_of_schedule
 from pretrain.config import Config
 from pretrain.errors import UserError
 from pretrain.model.config import ModelConfig
@@ -88,7 +89,7 @@ def resolve_layout(config: Config, world_size: int) -> Layout:
 
 def _problem(config: Config, layout: Layout) -> str | None:
     """Why the model cannot run on `layout`; None if it can."""
-    checks = (_context_problem, _tensor_problem, _expert_problem)
+    checks = (_context_problem, _tensor_problem, _expert_problem, _stages_problem)
     return next((problem for check in checks if (problem := check(config, layout))), None)
 
 
@@ -151,14 +152,39 @@ def _expert_problem(config: Config, layout: Layout) -> str | None:
     return None
 
 
+def _stages_problem(config: Config, layout: Layout) -> str | None:
+    if layout.pp == 1:
+        return None
+    stages = layout.pp * stages_per_rank(config)
+    asked = config.parallel.pipeline
+    # With two microbatches per rank, what is left to refuse is not their number.
+    return problem_of_schedule(
+        asked.schedule, layout.pp, stages_per_rank(config), 2 * layout.pp
+    ) or problem_of_layers(asked.layers_per_stage, config.model.n_layers, stages)
+
+
+def stages_per_rank(config: Config) -> int:
+    """Pipeline stages of each rank, where there is a pipeline."""
+    asked = config.parallel.pipeline
+    if asked.stages_per_rank == "auto":
+        return 1 if asked.schedule in ("gpipe", "1f1b") else 2
+    return asked.stages_per_rank
+
+
 def _batch_problem(config: Config, layout: Layout) -> str | None:
     train = config.train
-    if train.global_batch % (layout.data_ranks * train.microbatch):
+    microbatches, rest = divmod(train.global_batch, layout.data_ranks * train.microbatch)
+    if rest:
         return (
             f"train.global_batch = {train.global_batch} is no multiple of dp_replicate x dp_shard "
             f"x train.microbatch = {layout.data_ranks} x {train.microbatch}"
         )
-    return None
+    return _microbatches_problem(config, layout, microbatches)
+
+
+def _microbatches_problem(config: Config, layout: Layout, microbatches: int) -> str | None:
+    schedule = config.parallel.pipeline.schedule
+    return problem_of_schedule(schedule, layout.pp, stages_per_rank(config), microbatches)
 
 
 def _refuse(config: Config, world_size: int, reason: str) -> NoReturn:
@@ -171,8 +197,11 @@ def _with_batch(config: Config, layout: Layout) -> str:
     if not _batch_problem(config, layout):
         return str(layout)
     step = layout.data_ranks * config.train.microbatch
-    batch = max(step, round(config.train.global_batch / step) * step)
-    return f"{layout} with train.global_batch={batch}"
+    asked = config.train.global_batch / step
+    enough = math.ceil(asked) + 2 * layout.pp
+    works = (n for n in range(1, enough + 1) if not _microbatches_problem(config, layout, n))
+    nearest = min(works, key=lambda n: abs(n - asked))
+    return f"{layout} with train.global_batch={nearest * step}"
 
 
 def _nearest(config: Config, world_size: int) -> Layout:

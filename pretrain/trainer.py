@@ -19,11 +19,12 @@ from pretrain.config import Config
 from pretrain.data import open_stream
 from pretrain.errors import TrainingError
 from pretrain.layouts import resolve_layout
-from pretrain.loss import IGNORED
 from pretrain.model.init import initialize
+from pretrain.model.kernels.cross_entropy import IGNORED
 from pretrain.model.transformer import Transformer
 from pretrain.objective import Measured, build_objective, tokens_per_step
 from pretrain.optim import build_optimizer, set_learning_rate
+from pretrain.parts import parts_of_rank, pipeline_shape
 from pretrain.run_dir import RunDirectory
 from pretrain.schedule import learning_rate
 
@@ -51,7 +52,8 @@ class Trainer:
     def __init__(self, config: Config, run: RunDirectory, device: torch.device) -> None:
         self.config = config
         self.device = device
-        self.mesh = Mesh.build(device, **asdict(resolve_layout(config, dist.get_world_size())))
+        self.layout = resolve_layout(config, dist.get_world_size())
+        self.mesh = Mesh.build(device, **asdict(self.layout))
         self.tokens_per_step = tokens_per_step(config)
         self.stream = open_stream(config)
         self.parallelised = self._build_model()
@@ -66,10 +68,17 @@ class Trainer:
 
     def _build_model(self) -> Parallelised:
         config = self.config
+        parts = parts_of_rank(config, self.layout, self.mesh.pp.get_local_rank())
         with torch.device("meta"):
-            models = {0: Transformer(config.model)}
-        how = Spread(getattr(torch, config.train.dtype), microbatch=config.train.microbatch)
-        parallelised = apply(models, build_objective(config), self.mesh, how)
+            models = {stage: Transformer(config.model, part) for stage, part in parts.items()}
+        recompute = config.parallel.recompute
+        how = Spread(
+            getattr(torch, config.train.dtype),
+            recompute=(recompute,) if isinstance(recompute, str) else recompute,
+            microbatch=config.train.microbatch,
+            pipeline=pipeline_shape(config, self.layout),
+        )
+        parallelised = apply(models, build_objective(config), self.mesh, how, self.device)
         for stage in parallelised.stages:
             stage.to_empty(device=self.device)
             initialize(stage.model, config.model, config.train.seed, owned_region)

@@ -1,0 +1,48 @@
+"""Which part of the model each stage of the pipeline has."""
+
+import torch
+
+from parallel.pipeline.plan import consecutive, split_layers, stages_of_rank
+from parallel.pipeline.schedule import PipelineShape
+from pretrain.config import Config
+from pretrain.layouts import Layout, stages_per_rank
+from pretrain.model.transformer import Part
+
+
+def parts_of_rank(config: Config, layout: Layout, pp_rank: int) -> dict[int, Part]:
+    """The stages of a place in the pipeline, and their parts of the model."""
+    layers = layers_of_stages(config, layout)
+    mine = stages_of_rank(
+        config.parallel.pipeline.schedule, layout.pp, pp_rank, stages_per_rank(config)
+    )
+    return {
+        stage: Part(layers[stage], embeds=stage == 0, predicts=stage == len(layers) - 1)
+        for stage in (mine if layout.pp > 1 else [0])
+    }
+
+
+def layers_of_stages(config: Config, layout: Layout) -> list[range]:
+    """The layers of each stage of the whole pipeline."""
+    asked = config.parallel.pipeline.layers_per_stage
+    n_layers = config.model.n_layers
+    if layout.pp == 1:
+        return [range(n_layers)]
+    if asked != "balanced":
+        return consecutive(asked)
+    return split_layers([1.0] * n_layers, layout.pp * stages_per_rank(config))
+
+
+def pipeline_shape(config: Config, layout: Layout) -> PipelineShape | None:
+    """What the ranks of a pipeline agree on; None without one."""
+    if layout.pp == 1:
+        return None
+    train, seq_len = config.train, config.data.seq_len
+    return PipelineShape(
+        schedule=config.parallel.pipeline.schedule,
+        n_stages=layout.pp * stages_per_rank(config),
+        n_microbatches=train.global_batch // (layout.data_ranks * train.microbatch),
+        tokens=(train.microbatch, seq_len),
+        hidden=(train.microbatch, seq_len // (layout.cp * layout.tp), config.model.d_model),
+        dtype=getattr(torch, train.dtype),
+        splits_backward=config.parallel.recompute == "none",
+    )
