@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from parallel.comm import Communicator
-from parallel.expert.shard import shard_experts
+from parallel.expert.shard import Dispatcher, shard_experts
 from parallel.fsdp import shard_weights
 from parallel.mesh import Mesh
 from parallel.pipeline.schedule import Pipeline, PipelineShape, SingleStage
@@ -24,12 +24,14 @@ class Spread:
 
     Attributes:
         dtype: of the computation.
+        dispatcher: what carries tokens to the experts of other ranks.
         recompute: which activations a layer computes again, repeated over the layers.
         microbatch: sequences of a microbatch.
         pipeline: what its ranks agree on; None without a pipeline.
     """
 
     dtype: torch.dtype
+    dispatcher: Dispatcher = "all_to_all"
     recompute: Sequence[Recompute] = ("none",)
     microbatch: int = 1
     pipeline: PipelineShape | None = None
@@ -87,7 +89,7 @@ def apply(
 
     # 1. Experts: each rank of `ep` keeps its share, tokens travel by all-to-all.
     if mesh.ep.size() > 1:
-        traffic["ep"] = shard_experts(moe_layers, mesh)
+        traffic["ep"] = shard_experts(moe_layers, mesh, how.dispatcher)
 
     # 2. Recompute: layers forget activations, and compute them again in the backward pass.
     recompute_layers(layers, how.recompute)
@@ -107,7 +109,7 @@ def apply(
 
     replicas = Replicas(
         mesh.tp.get_group() if mesh.tp.size() > 1 else None,
-        [module.get_parameter(name) for module, name in partial],
+        {name: stage.model.get_parameter(name) for stage, name in partial},
         _tied_copy(stages, mesh),
     )
     return Parallelised(stages, runner, _each_weight_once(stages), replicas, traffic)
@@ -115,11 +117,11 @@ def apply(
 
 def _partial_weights(
     stages: Sequence[Stage], experts: Sequence[nn.Module]
-) -> Iterator[tuple[nn.Module, str]]:
+) -> Iterator[tuple[Stage, str]]:
     """Weights of which each rank of `tp` has a copy and a part of the gradient."""
     of_experts = {weight for module in experts for weight in module.parameters()}
     for stage in stages:
-        for name, weight in stage.named_parameters():
+        for name, weight in stage.model.named_parameters():
             if weight not in of_experts and not isinstance(weight, DTensor):
                 yield stage, name
 

@@ -1,6 +1,6 @@
 """Weights that several ranks hold copies of, each with a part of the gradient."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -56,25 +56,34 @@ class Replicas:
     Attributes:
         tp: the ranks that share each layer; None without tensor parallelism.
         whole: weights that they do not share out: each rank has the gradient of its own tokens
-            or heads.
+            or heads; by name.
         tied: the copies of a tied embedding.
     """
 
     tp: dist.ProcessGroup | None = None
-    whole: Sequence[nn.Parameter] = ()
+    whole: Mapping[str, nn.Parameter] = field(default_factory=dict)
     tied: TiedCopy = field(default_factory=lambda: TiedCopy(None, None, None))
 
     @torch.no_grad()
     def sum_gradients(self) -> None:
         """Complete the gradients of all copies: one collective for each group."""
         if self.tp is not None and self.whole:
-            gradients = [_gradient(weight) for weight in self.whole]
+            gradients = [_gradient(weight) for weight in self.whole.values()]
             flat = torch.cat([gradient.flatten() for gradient in gradients])
             dist.all_reduce(flat, group=self.tp)
             sizes = [gradient.numel() for gradient in gradients]
             for gradient, total in zip(gradients, flat.split(sizes), strict=True):
                 gradient.copy_(total.view_as(gradient))
         self.tied.sum_gradients()
+
+    def copies(self) -> Iterator[tuple[str, Tensor, dist.ProcessGroup]]:
+        """Name, local tensor and holders of each weight that has to be equal on several ranks."""
+        if self.tp is not None:
+            for name, weight in self.whole.items():
+                yield name, local_tensor(weight), self.tp
+        tied = self.tied.original if self.tied.original is not None else self.tied.copy
+        if tied is not None and self.tied.ends is not None:
+            yield "embedding.weight", local_tensor(tied), self.tied.ends
 
     def refresh(self) -> None:
         """Bring copies that the optimizer does not update up to date."""

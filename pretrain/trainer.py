@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.stream import Batch
+from parallel.agreement import Copy, check_copies, check_same, replicated
 from parallel.apply import Parallelised, Spread, apply
 from parallel.fsdp import owned_region
 from parallel.gradients import clip_gradients
@@ -50,6 +52,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config, run: RunDirectory, device: torch.device) -> None:
+        check_same("the configuration", config.model_dump(mode="json"))
         self.config = config
         self.device = device
         self.layout = resolve_layout(config, dist.get_world_size())
@@ -65,6 +68,11 @@ class Trainer:
         self.progress = loaded or Progress(0, 0, self.stream.state_dict())
         self.stream.load_state_dict(self.progress.stream)
         self._refresh()
+        check_copies(self._copies())
+
+    def _copies(self) -> Iterator[Copy]:
+        yield from replicated(self.weights.named_parameters())
+        yield from self.parallelised.replicas.copies()
 
     def _build_model(self) -> Parallelised:
         config = self.config
@@ -74,6 +82,7 @@ class Trainer:
         recompute = config.parallel.recompute
         how = Spread(
             getattr(torch, config.train.dtype),
+            dispatcher=config.parallel.dispatcher,
             recompute=(recompute,) if isinstance(recompute, str) else recompute,
             microbatch=config.train.microbatch,
             pipeline=pipeline_shape(config, self.layout),
