@@ -12,6 +12,7 @@ from torch import Tensor
 from data_pipeline.stream import Batch
 from parallel.agreement import Copy, check_copies, check_same, replicated
 from parallel.apply import Parallelised, Spread, apply
+from parallel.expert.deepep import why_unavailable
 from parallel.fsdp import owned_region
 from parallel.gradients import clip_gradients
 from parallel.mesh import Mesh
@@ -19,7 +20,7 @@ from pretrain.balancing import RouterState
 from pretrain.checkpoint.store import CheckpointStore, Progress
 from pretrain.config import Config
 from pretrain.data import open_stream
-from pretrain.errors import TrainingError
+from pretrain.errors import TrainingError, UserError
 from pretrain.layouts import resolve_layout
 from pretrain.model.init import initialize
 from pretrain.model.kernels.cross_entropy import IGNORED
@@ -76,12 +77,15 @@ class Trainer:
 
     def _build_model(self) -> Parallelised:
         config = self.config
+        dtype = getattr(torch, config.train.dtype)
+        if config.parallel.dispatcher == "deepep" and (why := why_unavailable(self.device, dtype)):
+            raise UserError(why)
         parts = parts_of_rank(config, self.layout, self.mesh.pp.get_local_rank())
         with torch.device("meta"):
             models = {stage: Transformer(config.model, part) for stage, part in parts.items()}
         recompute = config.parallel.recompute
         how = Spread(
-            getattr(torch, config.train.dtype),
+            dtype,
             dispatcher=config.parallel.dispatcher,
             recompute=(recompute,) if isinstance(recompute, str) else recompute,
             microbatch=config.train.microbatch,
