@@ -11,12 +11,13 @@ from torch import Tensor
 
 from data_pipeline.stream import Batch
 from parallel.agreement import Copy, check_copies, check_same, replicated
-from parallel.apply import Parallelised, Spread, apply
+from parallel.apply import Parallelised
 from parallel.expert.deepep import why_unavailable
 from parallel.fsdp import owned_region
 from parallel.gradients import clip_gradients
 from parallel.mesh import Mesh
 from pretrain.balancing import RouterState
+from pretrain.build import build_model
 from pretrain.checkpoint.store import CheckpointStore, Progress
 from pretrain.config import Config
 from pretrain.data import open_stream
@@ -24,10 +25,8 @@ from pretrain.errors import TrainingError, UserError
 from pretrain.layouts import resolve_layout
 from pretrain.model.init import initialize
 from pretrain.model.kernels.cross_entropy import IGNORED
-from pretrain.model.transformer import Transformer
-from pretrain.objective import Measured, build_objective, tokens_per_step
+from pretrain.objective import Measured, tokens_per_step
 from pretrain.optim import build_optimizer, set_learning_rate
-from pretrain.parts import parts_of_rank, pipeline_shape
 from pretrain.run_dir import RunDirectory
 from pretrain.schedule import learning_rate
 
@@ -80,18 +79,7 @@ class Trainer:
         dtype = getattr(torch, config.train.dtype)
         if config.parallel.dispatcher == "deepep" and (why := why_unavailable(self.device, dtype)):
             raise UserError(why)
-        parts = parts_of_rank(config, self.layout, self.mesh.pp.get_local_rank())
-        with torch.device("meta"):
-            models = {stage: Transformer(config.model, part) for stage, part in parts.items()}
-        recompute = config.parallel.recompute
-        how = Spread(
-            dtype,
-            dispatcher=config.parallel.dispatcher,
-            recompute=(recompute,) if isinstance(recompute, str) else recompute,
-            microbatch=config.train.microbatch,
-            pipeline=pipeline_shape(config, self.layout),
-        )
-        parallelised = apply(models, build_objective(config), self.mesh, how, self.device)
+        parallelised = build_model(config, self.layout, self.mesh, self.device)
         for stage in parallelised.stages:
             stage.to_empty(device=self.device)
             initialize(stage.model, config.model, config.train.seed, owned_region)

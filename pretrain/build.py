@@ -1,0 +1,31 @@
+"""From a configuration to a model on its ranks."""
+
+import torch
+
+from parallel.apply import Parallelised, Spread, apply
+from parallel.mesh import Mesh
+from pretrain.config import Config
+from pretrain.layouts import Layout
+from pretrain.model.transformer import Transformer
+from pretrain.objective import build_objective
+from pretrain.parts import parts_of_rank, pipeline_shape
+
+
+def build_model(config: Config, layout: Layout, mesh: Mesh, device: torch.device) -> Parallelised:
+    """The stages of this rank, spread over its mesh, on the meta device. Collective.
+
+    Args:
+        device: where the stages will be moved.
+    """
+    parts = parts_of_rank(config, layout, mesh.pp.get_local_rank())
+    with torch.device("meta"):
+        models = {stage: Transformer(config.model, part) for stage, part in parts.items()}
+    recompute = config.parallel.recompute
+    how = Spread(
+        getattr(torch, config.train.dtype),
+        dispatcher=config.parallel.dispatcher,
+        recompute=(recompute,) if isinstance(recompute, str) else recompute,
+        microbatch=config.train.microbatch,
+        pipeline=pipeline_shape(config, layout),
+    )
+    return apply(models, build_objective(config), mesh, how, device)
