@@ -1,7 +1,7 @@
 """How a model is spread over ranks: the one function to read first."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from parallel.comm import Communicator
+from parallel.expert.sequence import split_rows
 from parallel.expert.shard import Dispatcher, shard_experts
 from parallel.fsdp import shard_weights
 from parallel.mesh import Mesh
@@ -16,6 +17,8 @@ from parallel.pipeline.schedule import Pipeline, PipelineShape, SingleStage
 from parallel.recompute import Recompute, recompute_layers
 from parallel.replicas import Replicas, TiedCopy
 from parallel.stage import Objective, Stage
+from parallel.tensor.shard import shard_layers
+from parallel.tensor.vocabulary import ShardedCrossEntropy, shard_vocabulary
 
 
 @dataclass(frozen=True)
@@ -80,21 +83,32 @@ def apply(
         models: the parts of the model that this rank's stages are made of, by stage.
         objective: what they are trained for.
     """
-    stages = [Stage(model, objective, index) for index, model in models.items()]
     layers: dict[str, Any] = {
-        name: layer for stage in stages for name, layer in stage.model.layers.items()
+        name: layer for model in models.values() for name, layer in model.layers.items()
     }
     moe_layers = [layer.moe for layer in layers.values() if layer.moe is not None]
     traffic: dict[str, Communicator] = {}
 
-    # 1. Experts: each rank of `ep` keeps its share, tokens travel by all-to-all.
+    # 1. Tensors: each rank of `tp` keeps its heads, hidden columns and rows of the vocabulary, and
+    #    between blocks its part of the sequence.
+    if mesh.tp.size() > 1:
+        tp = traffic["tp"] = Communicator(mesh.tp.get_group(), "tp")
+        shard_layers(layers.values(), mesh.tp, tp)
+        for model in models.values():
+            shard_vocabulary(model, mesh.tp, tp)
+        split_rows(moe_layers, tp)
+        cross_entropy = ShardedCrossEntropy(objective.cross_entropy, tp)
+        objective = replace(objective, cross_entropy=cross_entropy)
+
+    # 2. Experts: each rank of `ep` keeps its share, tokens travel by all-to-all.
     if mesh.ep.size() > 1:
         traffic["ep"] = shard_experts(moe_layers, mesh, how.dispatcher)
 
-    # 2. Recompute: layers forget activations, and compute them again in the backward pass.
+    # 3. Recompute: layers forget activations, and compute them again in the backward pass.
     recompute_layers(layers, how.recompute)
 
-    # 3. Weights that the steps before have left whole get their gradient in parts.
+    stages = [Stage(model, objective, index) for index, model in models.items()]
+    # Weights that the steps before have left whole get their gradient in parts.
     experts = [moe.experts for moe in moe_layers] if mesh.ep.size() * mesh.tp.size() > 1 else []
     partial = list(_partial_weights(stages, experts))
 

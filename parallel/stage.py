@@ -15,12 +15,13 @@ class Objective:
     """What a model is trained for, as functions of its parts' outputs.
 
     Attributes:
-        cross_entropy: `(hidden [b, T, d], weight [V, d], labels [b, T]) -> sum` over the tokens.
+        cross_entropy: `(hidden [b, T, d], weight [V, d], labels [b, T]) -> sum` over the tokens;
+            `shard` tells which rows of the vocabulary `weight` has.
         auxiliary_loss: a part's output -> what its layers add to the loss of a global batch.
         measure: a part's output -> float64 vector of what its layers measured.
     """
 
-    cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor]
+    cross_entropy: Callable[..., Tensor]
     auxiliary_loss: Callable[[Any], Tensor]
     measure: Callable[[Any], Tensor]
 

@@ -1,6 +1,7 @@
 """What a step of training minimises and measures."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -38,12 +39,10 @@ def build_objective(config: Config) -> Objective:
     model = config.model
     tokens = tokens_per_step(config)
 
-    def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        return chunked_cross_entropy(hidden, weight, labels, config.train.loss_chunk)
-
     def of_routers(out: TransformerOutput) -> Tensor:
         return auxiliary_loss(out.balance, out.z, tokens, model.n_layers, model.moe)
 
+    cross_entropy = partial(chunked_cross_entropy, chunk=config.train.loss_chunk)
     return Objective(cross_entropy, of_routers, measure_routers)
 
 

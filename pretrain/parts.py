@@ -6,6 +6,7 @@ from parallel.pipeline.plan import consecutive, split_layers, stages_of_rank
 from parallel.pipeline.schedule import PipelineShape
 from pretrain.config import Config
 from pretrain.layouts import Layout, stages_per_rank
+from pretrain.metrics.flops import forward_costs
 from pretrain.model.transformer import Part
 
 
@@ -29,7 +30,9 @@ def layers_of_stages(config: Config, layout: Layout) -> list[range]:
         return [range(n_layers)]
     if asked != "balanced":
         return consecutive(asked)
-    return split_layers([1.0] * n_layers, layout.pp * stages_per_rank(config))
+    costs = forward_costs(config.model, config.data.seq_len)
+    n_stages = layout.pp * stages_per_rank(config)
+    return split_layers(costs.layers, n_stages, costs.embedding, costs.head)
 
 
 def pipeline_shape(config: Config, layout: Layout) -> PipelineShape | None:
