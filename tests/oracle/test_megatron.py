@@ -16,7 +16,8 @@ THEIRS = Path(__file__).with_name("megatron_cases.py")
 # What both can express: all layers softmax, no output gate, no shared expert, plain norms.
 COMMON = (
     "model.layer_pattern=[softmax],model.zero_centered_norm=false,model.vocab_size=1024,"
-    "model.d_model=64,model.d_ff=96,model.attention.head_dim=16,model.attention.rope_fraction=1.0,"
+    "model.d_model=64,model.d_ff=96,model.attention.n_heads=8,model.attention.n_kv_heads=4,"
+    "model.attention.head_dim=16,model.attention.rope_fraction=1.0,"
     "model.attention.output_gate=false,model.moe.d_shared_expert=0,model.moe.aux_loss=0,"
     "data.seq_len=64"
 )
