@@ -83,6 +83,7 @@ def export_model(directory: Path, to: str, out: Path) -> None:
     if to != "hf":
         raise UserError(f"--to {to} is not a format; allowed: hf")
     from data_pipeline.stream import load_tokenizer
+    from pretrain.balancing import RouterState
     from pretrain.checkpoint.hf import export
     from pretrain.checkpoint.trained import load_trained
 
@@ -96,5 +97,6 @@ def export_model(directory: Path, to: str, out: Path) -> None:
         out,
         eos_id=eos_id,
         max_positions=config.data.seq_len,
+        selection_bias=RouterState.selection_bias_of(dict(model.layers)),
     )
     print(f"exported to {out}")

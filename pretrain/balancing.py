@@ -20,7 +20,7 @@ class RouterState:
     """
 
     def __init__(self, n_layers: int, moe: MoEConfig) -> None:
-        shape = (n_layers, moe.n_experts)
+        shape = (n_layers if moe.n_experts else 0, moe.n_experts)
         self.frequencies = torch.full(shape, 1 / max(moe.n_experts, 1))
         self.selection_bias = torch.zeros(shape)
         self.bias_rate = moe.bias_rate if moe.balance == "bias" else 0.0
@@ -45,6 +45,12 @@ class RouterState:
             if layer.moe is not None:
                 layer.moe.frequencies.copy_(self.frequencies[int(number)])
                 layer.moe.selection_bias.copy_(self.selection_bias[int(number)])
+
+    @staticmethod
+    def selection_bias_of(layers: Mapping[str, Any]) -> Tensor | None:
+        """What `copy_to` put there: [L, E]; None for dense layers."""
+        biases = [layer.moe.selection_bias for layer in layers.values() if layer.moe is not None]
+        return torch.stack(biases) if biases else None
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors themselves: loading into them in place restores this state."""

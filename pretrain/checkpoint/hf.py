@@ -48,6 +48,7 @@ def export(
     *,
     eos_id: int,
     max_positions: int,
+    selection_bias: Tensor | None = None,
 ) -> None:
     """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load.
 
@@ -58,12 +59,15 @@ def export(
         out: the folder, made if need be.
         eos_id: the token that ends a document.
         max_positions: the longest context the model was trained on.
+        selection_bias: of its routers, where model.moe.balance is "bias".
 
     Raises:
         UserError: no family of transformers has this model, or the tokenizer is not the model's.
     """
     from huggingface_hub import save_torch_state_dict
 
+    if config.moe.balance == "bias":
+        _refuse_selection_bias(selection_bias)
     hf_config = config_to_hf(config)
     eos_token = _eos_token(tokenizer, config.vocab_size, eos_id)
     dtype = str(state["embedding.weight"].dtype).removeprefix("torch.")
@@ -240,6 +244,16 @@ def _family(config: ModelConfig) -> str:
             f"the nearest, {_ARCHITECTURES[nearest]}, needs {' and '.join(unmet[nearest])}"
         )
     return nearest
+
+
+def _refuse_selection_bias(bias: Tensor | None) -> None:
+    if bias is None or bias.any():
+        size = "unknown" if bias is None else f"up to {bias.abs().max().item():.3g}"
+        raise UserError(
+            "the routers choose experts by a selection bias (model.moe.balance = bias; its size is "
+            f"{size}), and no family of transformers has one: the exported model would choose "
+            "others. A model trained with model.moe.balance=batch or sequence exports exactly"
+        )
 
 
 def _unmet_needs(config: ModelConfig, family: str) -> list[str]:

@@ -4,9 +4,9 @@ import sys
 import warnings
 from pathlib import Path
 
-import torch
 import torch.distributed.checkpoint as dcp
 
+from pretrain.balancing import RouterState
 from pretrain.checkpoint.store import checkpoint_path, newest_whole, saved_steps
 from pretrain.config import Config, read_run_config
 from pretrain.errors import UserError
@@ -33,8 +33,14 @@ def load_trained(run: RunDirectory) -> tuple[Config, Transformer]:
     return config, model.eval()
 
 
-def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
-    """Fill a plain model with the weights of a checkpoint, whatever layout wrote it."""
+def load_weights(model: Transformer, checkpoint: Path) -> None:
+    """Fill a plain model with the weights of a checkpoint, whatever layout wrote it.
+
+    Its routers choose as those that were trained.
+    """
+    routers = RouterState(model.config.n_layers, model.config.moe)
+    tensors = {"model": model.state_dict(), "routers": routers.state_dict()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load({"model": model.state_dict()}, checkpoint_id=checkpoint, no_dist=True)
+        dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
+    routers.copy_to(dict(model.layers))

@@ -214,6 +214,28 @@ def test_tokenizer_that_is_not_the_models_is_refused(tokenizer: Path, tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_selection_bias_is_refused_unless_it_is_zero(tokenizer: Path, tmp_path: Path) -> None:
+    config = changed(NEXT, "moe", balance="bias")
+    state = Transformer(config).state_dict()
+    bias = torch.zeros(5, 4)
+    hf.export(
+        config, state, tokenizer, tmp_path / "a", eos_id=1, max_positions=64, selection_bias=bias
+    )
+    bias[3, 2] = -0.25
+    for given, size in ((bias, r"up to 0\.25"), (None, "unknown")):
+        with pytest.raises(UserError, match=rf"{size}.*model\.moe\.balance=batch"):
+            hf.export(
+                config,
+                state,
+                tokenizer,
+                tmp_path / "b",
+                eos_id=1,
+                max_positions=64,
+                selection_bias=given,
+            )
+    assert not (tmp_path / "b").exists()
+
+
 def test_damaged_or_incomplete_folders_name_the_problem(exported: Path) -> None:
     weights = exported / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])

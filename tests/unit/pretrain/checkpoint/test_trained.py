@@ -1,0 +1,37 @@
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from pretrain.balancing import RouterState
+from pretrain.checkpoint.trained import load_weights
+from pretrain.model.config import AttentionConfig, ModelConfig, MoEConfig
+from pretrain.model.init import initialize
+from pretrain.model.transformer import Transformer
+
+
+def test_a_loaded_model_chooses_experts_by_the_selection_bias_it_was_trained_to(
+    tmp_path: Path,
+) -> None:
+    config = ModelConfig(
+        vocab_size=50,
+        d_model=16,
+        n_layers=2,
+        layer_pattern=("softmax",),
+        attention=AttentionConfig(2, 1, 8),
+        moe=MoEConfig(4, 1, 8, 8, balance="bias", bias_rate=2.0),
+    )
+    trained = Transformer(config)
+    initialize(trained, config, seed=0)
+    routers = RouterState(2, config.moe)
+    routers.update(torch.tensor([[4, 4, 4, 0], [0, 4, 4, 4]]))
+    dcp.save(
+        {"model": trained.state_dict(), "routers": routers.state_dict()}, checkpoint_id=tmp_path
+    )
+
+    loaded = Transformer(config)
+    load_weights(loaded, tmp_path)
+    counts = loaded(torch.randint(50, (2, 9))).expert_counts
+    assert counts.tolist() == [[0, 0, 0, 18], [18, 0, 0, 0]]
+    bias = RouterState.selection_bias_of(loaded.layers)
+    assert torch.equal(bias, routers.selection_bias)
