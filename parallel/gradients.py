@@ -60,8 +60,9 @@ def _axes(gradient: Tensor) -> tuple[object, ...]:
 def _sharding_groups(gradient: Tensor) -> list[dist.ProcessGroup]:
     if not isinstance(gradient, DTensor):
         return []
+    # A dimension that two axes share out has a placement that does not call itself a shard.
     return [
         gradient.device_mesh.get_group(axis)
         for axis, placement in enumerate(gradient.placements)
-        if placement.is_shard()
+        if not placement.is_replicate()
     ]
