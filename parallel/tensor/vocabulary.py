@@ -46,7 +46,8 @@ class ShardedCrossEntropy:
     """Takes the place of `objective.cross_entropy`, from parts of the sequence and the vocabulary.
 
     Args:
-        cross_entropy: `(hidden [B, T, d], weight [V / ranks, d], labels [B, T], *, shard)` -> scalar.
+        cross_entropy: `(hidden [B, T, d], weight [V / ranks, d], labels [B, T], *, shard) -> sum`
+            over the tokens.
     """
 
     def __init__(self, cross_entropy: Callable[..., Tensor], comm: Communicator) -> None:
