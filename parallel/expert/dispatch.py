@@ -83,7 +83,7 @@ class AllToAllDispatch:
         leaving = torch.stack([goes_rn.sum(1), chosen_rnk.sum((1, 2))], dim=1)
         one_each = [1] * self.comm.size
         coming = self.comm.exchange(leaving, one_each, one_each)
-        (sent, _), (received, received_slots) = torch.stack([leaving, coming]).mT.tolist()
+        sent, received, received_slots = self.counts_on_host(leaving, coming)
 
         n_rows = sum(sent)
         rank, token = goes_rn.nonzero_static(size=n_rows).unbind(1)
@@ -103,6 +103,17 @@ class AllToAllDispatch:
             received,
             sum(received_slots),
         )
+
+    def counts_on_host(
+        self, leaving: Tensor, coming: Tensor
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Rows that go to each rank, rows that come from it, and choices that come with them.
+
+        Args:
+            leaving, coming: [ranks, 2], rows and choices.
+        """
+        (sent, _), (received, received_slots) = torch.stack([leaving, coming]).mT.tolist()
+        return sent, received, received_slots
 
 
 def on_local_experts(compute: Any) -> Any:
