@@ -1,6 +1,13 @@
 """The oracles run on the CPU, also where there is a GPU."""
 
-import os
+from collections.abc import Iterator
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.environ["DS_ACCELERATOR"] = "cpu"
+import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _on_cpu() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        yield

@@ -23,7 +23,8 @@ COMMON = (
 )
 DENSE = "model.moe.n_experts=0"
 TIED = f"{DENSE},model.tie_embeddings=true"
-# Tensor parallelism is with sequence parallelism on both sides.
+# Tensor parallelism is with sequence parallelism on both sides. Experts are never split by tp:
+# without ep, megatron-core 0.16.1 then leaves each rank of tp its own part of their gradient.
 LAYOUTS = {
     "tp2": f"{DENSE},parallel.tp=2",
     "tp2-tied": f"{TIED},parallel.tp=2",
