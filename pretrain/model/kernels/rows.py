@@ -11,7 +11,7 @@ class Copies(NamedTuple):
 
     Attributes:
         token: [S] int64, the token that each row is a copy of.
-        rows: [M, k] int64, the rows of each token; any number from S on stands for none.
+        rows: [M, k] int64, the rows of each token; S stands for none.
     """
 
     token: Tensor
@@ -55,11 +55,20 @@ class _SumRows(torch.autograd.Function):
 
 def _sum(rows: Tensor, copies: Copies) -> Tensor:
     """The same bits every time: `index_add_` is sequential on a CPU, but atomic on a GPU."""
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    n_tokens = len(copies.rows)
     if rows.device.type == "cpu":
-        out = rows.new_zeros(n_tokens, rows.shape[1], dtype=dtype)
-        return out.index_add_(0, copies.token, rows.to(dtype)).to(rows.dtype)
+        return add_to_tokens(rows, copies)
+    return gather_by_token(rows, copies)
+
+
+def add_to_tokens(rows: Tensor, copies: Copies) -> Tensor:
+    """`sum_rows`, one row after the other."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    out = rows.new_zeros(len(copies.rows), rows.shape[1], dtype=dtype)
+    return out.index_add_(0, copies.token, rows.to(dtype)).to(rows.dtype)
+
+
+def gather_by_token(rows: Tensor, copies: Copies) -> Tensor:
+    """`sum_rows`, all tokens at once."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
     with_none = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-    by_token = with_none[copies.rows.clamp_max(len(rows))]
-    return by_token.sum(1, dtype=dtype).to(rows.dtype)
+    return with_none[copies.rows].sum(1, dtype=dtype).to(rows.dtype)

@@ -38,7 +38,7 @@ def test_each_layer_gets_its_own_row_by_its_number_in_the_whole_model() -> None:
 
 def test_a_dense_model_has_no_state_and_no_auxiliary_loss() -> None:
     dense = MoEConfig(n_experts=0)
-    state = RouterState(0, dense)
+    state = RouterState(2, dense)
     state.update(torch.zeros(0, 0))
     layer = nn.Module()
     layer.moe = None

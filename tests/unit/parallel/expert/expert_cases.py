@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from parallel.comm import Communicator
+from parallel.expert.dispatch import AllToAllDispatch
 from parallel.expert.sequence import split_rows
 from parallel.expert.shard import shard_experts
 from parallel.mesh import Mesh, join_ranks
@@ -109,6 +110,21 @@ CASES: dict[str, tuple[dict[str, Any], Split]] = {
 }
 
 
+def check_route(comm: Communicator) -> None:
+    """Each token leaves once for each rank it goes to, and its rows find it again."""
+    torch.manual_seed(0)
+    indices = torch.randint(-1, N_EXPERTS, (20, 5))
+    route = AllToAllDispatch(comm, N_EXPERTS).route(indices)
+    ranks = torch.where(indices < 0, -1, indices // (N_EXPERTS // comm.size))
+    wanted = [sorted({int(rank) for rank in row if rank >= 0}) for row in ranks]
+    assert route.sent == [sum(rank in row for row in wanted) for rank in range(comm.size)]
+    for token, row in enumerate(wanted):
+        (leaving,) = (route.copies.token == token).nonzero(as_tuple=True)
+        returning = route.copies.rows[token]
+        assert len(leaving) == len(row)
+        assert torch.equal(returning[returning < len(route.copies.token)], leaving)
+
+
 def main() -> None:
     device = join_ranks(timedelta(seconds=60))
     mesh = Mesh.build(device, dp_shard=dist.get_world_size(), ep=dist.get_world_size())
@@ -134,6 +150,7 @@ def main() -> None:
         recompute_layers({"0": spread}, [recompute])
         compare(name, moe, spread, split, tolerance)
 
+    check_route(comm)
     for name, (settings, split) in CASES.items():
         compare_case(name, settings, split)
     modes: list[Recompute] = ["selective", "full"]
