@@ -27,6 +27,8 @@ POLL_S = 0.1
 GRACE_S = 120.0
 # How long the ranks that fail together take to be seen.
 SETTLE_S = 1.0
+# How long the others take to find out who was killed, and in which collective (parallel.lost_rank).
+DIAGNOSIS_S = 15.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 Rank = subprocess.Popen[bytes]
@@ -51,7 +53,7 @@ def run_ranks(run: RunDirectory, nproc: int) -> int:
         with _Screen(logs[0]) as screen:
             failed = _wait(ranks, screen)
             _end(ranks, screen)
-    return 0 if failed is None else _explain(failed, ranks[failed].returncode, logs[failed])
+    return 0 if failed is None else _explain(failed, ranks, logs)
 
 
 def rank_pids(run: RunDirectory) -> list[int]:
@@ -167,10 +169,22 @@ def _wait(ranks: list[Rank], screen: _Screen) -> int | None:
         codes = [rank.poll() for rank in ranks]
         screen.refresh()
         if any(codes):
-            time.sleep(SETTLE_S)
-            return _to_blame([rank.poll() for rank in ranks])
+            return _to_blame(_settle(ranks))
         if all(code == 0 for code in codes):
             return None
+        time.sleep(POLL_S)
+
+
+def _settle(ranks: list[Rank]) -> list[int | None]:
+    """The exit codes, once the ranks that fail together have done so."""
+    began = time.monotonic()
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        is_diagnosed = LOST_RANK in codes or not any(code and code < 0 for code in codes)
+        if None not in codes or time.monotonic() - began > (
+            SETTLE_S if is_diagnosed else DIAGNOSIS_S
+        ):
+            return codes
         time.sleep(POLL_S)
 
 
@@ -180,6 +194,9 @@ def _to_blame(codes: list[int | None]) -> int:
     def rank_order(rank: int) -> int:
         code = codes[rank]
         if not code or code == LOST_RANK:
+            return 4
+        # NCCL's watchdog aborts a rank that misses another.
+        if code == -signal.SIGABRT:
             return 3
         return 0 if code < 0 else 2 if code == STOPPED_ON_REQUEST else 1
 
@@ -198,12 +215,25 @@ def _end(ranks: list[Rank], screen: _Screen) -> None:
         rank.wait()
 
 
-def _explain(rank: int, code: int, log: Path) -> int:
+def _explain(failed: int, ranks: list[Rank], logs: list[Path]) -> int:
+    """Say which rank failed and why; returns the exit code of the run."""
+    code = ranks[failed].returncode
     if code == STOPPED_ON_REQUEST:
         print("stopped on request; everything is saved, the same command goes on from here")
         return code
-    how = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
-    print(f"rank {rank} {how}; its log: {log}", file=sys.stderr)
-    if rank != 0:
-        sys.stderr.write("".join(log.read_text(errors="replace").splitlines(True)[-20:]))
+    if code == LOST_RANK:
+        print(f"the job lost a rank; the logs: {logs[failed].parent}", file=sys.stderr)
+    else:
+        how = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
+        print(f"rank {failed} {how}; its log: {logs[failed]}", file=sys.stderr)
+    survivors = [rank for rank, process in enumerate(ranks) if process.returncode == LOST_RANK]
+    # The log of rank 0 has been shown.
+    if failed != 0 and code != LOST_RANK:
+        sys.stderr.write("".join(_tail(logs[failed], 20)))
+    if survivors and 0 not in survivors:
+        sys.stderr.write("".join(_tail(logs[survivors[0]], 1)))
     return 1 if code < 0 or code == LOST_RANK else code
+
+
+def _tail(log: Path, lines: int) -> list[str]:
+    return log.read_text(errors="replace").splitlines(True)[-lines:]

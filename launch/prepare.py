@@ -22,6 +22,7 @@ MAY_CHANGE = (
     "train.microbatch",
     "train.log_every",
     "train.loss_chunk",
+    "train.collective_timeout_s",
     "parallel.",
     "checkpoint.",
     "wandb.",

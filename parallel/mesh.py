@@ -121,3 +121,12 @@ def _pipeline_ends(tokens: DeviceMesh) -> dist.ProcessGroup | None:
     ends = [[first, last] for first, last in zip(*pipelines[[0, -1]].tolist(), strict=True)]
     group, _ = dist.new_subgroups_by_enumeration(ends)
     return group
+
+
+def limit_collectives(timeout: timedelta) -> None:
+    """Let a collective of any group of this rank that waits longer than `timeout` fail.
+
+    Groups do not inherit the timeout that the ranks have joined with.
+    """
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timeout, group)

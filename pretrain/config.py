@@ -70,6 +70,9 @@ class TrainConfig(Section):
     loss_chunk: Positive = Field(
         2048, description="Tokens whose logits exist at a time in the cross-entropy."
     )
+    collective_timeout_s: Positive = Field(
+        600, description="How long a rank waits for the others before the attempt is given up."
+    )
 
 
 class OptimConfig(Section):

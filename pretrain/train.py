@@ -1,9 +1,8 @@
 """The training loop. Every rank runs `python -m pretrain.train RUN_DIR`."""
 
-import re
+import os
 import sys
 import time
-import traceback
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from parallel.mesh import join_ranks
+from parallel.lost_rank import LostRankError, RankMonitor
+from parallel.mesh import join_ranks, limit_collectives
 from pretrain.checkpoint.store import Progress
 from pretrain.config import Config, read_run_config
 from pretrain.errors import LOST_RANK, STOPPED_ON_REQUEST, UserError
@@ -21,22 +21,22 @@ from pretrain.run_dir import RunDirectory
 from pretrain.signals import StopRequest
 from pretrain.trainer import StepResult, Trainer
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-
 
 def train(config: Config, run: RunDirectory) -> int:
     """Train to `train.steps`, from the newest checkpoint if there is one. Returns an exit code."""
     stop = StopRequest()
-    device = join_ranks(COLLECTIVE_TIMEOUT)
-    with run.exclusive() if dist.get_rank() == 0 else nullcontext():
+    timeout = timedelta(seconds=config.train.collective_timeout_s)
+    device = join_ranks(timeout)
+    with RankMonitor() as monitor, run.exclusive() if dist.get_rank() == 0 else nullcontext():
         trainer = Trainer(config, run, device)
+        limit_collectives(timeout)
         if trainer.progress.step > config.train.steps:
             raise UserError(
                 f"train.steps = {config.train.steps}, but {run.root} is at step "
                 f"{trainer.progress.step} already: it can only be raised"
             )
         metrics = open_metrics(config, run, trainer.progress) if dist.get_rank() == 0 else None
-        run_steps(trainer, stop, metrics)
+        run_steps(trainer, stop, metrics, monitor)
         if metrics:
             metrics.close()
         is_done = trainer.progress.step == config.train.steps
@@ -47,11 +47,14 @@ def train(config: Config, run: RunDirectory) -> int:
     return 0 if is_done else STOPPED_ON_REQUEST
 
 
-def run_steps(trainer: Trainer, stop: StopRequest, metrics: MetricsWriter | None) -> None:
+def run_steps(
+    trainer: Trainer, stop: StopRequest, metrics: MetricsWriter | None, monitor: RankMonitor
+) -> None:
     """Train until the last step or a request to stop, and leave a checkpoint of the end."""
     config, progress = trainer.config, trainer.progress
     stopping = False
     while progress.step < config.train.steps and not stopping:
+        monitor.step = progress.step + 1
         lr, began = trainer.lr(), time.perf_counter()
         result = trainer.step(stop.requested)
         seconds = time.perf_counter() - began
@@ -94,28 +97,21 @@ def main() -> int:
     run = RunDirectory(Path(sys.argv[1]))
     try:
         return train(read_run_config(run), run)
+    except LostRankError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        # The threads of a group that lost a rank may abort a process that cleans up.
+        os._exit(LOST_RANK)
     except Exception as error:
         if (code := getattr(error, "exit_code", None)) is not None:
             print(f"error: {error}", file=sys.stderr)
             return int(code)
-        if lost := describe_lost_rank(error):
-            print(f"error: {lost}", file=sys.stderr)
+        if isinstance(error, dist.DistError):
+            print(f"error: the ranks did not come together: {error}", file=sys.stderr)
             return LOST_RANK
         raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def describe_lost_rank(error: Exception) -> str | None:
-    """What to tell of an error that means another rank is gone; None for any other error."""
-    reason = str(error).splitlines()[0] if str(error) else ""
-    if not isinstance(error, dist.DistError) and not re.search(
-        r"Connection (closed|reset)|Broken pipe|Timed out waiting", reason
-    ):
-        return None
-    collective = traceback.extract_tb(error.__traceback__)[-1].name
-    return f"another rank is gone, noticed in {collective}: {reason}"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Arguments: the shards, the folder for results, the layouts as `name:key=value,ke
 
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from torch.distributed.tensor import DTensor
 from parallel.mesh import join_ranks
 from pretrain.config import load_config
 from pretrain.run_dir import RunDirectory
-from pretrain.train import COLLECTIVE_TIMEOUT
 from pretrain.trainer import Trainer
 
 STEPS = 6
@@ -60,7 +60,7 @@ def run_case(shards: Path, overrides: list[str], device: torch.device) -> dict[s
 
 def main() -> None:
     shards, results = Path(sys.argv[1]), Path(sys.argv[2])
-    device = join_ranks(COLLECTIVE_TIMEOUT)
+    device = join_ranks(timedelta(minutes=10))
     for case in sys.argv[3:]:
         name, _, overrides = case.partition(":")
         result = run_case(shards, overrides.split(","), device)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -47,9 +48,9 @@ class Run:
         assert process.returncode == code, output
         return output
 
-    def start_and_reach(self, step: int) -> subprocess.Popen[str]:
+    def start_and_reach(self, step: int, *overrides: str) -> subprocess.Popen[str]:
         """Start, and return once `step` is logged (0: once the ranks are there)."""
-        process = self.start()
+        process = self.start(*overrides)
         while not self.has_reached(step):
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.02)
@@ -94,16 +95,27 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def test_killed_at_three_steps_it_resumes_bitwise(
+def test_with_a_rank_killed_or_hanging_it_names_the_rank_and_resumes_bitwise(
     shards: Path, tmp_path: Path, uninterrupted: Run
 ) -> None:
     run = Run(shards, tmp_path / "run")
-    for step, rank in ((2, 1), (6, 0), (9, 1)):
-        process = run.start_and_reach(step)
-        os.kill(rank_pids(run.run_dir)[rank], signal.SIGKILL)
+    how = {signal.SIGKILL: "is dead", signal.SIGSTOP: "does not answer"}
+    for step, rank, number in (
+        (2, 1, signal.SIGKILL),
+        (6, 0, signal.SIGKILL),
+        (9, 1, signal.SIGSTOP),
+    ):
+        process = run.start_and_reach(step, "train.collective_timeout_s=10")
+        pid = rank_pids(run.run_dir)[rank]
+        os.kill(pid, number)
         code, output = outcome(process)
         assert code == 1, output
-        assert f"rank {rank} was killed by signal 9" in output
+        if number == signal.SIGKILL:
+            assert f"rank {rank} was killed by signal 9" in output
+        survivor = rf"noticed by rank {1 - rank} in \w+ (in backward )?.* at step \d+"
+        assert re.search(
+            rf"error: rank {rank} \(process {pid} on \S+\) {how[number]}.*; {survivor}", output
+        ), output
         assert not (run.directory / "done.json").exists()
     run.finish()
     assert run.curve() == uninterrupted.curve()
