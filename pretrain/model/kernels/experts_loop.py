@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pretrain.model.kernels.needed import as_inner_nodes, is_needed
 from pretrain.model.kernels.slots import Slots
 
 
@@ -16,8 +17,9 @@ def looped_mixture(
 ) -> Tensor:
     """See `experts.swiglu_mixture`. Sums over experts are in fp32 or wider."""
     weights = expert_weights.flatten()[slots.order].to(x.dtype).unsqueeze(-1)
+    x, weights, gate_up, down = as_inner_nodes(x, weights, gate_up, down)
     mixture: Tensor = _LoopedMixture.apply(
-        x, weights, slots.copies.token, slots.counts, gate_up, down
+        x, weights, gate_up, down, slots.copies.token, slots.counts
     )
     return mixture
 
@@ -30,10 +32,10 @@ class _LoopedMixture(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weights: Tensor,
-        token: Tensor,
-        counts: Tensor,
         gate_up: Tensor,
         down: Tensor,
+        token: Tensor,
+        counts: Tensor,
     ) -> Tensor:
         out, projected = _mix(x, weights, token, counts, gate_up, down)
         ctx.save_for_backward(x, weights, token, counts, projected, gate_up, down)
@@ -42,8 +44,11 @@ class _LoopedMixture(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        d_x, d_weights, d_gate_up, d_down = _mix_backward(d_out, *ctx.saved_tensors)
-        return d_x, d_weights, None, None, d_gate_up, d_down
+        of_inputs = is_needed(ctx, 0) or is_needed(ctx, 1)
+        of_experts = is_needed(ctx, 2) or is_needed(ctx, 3)
+        gradients = _mix_backward(d_out, *ctx.saved_tensors, of_inputs, of_experts)
+        needed = (of_inputs, of_inputs, of_experts, of_experts)
+        return *(g if n else None for g, n in zip(gradients, needed, strict=True)), None, None
 
 
 @torch.library.custom_op("farspan::looped_mixture", mutates_args=())
@@ -81,32 +86,52 @@ def _mix_backward(
     projected: Tensor,
     gate_up: Tensor,
     down: Tensor,
+    of_inputs: bool,
+    of_experts: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, weights, gate_up and down."""
-    d_x = torch.zeros_like(x, dtype=_sum_dtype(x))
-    d_weights, d_gate_up, d_down = map(torch.zeros_like, (weights, gate_up, down))
+    """The gradients of x and weights, of gate_up and down; nothing for a pair not asked for."""
+    d_x = _zeros_if(of_inputs, x, _sum_dtype(x))
+    d_weights = _zeros_if(of_inputs, weights)
+    d_gate_up, d_down = _zeros_if(of_experts, gate_up), _zeros_if(of_experts, down)
     for e, rows in _experts(counts):
         gate, up = projected[rows].chunk(2, dim=-1)
         activated = F.silu(gate)
         hidden = activated * up
         d_y = d_out[token[rows]]
         d_hidden = d_y @ down[e]
-        d_weights[rows] = torch.linalg.vecdot(d_hidden, hidden).unsqueeze(-1)
-        torch.mm(d_y.T, hidden.mul_(weights[rows]), out=d_down[e])
+        if of_inputs:
+            d_weights[rows] = torch.linalg.vecdot(d_hidden, hidden).unsqueeze(-1)
+        if of_experts:
+            torch.mm(d_y.T, hidden.mul_(weights[rows]), out=d_down[e])
 
         d_hidden.mul_(weights[rows])
         d_projected = torch.empty_like(projected[rows])
         d_gate, d_up = d_projected.chunk(2, dim=-1)
         torch.mul(d_hidden, activated, out=d_up)
         d_gate.copy_(torch.ops.aten.silu_backward(d_hidden.mul_(up), gate))
-        torch.mm(d_projected.T, x[token[rows]], out=d_gate_up[e])
-        d_x.index_add_(0, token[rows], (d_projected @ gate_up[e]).to(d_x.dtype))
+        if of_experts:
+            torch.mm(d_projected.T, x[token[rows]], out=d_gate_up[e])
+        if of_inputs:
+            d_x.index_add_(0, token[rows], (d_projected @ gate_up[e]).to(d_x.dtype))
     return d_x.to(x.dtype), d_weights, d_gate_up, d_down
 
 
 @_mix_backward.register_fake
-def _(d_out: Tensor, x: Tensor, weights: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    return tuple(map(torch.empty_like, (x, weights, *others[-2:])))
+def _(
+    d_out: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    token: Tensor,
+    counts: Tensor,
+    projected: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    of_inputs: bool,
+    of_experts: bool,
+) -> tuple[Tensor, ...]:
+    needed = (of_inputs, of_inputs, of_experts, of_experts)
+    tensors = (x, weights, gate_up, down)
+    return tuple(_zeros_if(n, like) for n, like in zip(needed, tensors, strict=True))
 
 
 def _experts(counts: Tensor) -> Iterator[tuple[int, slice]]:
@@ -116,6 +141,10 @@ def _experts(counts: Tensor) -> Iterator[tuple[int, slice]]:
         if size:
             yield expert, slice(start, start + size)
         start += size
+
+
+def _zeros_if(needed: bool, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.zeros_like(like, dtype=dtype) if needed else like.new_empty(0)
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from pretrain.model.kernels.documents import Documents
+from pretrain.model.kernels.needed import as_inner_nodes, is_needed
 
 BLOCK_TOKENS = 128
 
@@ -38,7 +39,7 @@ def short_convolution(x: Tensor, weight: Tensor, documents: Documents | None = N
             f"belong to x {tuple(x.shape)}"
         )
     position = documents.position if documents is not None and documents.is_packed else None
-    return _ShortConvolution.apply(x, weight, position)
+    return _ShortConvolution.apply(*as_inner_nodes(x, weight), position)
 
 
 class _ShortConvolution(torch.autograd.Function):
@@ -59,25 +60,39 @@ class _ShortConvolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, position = ctx.saved_tensors
-        taps = _taps(weight, x)
-        past = len(taps) - 1
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        d_taps = torch.zeros_like(taps)
-        for start, stop in _blocks(x.shape[1]):
-            n = stop - start
-            x_block = _window(x, start - past, stop)
-            dy_block = _window(dy, start, stop + past)
-            dx_block = dy_block[:, :n] * taps[0]
-            d_taps[0] += (dy_block[:, :n] * x_block[:, past:]).sum((0, 1))
-            for lag in range(1, past + 1):
-                x_lagged = _visible(x_block[:, past - lag : -lag], position, start, lag)
-                d_taps[lag] += (dy_block[:, :n] * x_lagged).sum((0, 1))
-                dy_ahead = _visible(dy_block[:, lag : lag + n], position, start + lag, lag)
-                dx_block.addcmul_(dy_ahead, taps[lag])
-            dx[:, start:stop] = dx_block
-        return dx, d_taps.flip(0).T.to(weight.dtype), None
+        dx = _gradient_of_x(dy, x, weight, position) if is_needed(ctx, 0) else None
+        d_weight = _gradient_of_weight(dy, x, weight, position) if is_needed(ctx, 1) else None
+        return dx, d_weight, None
+
+
+def _gradient_of_x(dy: Tensor, x: Tensor, weight: Tensor, position: Tensor | None) -> Tensor:
+    taps = _taps(weight, x)
+    past = len(taps) - 1
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for start, stop in _blocks(x.shape[1]):
+        n = stop - start
+        dy_block = _window(dy, start, stop + past)
+        dx_block = dy_block[:, :n] * taps[0]
+        for lag in range(1, past + 1):
+            dy_ahead = _visible(dy_block[:, lag : lag + n], position, start + lag, lag)
+            dx_block.addcmul_(dy_ahead, taps[lag])
+        dx[:, start:stop] = dx_block
+    return dx
+
+
+def _gradient_of_weight(dy: Tensor, x: Tensor, weight: Tensor, position: Tensor | None) -> Tensor:
+    d_taps = torch.zeros_like(_taps(weight, x))
+    past = len(d_taps) - 1
+    for start, stop in _blocks(x.shape[1]):
+        x_block = _window(x, start - past, stop)
+        dy_block = _window(dy, start, stop)
+        d_taps[0] += (dy_block * x_block[:, past:]).sum((0, 1))
+        for lag in range(1, past + 1):
+            x_lagged = _visible(x_block[:, past - lag : -lag], position, start, lag)
+            d_taps[lag] += (dy_block * x_lagged).sum((0, 1))
+    return d_taps.flip(0).T.to(weight.dtype)
 
 
 def _blocks(length: int) -> Iterator[tuple[int, int]]:
