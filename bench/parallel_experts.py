@@ -32,8 +32,8 @@ from transformers.models.qwen3_next import modeling_qwen3_next
 
 from bench.gated_delta import cpu_model
 from launch.local import free_port, rank_environment
-from parallel import comm
-from parallel.expert import dispatch, overlap
+from parallel import comm, overlap
+from parallel.expert import dispatch
 from parallel.expert.shard import shard_experts
 from parallel.mesh import Mesh, join_ranks
 from pretrain.model.config import MoEConfig

@@ -1,13 +1,14 @@
 """Expert parallelism: tokens travel to the ranks that hold their experts, and back."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from parallel.comm import Communicator
-from parallel.expert.overlap import begin_all_to_all
+from parallel.overlap import begin
 from pretrain.model.kernels.rows import Copies, repeat_rows, sum_rows
 from pretrain.model.kernels.slots import sort_by_expert
 
@@ -57,10 +58,9 @@ class AllToAllDispatch:
             dim=1,
         )
         rows = repeat_rows(x, route.copies)
-        arriving = [
-            begin_all_to_all(self.comm, sent, route.received, route.sent)
-            for sent in (rows, choices)
-        ]
+        there = partial(self.comm.start_exchange, received=route.received, sent=route.sent)
+        back = partial(self.comm.start_exchange, received=route.sent, sent=route.received)
+        arriving = [begin(leaving, there, back) for leaving in (rows, choices)]
 
         def finish() -> Tensor:
             rows, choices = (arrive() for arrive in arriving)

@@ -5,8 +5,9 @@ Tensor parallelism with sequence parallelism (Korthikanti et al. 2022, arXiv:220
 weights.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from parallel.comm import Communicator
+from parallel.overlap import LateGradient, begin
 
 
 def shard_weight(block: nn.Module, path: str, mesh: DeviceMesh, dim: int) -> None:
@@ -29,10 +31,12 @@ class ShardedBlock:
 
     The block itself computes on all tokens with this rank's weights, and knows of neither. It may
     use its weights in any way; the sum of its results over ranks must be the whole result.
+    In the backward pass, the gradient of x travels while those of the projections are computed.
 
     Args:
         token_dim: the dimension of x that is split. A block that treats each token alone takes 0,
             which needs no copy, whatever the tokens' order.
+        projections: the names of the linear layers that x goes through, each once.
         rows: for weights that are not sharded, by their name in the block: the rows to compute
             with.
     """
@@ -42,11 +46,13 @@ class ShardedBlock:
         block: nn.Module,
         comm: Communicator,
         token_dim: int,
+        projections: Sequence[str],
         rows: Mapping[str, slice] | None = None,
     ) -> None:
         self.compute = block.forward
         self.comm = comm
         self.token_dim = token_dim
+        self.projections: list[Any] = [block.get_submodule(name) for name in projections]
         self.rows = dict(rows or {})
         self.owners = [
             (f"{path}.{name}".lstrip("."), module, name)
@@ -56,9 +62,13 @@ class ShardedBlock:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [.., tokens / ranks, ..] -> the same shape."""
-        x = self.comm.all_gather(x, self.token_dim)
-        with self._local_weights():
-            partial_sum = self.compute(x, *args, **kwargs)
+        arriving = begin(
+            x,
+            partial(self.comm.start_all_gather, dim=self.token_dim),
+            partial(self.comm.start_reduce_scatter, dim=self.token_dim),
+        )
+        with self._local_weights(), self._late_gradients():
+            partial_sum = self.compute(arriving(), *args, **kwargs)
         return self.comm.reduce_scatter(partial_sum, self.token_dim)
 
     @contextmanager
@@ -72,6 +82,16 @@ class ShardedBlock:
         finally:
             for (_, module, name), weight in zip(self.owners, stored, strict=True):
                 module._parameters[name] = weight
+
+    @contextmanager
+    def _late_gradients(self) -> Iterator[None]:
+        for linear in self.projections:
+            linear.forward = LateGradient(linear.weight)
+        try:
+            yield
+        finally:
+            for linear in self.projections:
+                del linear.forward
 
     def _local(self, path: str, weight: Any) -> Any:
         if isinstance(weight, DTensor):

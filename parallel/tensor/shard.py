@@ -39,28 +39,30 @@ def shard_layers(layers: Iterable[Any], mesh: DeviceMesh, comm: Communicator) ->
 
 def _shard_attention(attention: Any, mesh: DeviceMesh, comm: Communicator) -> None:
     queries = ["q_proj"] if attention.gate_proj is None else ["q_proj", "gate_proj"]
-    _shard(attention, [f"{name}.weight" for name in queries], mesh, ROWS)
+    _shard(attention, _weights(queries), mesh, ROWS)
     key_heads = attention.k_proj.out_features // attention.head_dim
-    keys = ["k_proj.weight", "v_proj.weight"]
-    rows = _shard_key_heads(attention, keys, key_heads, mesh)
+    keys = ["k_proj", "v_proj"]
+    rows = _shard_key_heads(attention, _weights(keys), key_heads, mesh)
     _shard(attention, ["o_proj.weight"], mesh, COLUMNS)
-    attention.forward = ShardedBlock(attention, comm, token_dim=1, rows=rows)
+    attention.forward = ShardedBlock(attention, comm, 1, queries + keys, rows)
 
 
 def _shard_gated_delta(gated_delta: Any, mesh: DeviceMesh, comm: Communicator) -> None:
-    values = [f"{name}_proj.weight" for name in "vzba"] + ["v_conv", "A_log", "dt_bias"]
-    _shard(gated_delta, values, mesh, ROWS)
+    values = ["v_proj", "z_proj", "b_proj", "a_proj"]
+    _shard(gated_delta, [*_weights(values), "v_conv", "A_log", "dt_bias"], mesh, ROWS)
     key_heads = gated_delta.k_proj.out_features // gated_delta.key_dim
-    keys = ["q_proj.weight", "k_proj.weight", "q_conv", "k_conv"]
-    rows = _shard_key_heads(gated_delta, keys, key_heads, mesh)
+    keys = ["q_proj", "k_proj"]
+    of_keys = [*_weights(keys), "q_conv", "k_conv"]
+    rows = _shard_key_heads(gated_delta, of_keys, key_heads, mesh)
     _shard(gated_delta, ["o_proj.weight"], mesh, COLUMNS)
-    gated_delta.forward = ShardedBlock(gated_delta, comm, token_dim=1, rows=rows)
+    gated_delta.forward = ShardedBlock(gated_delta, comm, 1, values + keys, rows)
 
 
 def _shard_swiglu(swiglu: Any, mesh: DeviceMesh, comm: Communicator) -> None:
-    _shard(swiglu, ["gate.weight", "up.weight"], mesh, ROWS)
+    projections = ["gate", "up"]
+    _shard(swiglu, _weights(projections), mesh, ROWS)
     _shard(swiglu, ["down.weight"], mesh, COLUMNS)
-    swiglu.forward = ShardedBlock(swiglu, comm, token_dim=0)
+    swiglu.forward = ShardedBlock(swiglu, comm, 0, projections)
 
 
 def _shard_key_heads(
@@ -88,3 +90,7 @@ def _shard_key_heads(
 def _shard(block: nn.Module, weights: Sequence[str], mesh: DeviceMesh, dim: int) -> None:
     for path in weights:
         shard_weight(block, path, mesh, dim)
+
+
+def _weights(linears: Sequence[str]) -> list[str]:
+    return [f"{name}.weight" for name in linears]

@@ -6,7 +6,7 @@ Arguments: the folder for results. Each rank computes the whole model itself, to
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from parallel.comm import Communicator, Pending
 from parallel.fsdp import owned_region
 from parallel.mesh import join_ranks
+from parallel.recompute import Recompute, recompute_layers
 from parallel.tensor.shard import shard_layers
 from parallel.tensor.vocabulary import ShardedCrossEntropy, shard_vocabulary
 from pretrain.model.config import AttentionConfig, LinearAttentionConfig, ModelConfig, MoEConfig
@@ -142,9 +143,13 @@ def whole(gradient: Tensor, comm: Communicator) -> Tensor:
     return gradient
 
 
-def worst_error(config: ModelConfig, batch: Batch, comm: Communicator) -> tuple[float, str]:
+def worst_error(
+    config: ModelConfig, batch: Batch, comm: Communicator, recompute: Recompute = "none"
+) -> tuple[float, str]:
     expected = train(build(config, None), batch, None)
-    ours = train(build(config, comm), batch, comm)
+    model = build(config, comm)
+    recompute_layers(model.layers, [recompute])
+    ours = train(model, batch, comm)
     assert ours.keys() == expected.keys()
     return max((relative_error(ours[name], expected[name]), name) for name in expected)
 
@@ -197,6 +202,42 @@ def worst_error_with_fsdp(folder: Path) -> tuple[float, str]:
     return max(errors)
 
 
+@dataclass(frozen=True)
+class Noted(Pending):
+    """Notes when it is waited for."""
+
+    events: list[str] = field(default_factory=list)
+
+    def wait(self) -> Tensor:
+        self.events.append("wait")
+        return super().wait()
+
+
+class Noting(Communicator):
+    """Notes when reductions start and when they are waited for."""
+
+    def __init__(self, group: dist.ProcessGroup, axis: str) -> None:
+        super().__init__(group, axis)
+        self.events: list[str] = []
+
+    def start_reduce_scatter(self, x: Tensor, dim: int) -> Pending:
+        self.events.append("start")
+        return Noted(**vars(super().start_reduce_scatter(x, dim)), events=self.events)
+
+
+def events_of_backward(group: dist.ProcessGroup) -> list[str]:
+    """What happens in the backward pass of a SwiGLU, after that of its last projection."""
+    comm = Noting(group, "tp")
+    model = build(SOFTMAX, comm)
+    mlp = model.layers["0"].mlp
+    out = mlp(torch.randn(1, 4, SOFTMAX.d_model, dtype=torch.float64, requires_grad=True))
+    comm.events.clear()
+    for name, weight in mlp.named_parameters():
+        weight.register_hook(lambda _, name=name: comm.events.append(name))
+    out.sum().backward()
+    return comm.events
+
+
 def main() -> None:
     join_ranks(timedelta(seconds=60))
     group = dist.group.WORLD
@@ -206,11 +247,15 @@ def main() -> None:
         for rows, packed in ((1, False), (2, True)):
             error = worst_error(config, make_batch(rows, packed), Communicator(group, "tp"))
             results[f"{name}-{'packed' if packed else 'whole'}"] = error
+    for recompute in ("selective", "full"):
+        batch, comm = make_batch(2, True), Communicator(group, "tp")
+        results[recompute] = worst_error(CONFIGS["hybrid-tied"], batch, comm, recompute)
     for broken in (WithoutSum, WrongOrder):
         results[broken.__name__] = worst_error(SOFTMAX, make_batch(2, True), broken(group, "tp"))
     results["fsdp"] = worst_error_with_fsdp(folder / "checkpoint")
+    events = events_of_backward(group)
     if dist.get_rank() == 0:
-        torch.save(results, folder / "results.pt")
+        torch.save({"errors": results, "events": events}, folder / "results.pt")
     dist.destroy_process_group()
 
 
