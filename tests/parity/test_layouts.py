@@ -1,90 +1,121 @@
-"""Every layout gives the losses and the gradient of one rank."""
+"""Every layout gives the losses, the gradients and the weights of one rank."""
 
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tests.ranks import run_on_ranks
+from tests.parity.conftest import STEPS, TOLERANCE, Compare
+from tests.parity.matrix import Ranks
+from tests.parity.models import MODELS, Setting, layouts, schedule
 
-SCRIPT = Path(__file__).with_name("layout_cases.py")
-TIED = "model.tie_embeddings=true,model.vocab_size=1027"
-ONE_RANK = {
-    "one": "parallel.dp_shard=1",
-    "one-by-one": "train.microbatch=1",
-    "tied": TIED,
-}
-LAYOUTS = {
-    2: {
-        "dp2": "parallel.dp_shard=2",
-        "hsdp2": "parallel.dp_replicate=2",
-        "dp2-ep2": "parallel.ep=2",
-        "bf16": "parallel.ep=2,train.dtype=bfloat16",
-    },
-    4: {
-        "dp4": "parallel.dp_shard=4",
-        "dp4-ep2": "parallel.ep=2",
-        "dp4-ep4": "parallel.ep=4",
-        "hsdp2x2-ep2": "parallel.dp_replicate=2,parallel.ep=2",
-        "tied-dp4-ep2": f"parallel.ep=2,{TIED}",
-    },
-}
-TOLERANCE = 1e-5
 CLIP = 0.5
 
+ONE_AXIS = [
+    Setting("hybrid-moe", "packed", "dp_shard=2"),
+    Setting("tied", "whole", "dp_replicate=2"),
+    Setting("hybrid", "packed", "tp=2"),
+    Setting("linear-moe", "packed", "dp_shard=2 ep=2"),
+    Setting("tied", "packed", "pp=2", (schedule("gpipe"),)),
+    Setting("hybrid-moe", "packed", "pp=2", (schedule("1f1b"),)),
+    Setting("softmax-moe", "packed", "pp=2", (schedule("interleaved"),)),
+    Setting("tied", "packed", "pp=2", (schedule("zbv"),)),
+    Setting("hybrid-moe", "packed", "pp=2", (schedule("dualpipev"),)),
+    Setting("hybrid-moe", "packed", "dp_shard=4"),
+    Setting("softmax-moe", "packed", "dp_shard=4 ep=4"),
+    Setting("hybrid-moe", "whole", "tp=4"),
+    Setting("linear", "packed", "pp=4", (schedule("1f1b"),)),
+]
+TWO_AXES = [
+    Setting("hybrid-moe", "packed", "dp_replicate=2 dp_shard=2"),
+    Setting("linear-moe", "packed", "dp_shard=2 tp=2"),
+    Setting("tied", "packed", "dp_replicate=2 tp=2"),
+    Setting("tied-moe", "packed", "pp=2 dp_shard=2", (schedule("zbv"),)),
+    Setting("softmax", "packed", "pp=2 dp_replicate=2", (schedule("dualpipev"),)),
+    Setting("tied", "packed", "pp=2 tp=2", (schedule("interleaved"),)),
+    Setting("tied-moe", "packed", "dp_shard=4 ep=2"),
+    Setting("softmax-moe", "packed", "dp_replicate=2 dp_shard=2 ep=2"),
+    Setting("linear-moe", "packed", "tp=2 ep=2"),
+    Setting("hybrid-moe", "packed", "pp=2 dp_shard=2 ep=2", (schedule("dualpipev"),)),
+]
+THREE_AXES = [
+    Setting("hybrid-moe", "packed", "dp_shard=2 tp=2 ep=4"),
+    Setting("hybrid-moe", "packed", "dp_replicate=2 tp=2 ep=2"),
+    Setting("tied-moe", "packed", "pp=2 tp=2 ep=2", (schedule("1f1b"),)),
+    Setting("hybrid-moe", "packed", "pp=2 dp_shard=2 tp=2 ep=2", (schedule("zbv"),)),
+]
+OPTIONS = [
+    Setting("hybrid-moe", "packed", "dp_shard=2 ep=2", ("parallel.recompute=selective",)),
+    Setting("hybrid-moe", "packed", "dp_shard=2 ep=2", ("parallel.recompute=full",)),
+    Setting(
+        "tied-moe",
+        "packed",
+        "pp=2",
+        (schedule("zbv"), "parallel.recompute=[selective, full, none]"),
+    ),
+    Setting("linear-moe", "packed", "tp=2", ("parallel.recompute=selective",)),
+    Setting(
+        "tied", "packed", "pp=2", (schedule("1f1b"), "parallel.pipeline.layers_per_stage=[3, 1]")
+    ),
+    Setting("hybrid-moe", "packed", "dp_shard=2", ("train.microbatch=2",)),
+]
+EVERYTHING = [
+    Setting(model, data, layout, options)
+    for (layout, options), data in zip(layouts(4), cycle(["packed", "whole", "packed"]))
+    for model in MODELS
+    if model.endswith("moe") or "ep=" not in layout
+]
 
-@pytest.fixture(scope="module")
-def results(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    folder = tmp_path_factory.mktemp("layouts")
-    for nproc, cases in {1: ONE_RANK, **LAYOUTS}.items():
-        arguments = [f"{name}:optim.clip={CLIP},{overrides}" for name, overrides in cases.items()]
-        run_on_ranks(nproc, SCRIPT, str(shards), str(folder), *arguments)
-    return {path.stem: torch.load(path) for path in folder.glob("*.pt")}
+
+@pytest.mark.parametrize("setting", ONE_AXIS + TWO_AXES + THREE_AXES + OPTIONS, ids=str)
+def test_a_layout_equals_one_rank(setting: Setting, compare: Compare) -> None:
+    worst = compare(setting)
+    assert worst.error <= TOLERANCE, worst
 
 
-def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", EVERYTHING, ids=str)
+def test_every_layout_of_four_ranks_equals_one_rank(setting: Setting, compare: Compare) -> None:
+    worst = compare(setting)
+    assert worst.error <= TOLERANCE, worst
 
 
-EQUAL = ["one-by-one", *(name for cases in LAYOUTS.values() for name in cases if name != "bf16")]
-
-
-@pytest.mark.parametrize("name", EQUAL)
-def test_a_layout_equals_one_rank(name: str, results: dict[str, dict]) -> None:
-    ours, reference = results[name], results["tied" if "tied" in name else "one"]
-    for series in ("losses", "aux_losses", "grad_norms"):
-        assert ours[series] == pytest.approx(reference[series], rel=TOLERANCE), series
-    expected = reference["gradients"]
-    assert ours["gradients"].keys() == expected.keys()
-    errors = {name: relative_error(ours["gradients"][name], expected[name]) for name in expected}
-    worst = max(errors, key=errors.__getitem__)
-    assert errors[worst] <= TOLERANCE, f"gradient of {worst}: {errors[worst]:.1e}"
-
-
-def test_bf16_computes_on_float32_weights_and_stays_close(results: dict[str, dict]) -> None:
-    ours, reference = results["bf16"], results["one"]
-    assert ours["dtypes"] == {torch.float32}
-    assert ours["losses"] != reference["losses"]
-    assert ours["losses"] == pytest.approx(reference["losses"], rel=1e-3)
-
-
-def test_every_weight_has_a_gradient_and_the_loss_falls(results: dict[str, dict]) -> None:
-    one = results["one"]
-    assert all(gradient.norm() > 0 for gradient in one["gradients"].values())
-    assert one["losses"][-1] < one["losses"][0]
-    assert max(one["grad_norms"]) > CLIP, "clipping has not been at work"
-
-
-def test_the_balance_loss_uses_the_frequencies_of_the_step_before(
-    results: dict[str, dict],
-) -> None:
-    first, second, *_ = results["one"]["aux_losses"]
+def test_nothing_is_equal_because_it_is_nothing(one_rank: dict[str, Any]) -> None:
+    assert all(gradient.norm() > 0 for gradient in one_rank["gradients"].values())
+    assert max(one_rank["series"]["grad_norm"]) > CLIP, "clipping has not been at work"
+    first, second, _ = one_rank["series"]["aux_loss"]
     assert first == pytest.approx(1, abs=1e-6), "uniform before the first step"
     assert abs(second - 1) > 1e-4
 
 
-def test_experts_are_reached_by_all_to_all_only_where_they_are_spread(
-    results: dict[str, dict],
+def test_rows_are_whole_or_packed(ranks: Ranks, parity_shards: Path) -> None:
+    def documents(data: str) -> list[int]:
+        setting = Setting("hybrid-moe", data)
+        return ranks.run(1, setting.of_one_rank(parity_shards), STEPS).ranks[0]["documents"]
+
+    assert max(documents("whole")) == 8
+    assert min(documents("packed")) > 16
+
+
+def test_bf16_computes_on_float32_weights_and_stays_close(
+    ranks: Ranks, parity_shards: Path, one_rank: dict[str, Any]
 ) -> None:
-    assert results["dp4-ep2"]["expert_calls"] > 0
-    assert results["dp4"]["expert_calls"] == 0
+    setting = Setting("hybrid-moe", "packed", "dp_shard=2 ep=2", ("train.dtype=bfloat16",))
+    ours, _ = ranks.run(2, setting.overrides(parity_shards), STEPS).ranks
+    assert ours["dtypes"] == {torch.float32}
+    losses, expected = ours["series"]["loss"], one_rank["series"]["loss"]
+    assert losses != expected
+    assert losses == pytest.approx(expected, rel=1e-3)
+
+
+def test_experts_are_reached_by_all_to_all_only_where_they_are_spread(
+    ranks: Ranks, parity_shards: Path
+) -> None:
+    def calls(layout: str) -> set[str]:
+        setting = Setting("hybrid-moe", "packed", layout)
+        return set(ranks.run(2, setting.overrides(parity_shards), STEPS).ranks[0]["calls"])
+
+    assert calls("dp_shard=2") == set()
+    assert calls("dp_shard=2 ep=2") == {"ep"}

@@ -1,0 +1,62 @@
+"""Data, ranks to train on it, and how far a layout is from one of them."""
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.shards import write_shards
+from data_pipeline.tokenize import train_tokenizer
+from tests.parity.matrix import Difference, Ranks, difference
+from tests.parity.models import Setting
+
+VOCABULARY = 508
+TOLERANCE = 1e-5
+STEPS = 3
+
+Compare = Callable[..., Difference]
+
+
+@pytest.fixture(scope="session")
+def parity_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `packed`, of documents of 2 to 15 words, and `whole`, of a few endless ones."""
+    folder = tmp_path_factory.mktemp("parity-shards")
+    draw = random.Random(7)
+    words = ["".join(draw.choices("abcdefghijklmnop", k=draw.randint(2, 9))) for _ in range(500)]
+    lengths = {"packed": [draw.randint(2, 15) for _ in range(2000)], "whole": [8000] * 3}
+    texts = {
+        name: [" ".join(draw.choices(words, k=length)) for length in lengths[name]]
+        for name in lengths
+    }
+    tokenizer = folder / "bpe.json"
+    train_tokenizer(texts["packed"], VOCABULARY, tokenizer)
+    for name in texts:
+        documents = ((str(number), text) for number, text in enumerate(texts[name]))
+        write_shards(documents, tokenizer, folder / name, extra={})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    with Ranks(tmp_path_factory.mktemp("parity")) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="session")
+def compare(ranks: Ranks, parity_shards: Path) -> Compare:
+    """How far a setting is from one rank."""
+
+    def compare(setting: Setting, steps: int = STEPS, breaks: str | None = None) -> Difference:
+        one_rank = ranks.run(1, setting.of_one_rank(parity_shards), steps)
+        overrides = setting.overrides(parity_shards)
+        return difference(ranks.run(setting.ranks, overrides, steps, breaks=breaks), one_rank)
+
+    return compare
+
+
+@pytest.fixture
+def one_rank(ranks: Ranks, parity_shards: Path) -> dict[str, Any]:
+    setting = Setting("hybrid-moe", "packed")
+    return ranks.run(1, setting.of_one_rank(parity_shards), STEPS).ranks[0]

@@ -1,0 +1,118 @@
+"""Runs cases and compares a layout with one rank."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from tests.parity.case import Case
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Result(NamedTuple):
+    """What each rank returned, and where that lies."""
+
+    ranks: list[dict[str, Any]]
+    folder: Path
+
+
+class Difference(NamedTuple):
+    """How far a layout is from one rank, and where it is farthest."""
+
+    error: float
+    where: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.error:.1e}"
+
+
+class Ranks:
+    """Ranks to run cases on. Each case is run once, however often it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._numbers = count()
+        self._results: dict[str, Result] = {}
+
+    def __enter__(self) -> Self:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.parity.forked_ranks"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def run(self, ranks: int, overrides: Sequence[str], steps: int, **options: Any) -> Result:
+        """Run a case; fails with the output of a rank that fails."""
+        key = json.dumps([ranks, list(overrides), steps, options])
+        if key not in self._results:
+            folder = self.folder / str(next(self._numbers))
+            folder.mkdir()
+            self._ask(Case(ranks, list(overrides), steps, str(folder), **options))
+            outcomes = [torch.load(folder / f"rank-{rank}.pt") for rank in range(ranks)]
+            self._results[key] = Result(outcomes, folder)
+        return self._results[key]
+
+    def _ask(self, case: Case) -> None:
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps(asdict(case)) + "\n")
+        process.stdin.flush()
+        problem = json.loads(process.stdout.readline())
+        assert problem is None, f"{' '.join(case.overrides)}: {problem}"
+
+
+def difference(ours: Result, one_rank: Result) -> Difference:
+    """The largest of the relative differences in losses, gradients and weights.
+
+    Every rank is looked at, so that copies of a weight that drift apart are found.
+    """
+    (reference,) = one_rank.ranks
+    return max(
+        *_differences_in_series(ours, reference["series"]),
+        *_differences_in_tensors("gradients", ours, reference),
+        *_differences_in_tensors("weights", ours, reference),
+    )
+
+
+def _differences_in_series(ours: Result, reference: dict[str, list[float]]) -> list[Difference]:
+    return [
+        Difference(_relative(torch.tensor(a), torch.tensor(b)), f"{name} of step {step}")
+        for rank in ours.ranks
+        for name, expected in reference.items()
+        for step, (a, b) in enumerate(zip(rank["series"][name], expected, strict=True), start=1)
+    ]
+
+
+def _differences_in_tensors(kind: str, ours: Result, reference: dict[str, Any]) -> list[Difference]:
+    expected = reference[kind]
+    names = {name for rank in ours.ranks for name in rank[kind]}
+    assert names == expected.keys(), f"{kind} without a counterpart: {names ^ expected.keys()}"
+    return [
+        Difference(_relative(tensor, expected[name]), f"{kind}, {name} on rank {number}")
+        for number, rank in enumerate(ours.ranks)
+        for name, tensor in rank[kind].items()
+    ]
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    error, norm = float((a - b).double().norm()), float(b.double().norm())
+    if error != error:
+        return float("inf")
+    return error / norm if norm else error

@@ -1,0 +1,77 @@
+"""Record which experts one rank chose, and make other layouts choose the same.
+
+Rounding flips a choice now and then, and from there on two runs differ. With the choices of a
+recording they stay equal for as long as they compute the same.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallel.stage import Stage
+from pretrain.data import open_stream
+from pretrain.model.moe import MoE
+from pretrain.model.transformer import Layer
+from pretrain.trainer import Trainer
+
+Recording = dict[tuple[int, str], Tensor]
+
+
+class Routing:
+    """The experts of each token of each global batch, by step and layer.
+
+    Attributes:
+        indices: (step, layer) -> [rows of the global batch, T, k]
+        replays: whether they are given, or to be recorded on one rank.
+    """
+
+    def __init__(self, trainer: Trainer, recording: Recording | None) -> None:
+        self.indices: Recording = recording or {}
+        self.replays = recording is not None
+        self.tp = trainer.mesh.tp
+        self.global_batch = trainer.config.train.global_batch
+        self.renormalise = trainer.config.model.moe.renormalise_top_k
+        self.stream = open_stream(trainer.config)
+        self.step = -1
+        self.layer_of = {
+            layer.moe: number
+            for stage in trainer.parallelised.stages
+            for number, layer in stage.model.layers.items()
+        }
+        self._follow_rows()
+
+    def next_step(self) -> None:
+        self.step += 1
+        plan = self.stream.next_batch(self.global_batch)
+        self.labels = torch.from_numpy(self.stream.read(plan, range(self.global_batch)).labels)
+
+    def _follow_rows(self) -> None:
+        """Let every call of a layer, the first and a recomputed one, know its rows."""
+        stage_forward, layer_forward, choose = Stage.forward, Layer.forward, MoE._choose
+
+        def forward_of_stage(stage: Stage, x: Tensor, position: Tensor, labels: Tensor) -> Any:
+            position.rows = (labels[:, None] == self.labels).all(-1).int().argmax(1)
+            return stage_forward(stage, x, position, labels)
+
+        def forward_of_layer(layer: Layer, x: Tensor, documents: Any, rotation: Any) -> Any:
+            self.rows = documents.position.rows
+            return layer_forward(layer, x, documents, rotation)
+
+        def choose_as_recorded(moe: MoE, probability: Tensor) -> tuple[Tensor, Tensor]:
+            key = self.step, self.layer_of[moe]
+            if self.replays:
+                indices = self.indices[key][self.rows]
+                indices = indices.chunk(self.tp.size(), dim=1)[self.tp.get_local_rank()]
+                weights = probability.gather(-1, indices)
+                if self.renormalise:
+                    weights = weights / weights.sum(-1, keepdim=True)
+                return indices, weights
+            indices, weights = choose(moe, probability)
+            empty = indices.new_empty(self.global_batch, *indices.shape[1:])
+            self.indices.setdefault(key, empty)[self.rows] = indices
+            return indices, weights
+
+        Stage.forward = forward_of_stage
+        Layer.forward = forward_of_layer
+        MoE._choose = choose_as_recorded

@@ -1,0 +1,64 @@
+"""What one rank does for a parity case: train a few steps and return all that must be equal."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from pretrain.config import load_config
+from pretrain.run_dir import RunDirectory
+from pretrain.trainer import Trainer
+from tests.parity.broken import BREAKS
+from tests.parity.case import Case
+from tests.parity.routing import Routing
+
+STEPS_TO_WEIGHTS = 3
+
+
+def train_case(case: Case, device: torch.device) -> dict[str, Any]:
+    config = load_config("tiny-hybrid-moe", [*case.overrides, f"train.steps={case.steps}"])
+    trainer = Trainer(config, RunDirectory(Path("nowhere")), device)
+    if case.breaks:
+        BREAKS[case.breaks](trainer)
+    routing = follow_routing(trainer, case) if case.routing else None
+
+    series: dict[str, list[float]] = {"loss": [], "aux_loss": [], "z_loss": [], "grad_norm": []}
+    documents: list[int] = []
+    out: dict[str, Any] = {"series": series, "documents": documents}
+    for step in range(1, case.steps + 1):
+        if routing:
+            routing.next_step()
+        batch = trainer.read_batch()
+        documents.append(int((batch.position == 0).sum()))
+        measured = trainer.backward(batch)
+        if step == 1:
+            out["gradients"] = gradients(trainer.weights)
+        for name in ("loss", "aux_loss", "z_loss"):
+            series[name].append(getattr(measured, name))
+        series["grad_norm"].append(trainer.finish_step(measured.expert_counts))
+        if step == STEPS_TO_WEIGHTS:
+            weights = trainer.weights.named_parameters()
+            out["weights"] = {name: whole(weight) for name, weight in weights}
+    moments = [x for state in trainer.optimizer.state.values() for x in state.values()]
+    out["dtypes"] = {weight.dtype for weight in [*trainer.weights.parameters(), *moments]}
+    out["calls"] = {axis: dict(comm.calls) for axis, comm in trainer.parallelised.traffic.items()}
+    if routing:
+        out["routing"] = routing.indices
+    return out
+
+
+def follow_routing(trainer: Trainer, case: Case) -> Routing:
+    if case.routing == "record":
+        return Routing(trainer, None)
+    return Routing(trainer, torch.load(Path(case.routing) / "rank-0.pt")["routing"])
+
+
+def gradients(weights: torch.nn.Module) -> dict[str, Tensor]:
+    named = weights.named_parameters()
+    return {name: whole(weight.grad) for name, weight in named if weight.grad is not None}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
