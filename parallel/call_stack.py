@@ -20,6 +20,8 @@ COMMUNICATING = (
     "torch.distributed.fsdp",
     "torch.distributed.pipelining",
 )
+# What torch calls groups that lie along no axis.
+UNNAMED = ("default_pg", "default", "undefined", "")
 POINT_TO_POINT = {"_batch_p2p": "send and receive", "_wait_batch_p2p": "send and receive"}
 
 
@@ -66,8 +68,10 @@ def _activity(frames: list[FrameType]) -> Activity:
     inner = [frame for frame in frames if _communicates(frame)]
     group = next((group for frame in frames if (group := _group(frame))), dist.group.WORLD)
     assert group is not None
+    axes = (comm.axis for frame in inner if (comm := _communicator(frame)))
+    axis = next(axes, group.group_desc.removeprefix("mesh_"))
     is_backward = any(frame.f_code.co_name == "_engine_run_backward" for frame in frames)
-    what = f"{_collective(inner)}{' in backward' if is_backward else ''}{_axis(group)}"
+    what = f"{_collective(inner)}{' in backward' if is_backward else ''} ({_who(group, axis)})"
     return Activity(what, tuple(dist.get_process_group_ranks(group)))
 
 
@@ -79,12 +83,18 @@ def _communicates(frame: FrameType) -> bool:
     return module.startswith(COMMUNICATING)
 
 
+def _communicator(frame: FrameType) -> Communicator | None:
+    owner = frame.f_locals.get("self")
+    comm = owner.comm if isinstance(owner, Pending) else owner
+    return comm if isinstance(comm, Communicator) else None
+
+
 def _collective(frames: Iterable[FrameType]) -> str:
     names = []
     for frame in frames:
         owner = frame.f_locals.get("self")
         kind = owner.kind if isinstance(owner, Pending) else frame.f_locals.get("kind")
-        if isinstance(owner, Communicator | Pending) and kind:
+        if _communicator(frame) and kind:
             return str(kind)
         name = frame.f_code.co_name
         names.append(POINT_TO_POINT.get(name, name))
@@ -105,11 +115,9 @@ def _group(frame: FrameType) -> dist.ProcessGroup | None:
     return next((found for found in candidates if isinstance(found, dist.ProcessGroup)), None)
 
 
-def _axis(group: dist.ProcessGroup) -> str:
+def _who(group: dist.ProcessGroup, axis: str) -> str:
     ranks = dist.get_process_group_ranks(group)
+    named = f"ranks {', '.join(map(str, ranks[:8]))}{', ...' if len(ranks) > 8 else ''}"
     if len(ranks) == dist.get_world_size():
-        return " of all ranks"
-    named = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
-    is_axis = group.group_desc.startswith("mesh_")
-    axis = f"axis {group.group_desc.removeprefix('mesh_')}, " if is_axis else ""
-    return f" ({axis}ranks {named})"
+        named = "all ranks"
+    return named if axis in UNNAMED else f"axis {axis}, {named}"

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from parallel.agreement import DisagreementError, check_copies, check_same, replicated
-from parallel.mesh import join_ranks
+from parallel.mesh import join_ranks, limit_collectives
 
 SETTINGS = {"train": {"seed": 0, "steps": 9}, "model": {"layer_pattern": ["linear", "softmax"]}}
 OTHERS = {"train": {"seed": 1, "steps": 9}, "model": {"layer_pattern": ["softmax"]}}
@@ -49,6 +49,7 @@ def with_two_elements_swapped() -> Tensor:
 def cases(rank: int) -> Iterator[tuple[str, str]]:
     first_two, first_last, last_two = map(dist.new_group, ([0, 1], [0, 2], [1, 2]))
     world = dist.group.WORLD
+    limit_collectives(timedelta(minutes=1))
 
     yield "equal settings", error_of(check_same, "the configuration", SETTINGS)
     settings = OTHERS if rank == 1 else SETTINGS

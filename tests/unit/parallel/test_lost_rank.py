@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("stopped", r"rank 3 \(process \d+ on \S+\) does not answer \(stopped, or cut off\)"),
         ("stuck", r"rank 3 \(process \d+ on \S+\) has not arrived: it is in wait_for_data \(.*\)"),
         ("failed", r"rank 3 \(process \d+ on \S+\) failed: ValueError: no such shard"),
-        ("astray", r".*rank 3 \(.*\) has not arrived: it is in barrier of all ranks at step 3.*"),
+        ("astray", r".*rank 3 \(.*\) has not arrived: it is in barrier \(all ranks\) at step 3.*"),
     ],
 )
 def test_survivors_agree_on_the_rank_and_the_collective(folder: Path, case: str, lost: str) -> None:
