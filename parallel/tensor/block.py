@@ -19,7 +19,11 @@ from parallel.overlap import LateGradient, begin
 
 
 def shard_weight(block: nn.Module, path: str, mesh: DeviceMesh, dim: int) -> None:
-    """Keep an equal part along `dim` of a weight: it becomes a DTensor with its whole shape."""
+    """Keep an equal part along `dim` of a weight: it becomes a DTensor with its whole shape.
+
+    FSDP may shard the part again along the same dimension, into parts that differ: torch tells
+    such weights by `_StridedShard`, which places, checkpoints and `full_tensor` respect.
+    """
     module_path, _, name = path.rpartition(".")
     weight = block.get_parameter(path).detach()
     part = distribute_tensor(weight, mesh, [Shard(dim)], src_data_rank=None)
