@@ -8,7 +8,7 @@ from pretrain.config import Config
 from pretrain.layouts import Layout
 from pretrain.model.transformer import Transformer
 from pretrain.objective import build_objective
-from pretrain.parts import parts_of_rank, pipeline_shape
+from pretrain.parts import parts_of_rank, pipeline_shape, recompute_modes
 
 
 def build_model(config: Config, layout: Layout, mesh: Mesh, device: torch.device) -> Parallelised:
@@ -20,11 +20,10 @@ def build_model(config: Config, layout: Layout, mesh: Mesh, device: torch.device
     parts = parts_of_rank(config, layout, mesh.pp.get_local_rank())
     with torch.device("meta"):
         models = {stage: Transformer(config.model, part) for stage, part in parts.items()}
-    recompute = config.parallel.recompute
     how = Spread(
         getattr(torch, config.train.dtype),
         dispatcher=config.parallel.dispatcher,
-        recompute=(recompute,) if isinstance(recompute, str) else recompute,
+        recompute=recompute_modes(config),
         microbatch=config.train.microbatch,
         pipeline=pipeline_shape(config, layout),
     )

@@ -4,7 +4,7 @@ import torch
 
 from parallel.pipeline.plan import consecutive, split_layers, stages_of_rank
 from parallel.pipeline.schedule import PipelineShape
-from pretrain.config import Config
+from pretrain.config import Config, Recompute
 from pretrain.layouts import Layout, stages_per_rank
 from pretrain.metrics.flops import forward_costs
 from pretrain.model.transformer import Part
@@ -35,6 +35,12 @@ def layers_of_stages(config: Config, layout: Layout) -> list[range]:
     return split_layers(costs.layers, n_stages, costs.embedding, costs.head)
 
 
+def recompute_modes(config: Config) -> tuple[Recompute, ...]:
+    """Which activations a layer computes again, repeated over the layers."""
+    asked = config.parallel.recompute
+    return (asked,) if isinstance(asked, str) else asked
+
+
 def pipeline_shape(config: Config, layout: Layout) -> PipelineShape | None:
     """What the ranks of a pipeline agree on; None without one."""
     if layout.pp == 1:
@@ -47,5 +53,5 @@ def pipeline_shape(config: Config, layout: Layout) -> PipelineShape | None:
         tokens=(train.microbatch, seq_len),
         hidden=(train.microbatch, seq_len // (layout.cp * layout.tp), config.model.d_model),
         dtype=getattr(torch, train.dtype),
-        splits_backward=config.parallel.recompute == "none",
+        splits_backward=set(recompute_modes(config)) == {"none"},
     )

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from parallel.lost_rank import LostRankError, RankMonitor
-from parallel.mesh import join_ranks, limit_collectives
+from parallel.mesh import join_ranks
 from pretrain.checkpoint.store import Progress
 from pretrain.config import Config, read_run_config
 from pretrain.errors import LOST_RANK, STOPPED_ON_REQUEST, UserError
@@ -29,7 +29,6 @@ def train(config: Config, run: RunDirectory) -> int:
     device = join_ranks(timeout)
     with RankMonitor() as monitor, run.exclusive() if dist.get_rank() == 0 else nullcontext():
         trainer = Trainer(config, run, device)
-        limit_collectives(timeout)
         if trainer.progress.step > config.train.steps:
             raise UserError(
                 f"train.steps = {config.train.steps}, but {run.root} is at step "

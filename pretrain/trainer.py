@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from parallel.apply import Parallelised
 from parallel.expert.deepep import why_unavailable
 from parallel.fsdp import owned_region
 from parallel.gradients import clip_gradients
-from parallel.mesh import Mesh
+from parallel.mesh import Mesh, limit_collectives
 from pretrain.balancing import RouterState
 from pretrain.build import build_model
 from pretrain.checkpoint.store import CheckpointStore, Progress
@@ -52,11 +53,13 @@ class Trainer:
     """
 
     def __init__(self, config: Config, run: RunDirectory, device: torch.device) -> None:
-        check_same("the configuration", config.model_dump(mode="json"))
+        settings = config.model_dump(mode="json") | {"torch": torch.__version__}
+        check_same("the configuration", settings)
         self.config = config
         self.device = device
         self.layout = resolve_layout(config, dist.get_world_size())
         self.mesh = Mesh.build(device, **asdict(self.layout))
+        limit_collectives(timedelta(seconds=config.train.collective_timeout_s))
         self.tokens_per_step = tokens_per_step(config)
         self.stream = open_stream(config)
         self.parallelised = self._build_model()
