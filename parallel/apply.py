@@ -101,7 +101,7 @@ def apply(
         objective = replace(objective, cross_entropy=cross_entropy)
 
     # 2. Experts: each rank of `ep` keeps its share, tokens travel by all-to-all.
-    if mesh.ep.size() > 1:
+    if mesh.ep.size() > 1 and moe_layers:
         traffic["ep"] = shard_experts(moe_layers, mesh, how.dispatcher)
 
     # 3. Recompute: layers forget activations, and compute them again in the backward pass.
