@@ -20,7 +20,7 @@ class GatedDeltaNet(nn.Module):
 
     Attributes:
         convolve: `(x [B, T, C], weight [C, W], documents) -> [B, T, C]`, a causal convolution of
-            each channel within each document.
+            each channel within each document, and SiLU.
         scan: `(q, k, v, g, beta, *, documents) -> (out, final_state)`, q and k [B, H_k, T, D],
             v and out [B, H_v, T, E], g and beta [B, H_v, T].
             Context parallelism replaces both.
@@ -48,24 +48,22 @@ class GatedDeltaNet(nn.Module):
         self.scan = gated_delta_rule
 
     def forward(self, x_btd: Tensor, documents: Documents) -> Tensor:
-        q_bhtd, k_bhtd, v_bhte = self._mixed_qkv(x_btd, documents)
-        beta_bht = upcast(self.b_proj(x_btd)).sigmoid().transpose(1, 2)
+        q_bthd, k_bthd, v_bthe = self._mixed_qkv(x_btd, documents)
+        beta_bth = upcast(self.b_proj(x_btd)).sigmoid()
         step = F.softplus(upcast(self.a_proj(x_btd)) + upcast(self.dt_bias))
-        g_bht = (-upcast(self.A_log).exp() * step).transpose(1, 2)
-        out_bhte, _ = self.scan(
-            l2_norm(q_bhtd), l2_norm(k_bhtd), v_bhte, g_bht, beta_bht, documents=documents
-        )
+        g_bth = -upcast(self.A_log).exp() * step
+        inputs = (l2_norm(q_bthd), l2_norm(k_bthd), v_bthe, g_bth, beta_bth)
+        out_bhte, _ = self.scan(*(x.transpose(1, 2) for x in inputs), documents=documents)
         z = upcast(self.z_proj(x_btd)).unflatten(-1, (-1, self.value_dim))
         out = self.norm(out_bhte.transpose(1, 2)) * F.silu(z)
         return self.o_proj(out.flatten(2).to(x_btd.dtype))
 
     def _mixed_qkv(self, x_btd: Tensor, documents: Documents) -> tuple[Tensor, Tensor, Tensor]:
-        """Project, then convolve q, k and v as one tensor, so that a halo is exchanged once."""
-        qkv = [self.q_proj(x_btd), self.k_proj(x_btd), self.v_proj(x_btd)]
-        weight = torch.cat([self.q_conv, self.k_conv, self.v_conv])
-        mixed = F.silu(self.convolve(torch.cat(qkv, dim=-1), weight, documents))
-        q, k, v = mixed.split([part.shape[-1] for part in qkv], dim=-1)
-        q_bhtd = q.unflatten(-1, (-1, self.key_dim)).transpose(1, 2)
-        k_bhtd = k.unflatten(-1, (-1, self.key_dim)).transpose(1, 2)
-        v_bhte = v.unflatten(-1, (-1, self.value_dim)).transpose(1, 2)
-        return q_bhtd, k_bhtd, v_bhte
+        """Project and convolve q, k and v as one tensor, so that a halo is exchanged once."""
+        projections = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
+        convolutions = (self.q_conv, self.k_conv, self.v_conv)
+        qkv = F.linear(x_btd, torch.cat(projections))
+        mixed = self.convolve(qkv, torch.cat(convolutions), documents)
+        q, k, v = mixed.split([len(weight) for weight in convolutions], dim=-1)
+        q_bthd, k_bthd = (x.unflatten(-1, (-1, self.key_dim)) for x in (q, k))
+        return q_bthd, k_bthd, v.unflatten(-1, (-1, self.value_dim))

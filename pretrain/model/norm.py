@@ -1,8 +1,9 @@
 """Normalisation, computed in fp32 whatever the model's dtype."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pretrain.model.kernels.rms_norm import rms_norm
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -12,8 +13,9 @@ def upcast(x: Tensor) -> Tensor:
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / |x| over the last dimension, in fp32."""
+    dim = x.shape[-1]
     x = upcast(x)
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+    return rms_norm(x, x.new_full((dim,), dim**-0.5), eps / dim)
 
 
 class RMSNorm(nn.Module):
@@ -32,4 +34,4 @@ class RMSNorm(nn.Module):
         scale = upcast(self.weight)
         if self.zero_centered:
             scale = 1 + scale
-        return F.rms_norm(upcast(x), scale.shape, scale, self.eps).to(x.dtype)
+        return rms_norm(x, scale, self.eps)

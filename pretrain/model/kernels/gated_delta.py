@@ -113,7 +113,7 @@ def _scan(
     One operation to dispatch modes, so that activation recompute can keep its results.
     """
     state = initial_state.to(_compute_dtype(v)).flatten(0, 1)
-    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    out = torch.empty_like(v)
     borders = []
     for tokens in segments(v.shape[2]):
         borders.append(state)
@@ -131,7 +131,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     state = torch.empty_like(initial_state, dtype=_compute_dtype(v))
     borders = state.new_empty(-(-v.shape[2] // SEGMENT_TOKENS), *state.flatten(0, 1).shape)
-    return torch.empty(v.shape, dtype=v.dtype, device=v.device), state, borders
+    return torch.empty_like(v), state, borders
 
 
 @torch.library.custom_op("farspan::gated_delta_scan_backward", mutates_args=())
@@ -150,7 +150,7 @@ def _scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, g, beta and the initial state."""
     inputs = (q, k, v, g, beta)
-    gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
+    gradients = [torch.empty_like(x) for x in inputs]
     dS = d_state.to(borders.dtype).flatten(0, 1)
     for border, tokens in reversed(list(zip(borders, segments(v.shape[2]), strict=True))):
         segment = load_segment(*inputs, resets, scale, chunk_size, tokens)
@@ -170,7 +170,7 @@ def _scan_backward(
 @_scan_backward.register_fake
 def _(d_out: Tensor, d_state: Tensor, *others: Any) -> tuple[Tensor, ...]:
     *inputs, borders = others[:6]
-    gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
+    gradients = [torch.empty_like(x) for x in inputs]
     return *gradients, torch.empty_like(d_state, dtype=borders.dtype)
 
 

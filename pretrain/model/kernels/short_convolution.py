@@ -1,4 +1,4 @@
-"""Short causal depthwise convolution over time that stops at document boundaries.
+"""Short causal depthwise convolution over time, then SiLU; it stops at document boundaries.
 
 Blocks of tokens that fit the cache, summed in float32: 2.5 times faster than conv1d on CPU.
 """
@@ -18,7 +18,7 @@ BLOCK_TOKENS = 128
 
 
 def short_convolution(x: Tensor, weight: Tensor, documents: Documents | None = None) -> Tensor:
-    """y[b, t, c] = sum over lags of weight[c, W - 1 - lag] * x[b, t - lag, c].
+    """y[b, t, c] = silu(sum over lags of weight[c, W - 1 - lag] * x[b, t - lag, c]).
 
     Args:
         x: [B, T, C].
@@ -43,6 +43,8 @@ def short_convolution(x: Tensor, weight: Tensor, documents: Documents | None = N
 
 
 class _ShortConvolution(torch.autograd.Function):
+    """Saves the input only: the backward pass computes the sums again for the slope of SiLU."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, position: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, position)
@@ -51,48 +53,57 @@ class _ShortConvolution(torch.autograd.Function):
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         for start, stop in _blocks(x.shape[1]):
             x_block = _window(x, start - past, stop)
-            y_block = x_block[:, past:] * taps[0]
-            for lag in range(1, past + 1):
-                x_lagged = x_block[:, past - lag : -lag]
-                y_block.addcmul_(_visible(x_lagged, position, start, lag), taps[lag])
-            y[:, start:stop] = y_block
+            y[:, start:stop] = F.silu(_sum_over_lags(x_block, taps, position, start), inplace=True)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, position = ctx.saved_tensors
-        dx = _gradient_of_x(dy, x, weight, position) if is_needed(ctx, 0) else None
-        d_weight = _gradient_of_weight(dy, x, weight, position) if is_needed(ctx, 1) else None
-        return dx, d_weight, None
+        taps = _taps(weight, x)
+        past = len(taps) - 1
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if is_needed(ctx, 0) else None
+        d_taps = torch.zeros_like(taps) if is_needed(ctx, 1) else None
+        for start, stop in _blocks(x.shape[1]):
+            # What reads the block's tokens are these and the `past` tokens after them.
+            x_block = _window(x, start - past, stop + past)
+            sums = _sum_over_lags(x_block, taps, position, start)
+            d_sums = torch.ops.aten.silu_backward(_window(dy, start, stop + past), sums)
+            if dx is not None:
+                dx[:, start:stop] = _gradient_of_x(d_sums, taps, position, start)
+            if d_taps is not None:
+                d_sums = d_sums[:, : stop - start]
+                _add_gradient_of_taps(d_taps, d_sums, x_block, position, start)
+        return dx, None if d_taps is None else d_taps.flip(0).T.to(weight.dtype), None
 
 
-def _gradient_of_x(dy: Tensor, x: Tensor, weight: Tensor, position: Tensor | None) -> Tensor:
-    taps = _taps(weight, x)
+def _sum_over_lags(x_block: Tensor, taps: Tensor, position: Tensor | None, start: int) -> Tensor:
+    """For the tokens from `start` on; x_block begins len(taps) - 1 tokens before."""
     past = len(taps) - 1
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    for start, stop in _blocks(x.shape[1]):
-        n = stop - start
-        dy_block = _window(dy, start, stop + past)
-        dx_block = dy_block[:, :n] * taps[0]
-        for lag in range(1, past + 1):
-            dy_ahead = _visible(dy_block[:, lag : lag + n], position, start + lag, lag)
-            dx_block.addcmul_(dy_ahead, taps[lag])
-        dx[:, start:stop] = dx_block
+    sums = x_block[:, past:] * taps[0]
+    for lag in range(1, past + 1):
+        x_lagged = x_block[:, past - lag : -lag]
+        sums.addcmul_(_visible(x_lagged, position, start, lag), taps[lag])
+    return sums
+
+
+def _gradient_of_x(d_sums: Tensor, taps: Tensor, position: Tensor | None, start: int) -> Tensor:
+    """For the tokens from `start` on; d_sums goes len(taps) - 1 tokens further."""
+    n = d_sums.shape[1] - len(taps) + 1
+    dx = d_sums[:, :n] * taps[0]
+    for lag in range(1, len(taps)):
+        d_ahead = d_sums[:, lag : lag + n]
+        dx.addcmul_(_visible(d_ahead, position, start + lag, lag), taps[lag])
     return dx
 
 
-def _gradient_of_weight(dy: Tensor, x: Tensor, weight: Tensor, position: Tensor | None) -> Tensor:
-    d_taps = torch.zeros_like(_taps(weight, x))
-    past = len(d_taps) - 1
-    for start, stop in _blocks(x.shape[1]):
-        x_block = _window(x, start - past, stop)
-        dy_block = _window(dy, start, stop)
-        d_taps[0] += (dy_block * x_block[:, past:]).sum((0, 1))
-        for lag in range(1, past + 1):
-            x_lagged = _visible(x_block[:, past - lag : -lag], position, start, lag)
-            d_taps[lag] += (dy_block * x_lagged).sum((0, 1))
-    return d_taps.flip(0).T.to(weight.dtype)
+def _add_gradient_of_taps(
+    d_taps: Tensor, d_sums: Tensor, x_block: Tensor, position: Tensor | None, start: int
+) -> None:
+    past, n = len(d_taps) - 1, d_sums.shape[1]
+    for lag in range(past + 1):
+        x_lagged = x_block[:, past - lag : past - lag + n]
+        d_taps[lag] += (d_sums * _visible(x_lagged, position, start, lag)).sum((0, 1))
 
 
 def _blocks(length: int) -> Iterator[tuple[int, int]]:

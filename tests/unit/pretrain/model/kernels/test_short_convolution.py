@@ -1,4 +1,4 @@
-"""The short convolution against torch's conv1d, document by document."""
+"""The short convolution against torch's conv1d and silu, document by document."""
 
 import pytest
 import torch
@@ -8,10 +8,10 @@ from pretrain.model.kernels.documents import Documents
 from pretrain.model.kernels.short_convolution import BLOCK_TOKENS, short_convolution
 
 
-def conv1d(x, weight):
+def silu_conv1d(x, weight):
     """[B, T, C] -> [B, T, C], one document per row."""
     padded = F.pad(x.mT, (weight.shape[1] - 1, 0))
-    return F.conv1d(padded, weight.unsqueeze(1), groups=weight.shape[0]).mT
+    return F.silu(F.conv1d(padded, weight.unsqueeze(1), groups=weight.shape[0]).mT)
 
 
 def random_inputs(length, width, dtype=torch.float64):
@@ -23,9 +23,9 @@ def random_inputs(length, width, dtype=torch.float64):
 
 @pytest.mark.parametrize("width", [1, 4])
 @pytest.mark.parametrize("length", [1, 3, BLOCK_TOKENS, 2 * BLOCK_TOKENS + 2])
-def test_equals_conv1d(length, width):
+def test_equals_conv1d_and_silu(length, width):
     x, weight = random_inputs(length, width)
-    y, expected = short_convolution(x, weight), conv1d(x, weight)
+    y, expected = short_convolution(x, weight), silu_conv1d(x, weight)
     dy = torch.randn_like(y)
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(
@@ -44,7 +44,8 @@ def test_packed_documents_equal_separate_ones():
     separate = torch.cat(
         [
             torch.cat(
-                [conv1d(document, weight) for document in row.unsqueeze(0).split(lengths, 1)], 1
+                [silu_conv1d(document, weight) for document in row.unsqueeze(0).split(lengths, 1)],
+                1,
             )
             for row, lengths in zip(x, rows, strict=True)
         ]
@@ -61,7 +62,7 @@ def test_packed_documents_equal_separate_ones():
 
 def test_bfloat16_is_rounded_only_once():
     x, weight = random_inputs(300, 4, torch.bfloat16)
-    exact = conv1d(x.double(), weight.double())
+    exact = silu_conv1d(x.double(), weight.double())
     assert torch.equal(short_convolution(x, weight), exact.to(torch.bfloat16))
 
 
