@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from launch import data
+from pretrain.errors import UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -46,12 +47,28 @@ def train(
     prepare_only: Annotated[
         bool, typer.Option("--prepare-only", help="Check everything and write the run directory.")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print what a rank would hold, need and send; start none."),
+    ] = False,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="How many a dry run plans for [default: nproc].")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="The one to plan [default: 0].")] = None,
 ) -> None:
     """Train a model; the same command again resumes.
 
     Exit codes: 0 done, 75 stopped on request with everything saved, 2 a mistake in what was
     asked for, 1 anything else.
     """
+    if dry_run:
+        from launch.dry_run import print_plan
+
+        print_plan(recipe, overrides or [], ranks or nproc, rank or 0)
+        return
+    if ranks is not None or rank is not None:
+        raise UserError("--ranks and --rank belong to --dry-run; to train here, --nproc ranks")
+
     from launch.train import prepare, train_locally
 
     run = prepare(recipe, overrides or [], nproc, run_dir)

@@ -1,0 +1,73 @@
+"""`farspan train --dry-run`: print what a rank of a layout would hold, need and send."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from pretrain.config import load_config
+
+
+def print_plan(recipe: str, overrides: Sequence[str], ranks: int, rank: int) -> None:
+    """Plan a recipe for `rank` of `ranks` and print the plan."""
+    config = load_config(recipe, overrides)
+    from pretrain.dry_run.assumptions import ASSUMPTIONS
+    from pretrain.dry_run.plan import plan_rank
+
+    plan = plan_rank(config, ranks, rank)
+    place = ", ".join(f"{axis} {at}" for axis, at in plan.coordinates.items())
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{recipe} on {ranks} ranks ({plan.layout})")
+    console.print(f"rank {rank} ({place}): {_layers(plan.layers)}")
+    console.print(
+        f"{plan.microbatches} microbatches of {config.train.microbatch} x {config.data.seq_len:,} "
+        "tokens a step\n"
+    )
+
+    memory = plan.memory
+    table = Table(box=None, pad_edge=False)
+    table.add_column("memory", min_width=20)
+    table.add_column("", justify="right", min_width=12)
+    table.add_column("", no_wrap=True)
+    for name, size, remark in (
+        ("weights", memory.weights, f"{plan.parameters:,} parameters, float32"),
+        ("gradients", memory.gradients, ""),
+        ("optimizer state", memory.optimizer, ""),
+        ("gathered weights", memory.gathered, "at the peak"),
+        ("activations", memory.activations, "kept for the backward pass, at most"),
+        ("peak", memory.peak, "at a time, with temporaries"),
+    ):
+        table.add_row(name, _size(size), remark)
+    console.print(table)
+    console.print()
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("axis", min_width=14)
+    table.add_column("collectives of a step", min_width=22)
+    table.add_column("calls", justify="right")
+    table.add_column("sent", justify="right", min_width=12)
+    for (axis, kind), traffic in plan.traffic.items():
+        table.add_row(axis, kind, f"{traffic.calls:,}", _size(traffic.bytes))
+    console.print(table)
+    console.print()
+    for assumption in ASSUMPTIONS:
+        console.print(f"assumed: {assumption}")
+    if plan.layout.pp > 1:
+        firsts = ", ".join(str(first) for first in range(0, ranks, ranks // plan.layout.pp))
+        console.print(f"ranks differ by their place in the pipeline: see --rank {firsts}")
+
+
+def _layers(numbers: Sequence[int]) -> str:
+    """Consecutive numbers as ranges: layers 0-3, 12-15."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    ranges = [f"{a}-{b}" if a < b else f"{a}" for a, b in zip(starts, ends, strict=True)]
+    return f"layers {', '.join(ranges)}" if ranges else "no layer"
+
+
+def _size(n_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if n_bytes < 1024:
+            return f"{n_bytes:.4g} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:,.2f} GiB"

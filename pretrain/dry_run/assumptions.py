@@ -1,0 +1,118 @@
+"""What a dry run takes for granted where a step asks its data, another rank, or a long loop."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed.pipelining.stage
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.pipelining import schedules
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from parallel.apply import Parallelised
+from parallel.expert.dispatch import AllToAllDispatch
+from pretrain.config import Config
+from pretrain.layouts import Layout
+from pretrain.model.kernels import experts, rms_norm, short_convolution
+from pretrain.model.kernels.documents import Documents
+from pretrain.model.kernels.experts_grouped import grouped_mixture
+from pretrain.model.moe import MoE, dispatch_locally
+
+ASSUMPTIONS = (
+    "every row is one document; tokens choose their experts at random, evenly; all-to-all carries "
+    "them",
+    "flash attention, grouped products for experts; the memory that a kernel needs inside is not "
+    "counted",
+)
+
+
+@contextmanager
+def fake_tensors(config: Config, layout: Layout) -> Iterator[None]:
+    """Run models on tensors that have a shape, a type and a device, and no memory.
+
+    A model that was built on the meta device can be moved here.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(_GroupedProducts())
+        stack.enter_context(gpu_experts())
+        for owner, name, stand_in in (
+            (Documents, "from_position", _whole_rows),
+            (AllToAllDispatch, "counts_on_host", _even_counts(config, layout)),
+            # All blocks of a loop need the same memory.
+            (rms_norm, "_blocks", _first_and_last(rms_norm._blocks)),
+            (short_convolution, "_blocks", _first_and_last(short_convolution._blocks)),
+        ):
+            stack.enter_context(patch.object(owner, name, stand_in))
+        if hasattr(schedules._PipelineSchedule, "_warmup_p2p"):
+            agreed = patch.object(schedules._PipelineSchedule, "_warmup_p2p", _agree_on_shapes)
+            stack.enter_context(agreed)
+        yield
+
+
+@contextmanager
+def gpu_experts() -> Iterator[None]:
+    """Let experts on a CPU be computed as on a GPU."""
+    with patch.object(experts, "looped_mixture", grouped_mixture):
+        yield
+
+
+def drop_nothing(parallelised: Parallelised) -> None:
+    """Do not count the slots over capacity: with even routing there are none."""
+    for stage in parallelised.stages:
+        for module in stage.modules():
+            if isinstance(module, MoE) and isinstance(module.dispatch, partial):
+                module.dispatch = partial(dispatch_locally, dropless=True)
+
+
+class _GroupedProducts(TorchDispatchMode):
+    """`grouped_mm` for fake tensors of any type; torch's own takes bfloat16 only."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._grouped_mm.default:
+            return _grouped_product(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _grouped_product(a: Tensor, b: Tensor, offs: Tensor, *_: Any) -> Tensor:
+    """Rows of a [N, k] in groups, by b [E, k, m] -> [N, m]; or a [m, N], b [N, k] -> [E, m, k]."""
+    if b.ndim == 3:
+        return a.new_empty(a.shape[0], b.shape[2])
+    return a.new_empty(offs.shape[0], a.shape[0], b.shape[1])
+
+
+def _whole_rows(position: Tensor) -> Documents:
+    rows, length = position.shape
+    return Documents.whole_rows(rows, length, position.device)
+
+
+def _even_counts(config: Config, layout: Layout) -> Callable[..., Any]:
+    """What `AllToAllDispatch.counts_on_host` expects: a token goes once to each of its ranks."""
+    moe, ep = config.model.moe, layout.ep
+    tokens = config.train.microbatch * config.data.seq_len // (layout.cp * layout.tp)
+
+    def counts_on_host(*_: Any) -> tuple[list[int], list[int], list[int]]:
+        elsewhere = math.comb(moe.n_experts - moe.n_experts // ep, moe.top_k)
+        rows = round(tokens * (1 - elsewhere / math.comb(moe.n_experts, moe.top_k)))
+        return [rows] * ep, [rows] * ep, [tokens * moe.top_k // ep] * ep
+
+    return counts_on_host
+
+
+def _first_and_last(blocks: Callable[[Any], Iterator[Any]]) -> Callable[[Any], list[Any]]:
+    def first_and_last(sizes: Any) -> list[Any]:
+        every = list(blocks(sizes))
+        return every[:1] + every[1:][-1:]
+
+    return first_and_last
+
+
+def _agree_on_shapes(_schedule: Any, stages: Any, *_: Any) -> None:
+    """In place of a vote of the pipeline's ranks on whether they know what they exchange."""
+    for stage in stages:
+        stage._inference_mode = torch.distributed.pipelining.stage.InferenceMode.STATIC

@@ -1,0 +1,162 @@
+"""What one rank of a layout holds, needs and sends, found by training on fake tensors."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from parallel.fsdp import local_tensor
+from parallel.mesh import Mesh
+from pretrain.build import build_model
+from pretrain.config import Config
+from pretrain.dry_run.assumptions import drop_nothing, fake_tensors
+from pretrain.dry_run.step import Step
+from pretrain.dry_run.tracker import StepTracker, Traffic
+from pretrain.errors import UserError
+from pretrain.layouts import Layout, resolve_layout
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes.
+
+    Attributes:
+        weights, optimizer: what lasts from step to step.
+        gradients: what is there when a step is updated.
+        activations: the most that is kept for backward passes at a time.
+        gathered: whole weights that FSDP has gathered when memory is at its peak.
+        peak: the most that is alive at a time.
+    """
+
+    weights: int
+    optimizer: int
+    gradients: int
+    activations: int
+    gathered: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one rank holds, needs and sends.
+
+    Attributes:
+        rank: of `layout.world_size`.
+        coordinates: the rank's place on each axis.
+        layers: numbers of the layers on this rank.
+        parameters: of them, how many this rank stores.
+        microbatches: of this rank, in a step.
+        traffic: (axis, kind) -> collectives of a step.
+    """
+
+    layout: Layout
+    rank: int
+    coordinates: Mapping[str, int]
+    layers: tuple[int, ...]
+    parameters: int
+    microbatches: int
+    memory: Memory
+    traffic: Mapping[tuple[str, str], Traffic]
+
+
+def plan_rank(config: Config, ranks: int, rank: int) -> Plan:
+    """Plan rank `rank` of `ranks`, in this process and without memory for any tensor.
+
+    Raises:
+        UserError: there is no such rank, or the layout does not work.
+    """
+    layout = resolve_layout(config, ranks)
+    if rank >= ranks:
+        raise UserError(f"--rank {rank}: the {ranks} ranks are numbered from 0 to {ranks - 1}")
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+    try:
+        device = torch.device("cpu")
+        mesh = Mesh.build(device, **asdict(layout))
+        parallelised = build_model(config, layout, mesh, device)
+        drop_nothing(parallelised)
+        with fake_tensors(config, layout), StepTracker(axis_names(mesh)) as tracker:
+            for stage in parallelised.stages:
+                stage.to_empty(device=device)
+            return _plan(Step(config, layout, mesh, parallelised, tracker))
+    finally:
+        dist.destroy_process_group()
+
+
+def axis_names(mesh: Mesh) -> dict[str, str]:
+    """Process group name -> axis, of the groups that this rank is in."""
+    # Axes over the same ranks may share a group, which then goes by its name in `weights`.
+    arrangements: tuple[DeviceMesh, ...] = (mesh.tokens, mesh.experts, mesh.weights)
+    return {
+        arrangement.get_group(axis).group_name: axis
+        for arrangement in arrangements
+        for axis in arrangement.mesh_dim_names or ()
+    }
+
+
+def _plan(step: Step) -> Plan:
+    """Run a step of few microbatches and one of more; further ones add what these added."""
+    tracker, microbatches = step.tracker, step.microbatches
+    weights = list(step.parallelised.weights.parameters())
+    step.warm_up()
+    traffic, buffers = {}, {}
+    for n in step.telling_microbatches():
+        tracker.reset()
+        before = tracker.live
+        step.backward(n)
+        gradients = _stored(weight.grad for weight in weights if weight.grad is not None)
+        # A pipeline has a buffer for each microbatch that it receives.
+        buffers[n] = tracker.live - before - gradients
+        step.update()
+        traffic[n] = tracker.traffic
+
+    activations = step.activations_at_peak(microbatches)
+    further = activations - step.activations_at_peak(n)
+    further += _on_line(buffers, microbatches) - buffers[n]
+    mesh = step.mesh.tokens
+    return Plan(
+        layout=step.layout,
+        rank=dist.get_rank(),
+        coordinates={axis: mesh.get_local_rank(axis) for axis in mesh.mesh_dim_names or ()},
+        layers=step.layers,
+        parameters=sum(local_tensor(weight).numel() for weight in weights),
+        microbatches=microbatches,
+        memory=Memory(
+            weights=_stored(weights),
+            optimizer=_stored(x for state in step.optimizer.state.values() for x in state.values()),
+            gradients=gradients,
+            activations=activations,
+            gathered=tracker.gathered_at_peak,
+            peak=tracker.peak + further,
+        ),
+        traffic=_extended(traffic, microbatches),
+    )
+
+
+def _stored(tensors: Iterable[Tensor]) -> int:
+    """Bytes of what this rank has of them."""
+    return sum(local_tensor(tensor).nbytes for tensor in tensors)
+
+
+def _extended(
+    measured: Mapping[int, Mapping[tuple[str, str], Traffic]], microbatches: int
+) -> dict[tuple[str, str], Traffic]:
+    """The traffic of a step, from that of fewer microbatches."""
+    keys = sorted({key for traffic in measured.values() for key in traffic})
+    result = {}
+    for key in keys:
+        of_n = {n: traffic.get(key, Traffic()) for n, traffic in measured.items()}
+        result[key] = Traffic(
+            _on_line({n: traffic.calls for n, traffic in of_n.items()}, microbatches),
+            _on_line({n: traffic.bytes for n, traffic in of_n.items()}, microbatches),
+        )
+    return result
+
+
+def _on_line(measured: Mapping[int, int], n: int) -> int:
+    """The value at `n` of the straight line through one or two points."""
+    (n_0, value_0), (n_1, value_1) = min(measured.items()), max(measured.items())
+    return round(value_1 + (n - n_1) * (value_1 - value_0) / max(1, n_1 - n_0))

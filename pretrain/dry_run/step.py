@@ -1,0 +1,122 @@
+"""A training step that asks for no data, with any number of microbatches."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from parallel.apply import Parallelised
+from parallel.gradients import clip_gradients
+from parallel.mesh import Mesh
+from parallel.pipeline.plan import peak_stored, problem_of_schedule
+from parallel.pipeline.schedule import Pipeline
+from pretrain.config import Config
+from pretrain.dry_run.tracker import StepTracker
+from pretrain.layouts import Layout, stages_per_rank
+from pretrain.optim import build_optimizer
+from pretrain.parts import pipeline_shape
+
+
+class Step:
+    """What a rank does in a step, on a model whose weights do not matter.
+
+    Attributes:
+        microbatches: of this rank in a step of the configuration.
+        activations: stage -> bytes that a forward pass leaves for its backward pass.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        layout: Layout,
+        mesh: Mesh,
+        parallelised: Parallelised,
+        tracker: StepTracker,
+    ) -> None:
+        self.config = config
+        self.layout = layout
+        self.mesh = mesh
+        self.parallelised = parallelised
+        self.tracker = tracker
+        self.microbatches = config.train.global_batch // (
+            layout.data_ranks * config.train.microbatch
+        )
+        self.activations: dict[int, int] = {}
+        for stage in parallelised.stages:
+            stage.register_forward_pre_hook(self._before_forward)
+            stage.register_forward_hook(self._after_forward)
+        self.optimizer = build_optimizer(parallelised.weights, config.optim)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        stages = self.parallelised.stages
+        return tuple(int(number) for stage in stages for number in stage.model.layers)
+
+    def warm_up(self) -> None:
+        """Make what the first step makes and later ones find: the optimizer's state, and the
+        memory that FSDP gathers weights in, which shows what that is.
+        """
+        for stage in self.parallelised.stages:
+            for module in stage.modules():
+                if isinstance(module, FSDPModule):
+                    module.unshard()
+                    module.reshard()
+        for weight in self.parallelised.weights.parameters():
+            weight.grad = torch.zeros_like(weight)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def backward(self, microbatches: int) -> None:
+        """The forward and backward passes."""
+        if self.layout.pp > 1:
+            self.parallelised.runner = self._pipeline(microbatches)
+        rows, length = microbatches * self.config.train.microbatch, self.config.data.seq_len
+        tokens, position, labels = (torch.zeros(rows, length, dtype=torch.int64) for _ in range(3))
+        self.parallelised.forward_backward(tokens, position, labels, rows * length)
+
+    def update(self) -> None:
+        """What comes after them."""
+        weights = self.parallelised.weights.parameters()
+        clip_gradients(weights, self.config.optim.clip, self.mesh.pp.get_group())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.parallelised.replicas.refresh()
+
+    def activations_at_peak(self, microbatches: int) -> int:
+        """The most bytes that forward passes leave at a time for their backward passes."""
+        if self.layout.pp == 1:
+            return sum(self.activations.values())
+        order = self._pipeline(microbatches).order()
+        return peak_stored(order, self.activations.__getitem__)
+
+    def telling_microbatches(self) -> list[int]:
+        """One or two numbers, in order, that tell what any number of microbatches does.
+
+        Above 2 pp a schedule only repeats itself.
+        """
+        schedule, pp = self.config.parallel.pipeline.schedule, self.layout.pp
+        per_rank = stages_per_rank(self.config)
+        possible = [
+            n
+            for n in range(1, self.microbatches + 1)
+            if problem_of_schedule(schedule, pp, per_rank, n) is None
+        ]
+        steady = next((n for n in possible if n >= 2 * pp), possible[-1])
+        return sorted({possible[0], steady})
+
+    def _pipeline(self, microbatches: int) -> Pipeline:
+        shape = pipeline_shape(self.config, self.layout)
+        assert shape is not None
+        return Pipeline(
+            self.parallelised.stages,
+            self.mesh.pp.get_group(),
+            replace(shape, n_microbatches=microbatches),
+            torch.device("cpu"),
+        )
+
+    def _before_forward(self, stage: Any, *_: Any) -> None:
+        self.activations[stage.index] = self.tracker.gathered - self.tracker.live
+
+    def _after_forward(self, stage: Any, *_: Any) -> None:
+        self.activations[stage.index] += self.tracker.live - self.tracker.gathered

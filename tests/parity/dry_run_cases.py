@@ -1,0 +1,75 @@
+"""Measure real steps of training as a dry run does fake ones; run on 4 ranks by test_dry_run.py.
+
+Arguments: the shards, the folder for results, the cases as `name:key=value key=value`.
+"""
+
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from data_pipeline.stream import Batch
+from parallel.fsdp import local_tensor
+from parallel.mesh import join_ranks
+from pretrain.config import load_config
+from pretrain.dry_run.assumptions import gpu_experts
+from pretrain.dry_run.plan import axis_names
+from pretrain.dry_run.step import Step
+from pretrain.dry_run.tracker import StepTracker
+from pretrain.run_dir import RunDirectory
+from pretrain.trainer import Trainer
+
+
+def whole_rows(trainer: Trainer) -> Batch:
+    """Random tokens; every row is one document."""
+    train, model, data = trainer.config.train, trainer.config.model, trainer.config.data
+    shape = (train.global_batch // trainer.mesh.data_ranks, data.seq_len)
+    draw = np.random.default_rng(trainer.mesh.data_rank)
+    tokens, labels = draw.integers(0, model.vocab_size, (2, *shape))
+    position = np.broadcast_to(np.arange(data.seq_len), shape).copy()
+    return Batch(tokens, labels, position)
+
+
+def run_case(shards: Path, overrides: list[str], device: torch.device) -> dict[str, Any]:
+    config = load_config("tiny-hybrid-moe", [f"data.shards={shards}", *overrides])
+    with gpu_experts(), StepTracker({}) as tracker:
+        trainer = Trainer(config, RunDirectory(Path("nowhere")), device)
+        tracker.axes = axis_names(trainer.mesh)
+        step = Step(config, trainer.layout, trainer.mesh, trainer.parallelised, tracker)
+        batch = whole_rows(trainer)
+        for _ in range(2):
+            tracker.reset()
+            measured = trainer.backward(batch)
+            gradients = [w.grad for w in trainer.weights.parameters()]
+            gradient_bytes = sum(local_tensor(gradient).nbytes for gradient in gradients)
+            del gradients
+            trainer.finish_step(measured.expert_counts)
+    moments = [x for state in trainer.optimizer.state.values() for x in state.values()]
+    return {
+        "parameters": sum(local_tensor(w).numel() for w in trainer.weights.parameters()),
+        "optimizer": sum(local_tensor(x).nbytes for x in moments),
+        "gradients": gradient_bytes,
+        "activations": step.activations_at_peak(step.microbatches),
+        "gathered": tracker.gathered_at_peak,
+        "peak": tracker.peak,
+        "traffic": [[*key, t.calls, t.bytes] for key, t in tracker.traffic.items()],
+    }
+
+
+def main() -> None:
+    shards, results = Path(sys.argv[1]), Path(sys.argv[2])
+    device = join_ranks(timedelta(minutes=2))
+    for case in sys.argv[3:]:
+        name, _, overrides = case.partition(":")
+        result = run_case(shards, overrides.split(), device)
+        (results / f"{name}-{dist.get_rank()}.json").write_text(json.dumps(result))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
