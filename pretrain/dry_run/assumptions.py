@@ -18,16 +18,18 @@ from parallel.apply import Parallelised
 from parallel.expert.dispatch import AllToAllDispatch
 from pretrain.config import Config
 from pretrain.layouts import Layout
-from pretrain.model.kernels import experts, rms_norm, short_convolution
+from pretrain.model import norm
+from pretrain.model.kernels import experts, short_convolution
 from pretrain.model.kernels.documents import Documents
 from pretrain.model.kernels.experts_grouped import grouped_mixture
+from pretrain.model.kernels.rms_norm import fused_rms_norm
 from pretrain.model.moe import MoE, dispatch_locally
 
 ASSUMPTIONS = (
     "every row is one document; tokens choose their experts at random, evenly; all-to-all carries "
     "them",
-    "flash attention, grouped products for experts; the memory that a kernel needs inside is not "
-    "counted",
+    "the kernels of GPUs, with flash attention; what they need inside, and what an allocator and "
+    "NCCL keep, comes on top",
 )
 
 
@@ -40,12 +42,11 @@ def fake_tensors(config: Config, layout: Layout) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(_GroupedProducts())
-        stack.enter_context(gpu_experts())
+        stack.enter_context(gpu_kernels())
         for owner, name, stand_in in (
             (Documents, "from_position", _whole_rows),
             (AllToAllDispatch, "counts_on_host", _even_counts(config, layout)),
-            # All blocks of a loop need the same memory.
-            (rms_norm, "_blocks", _first_and_last(rms_norm._blocks)),
+            # All blocks of its loop need the same memory.
             (short_convolution, "_blocks", _first_and_last(short_convolution._blocks)),
         ):
             stack.enter_context(patch.object(owner, name, stand_in))
@@ -56,9 +57,12 @@ def fake_tensors(config: Config, layout: Layout) -> Iterator[None]:
 
 
 @contextmanager
-def gpu_experts() -> Iterator[None]:
-    """Let experts on a CPU be computed as on a GPU."""
-    with patch.object(experts, "looped_mixture", grouped_mixture):
+def gpu_kernels() -> Iterator[None]:
+    """Let a CPU compute as a GPU does, where kernels differ in the memory they need."""
+    with (
+        patch.object(experts, "looped_mixture", grouped_mixture),
+        patch.object(norm, "rms_norm", fused_rms_norm),
+    ):
         yield
 
 

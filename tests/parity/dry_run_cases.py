@@ -17,7 +17,7 @@ from data_pipeline.stream import Batch
 from parallel.fsdp import local_tensor
 from parallel.mesh import join_ranks
 from pretrain.config import load_config
-from pretrain.dry_run.assumptions import gpu_experts
+from pretrain.dry_run.assumptions import gpu_kernels
 from pretrain.dry_run.plan import axis_names
 from pretrain.dry_run.step import Step
 from pretrain.dry_run.tracker import StepTracker
@@ -37,7 +37,7 @@ def whole_rows(trainer: Trainer) -> Batch:
 
 def run_case(shards: Path, overrides: list[str], device: torch.device) -> dict[str, Any]:
     config = load_config("tiny-hybrid-moe", [f"data.shards={shards}", *overrides])
-    with gpu_experts(), StepTracker({}) as tracker:
+    with gpu_kernels(), StepTracker({}) as tracker:
         trainer = Trainer(config, RunDirectory(Path("nowhere")), device)
         tracker.axes = axis_names(trainer.mesh)
         step = Step(config, trainer.layout, trainer.mesh, trainer.parallelised, tracker)
