@@ -5,6 +5,7 @@ Arguments: the shards, the folder for results, the cases as `name:key=value key=
 
 import json
 import sys
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,15 @@ def whole_rows(trainer: Trainer) -> Batch:
     return Batch(tokens, labels, position)
 
 
+def sent_by_communicators(trainer: Trainer) -> dict[tuple[str, str], int]:
+    """(axis, kind) -> bytes that the layers' own collectives have sent so far."""
+    return {
+        (axis, kind.replace("_", "-")): n_bytes
+        for axis, communicator in trainer.parallelised.traffic.items()
+        for kind, n_bytes in communicator.bytes.items()
+    }
+
+
 def run_case(shards: Path, overrides: list[str], device: torch.device) -> dict[str, Any]:
     config = load_config("tiny-hybrid-moe", [f"data.shards={shards}", *overrides])
     with gpu_kernels(), StepTracker({}) as tracker:
@@ -44,11 +54,14 @@ def run_case(shards: Path, overrides: list[str], device: torch.device) -> dict[s
         batch = whole_rows(trainer)
         for _ in range(2):
             tracker.reset()
+            counted = Counter(sent_by_communicators(trainer))
             measured = trainer.backward(batch)
             gradients = [w.grad for w in trainer.weights.parameters()]
             gradient_bytes = sum(local_tensor(gradient).nbytes for gradient in gradients)
             del gradients
             trainer.finish_step(measured.expert_counts)
+            sent = Counter(sent_by_communicators(trainer))
+            sent.subtract(counted)
     moments = [x for state in trainer.optimizer.state.values() for x in state.values()]
     return {
         "parameters": sum(local_tensor(w).numel() for w in trainer.weights.parameters()),
@@ -58,6 +71,7 @@ def run_case(shards: Path, overrides: list[str], device: torch.device) -> dict[s
         "gathered": tracker.gathered_at_peak,
         "peak": tracker.peak,
         "traffic": [[*key, t.calls, t.bytes] for key, t in tracker.traffic.items()],
+        "sent": [[*key, n_bytes] for key, n_bytes in sent.items()],
     }
 
 
