@@ -66,6 +66,12 @@ def gpu_kernels() -> Iterator[None]:
         yield
 
 
+def with_all_to_all(config: Config) -> Config:
+    """The configuration with a dispatcher that runs without a GPU."""
+    parallel = config.parallel.model_copy(update={"dispatcher": "all_to_all"})
+    return config.model_copy(update={"parallel": parallel})
+
+
 def drop_nothing(parallelised: Parallelised) -> None:
     """Do not count the slots over capacity: with even routing there are none."""
     for stage in parallelised.stages:

@@ -13,7 +13,7 @@ from parallel.fsdp import local_tensor
 from parallel.mesh import Mesh
 from pretrain.build import build_model
 from pretrain.config import Config
-from pretrain.dry_run.assumptions import drop_nothing, fake_tensors
+from pretrain.dry_run.assumptions import drop_nothing, fake_tensors, with_all_to_all
 from pretrain.dry_run.step import Step
 from pretrain.dry_run.tracker import StepTracker, Traffic
 from pretrain.errors import UserError
@@ -72,6 +72,7 @@ def plan_rank(config: Config, ranks: int, rank: int) -> Plan:
     layout = resolve_layout(config, ranks)
     if rank >= ranks:
         raise UserError(f"--rank {rank}: the {ranks} ranks are numbered from 0 to {ranks - 1}")
+    config = with_all_to_all(config)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
         device = torch.device("cpu")
