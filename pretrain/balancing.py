@@ -62,7 +62,8 @@ def auxiliary_loss(
 ) -> Tensor:
     """What the routers add to the loss: the means over tokens and layers, by their weights.
 
-    The parts of a global batch, and of a model's layers, add up to the whole.
+    The parts of a global batch, and of a model's layers, add up to the whole. A selection bias takes
+    the place of the balance loss.
 
     Args:
         balance: [L], see `Routing`; of any number of the model's layers.
@@ -70,5 +71,6 @@ def auxiliary_loss(
         tokens: in the whole global batch.
         n_layers: layers with experts in the whole model.
     """
-    weighted = moe.aux_loss * balance.sum() + moe.z_loss * z.sum()
+    aux_loss = 0.0 if moe.balance == "bias" else moe.aux_loss
+    weighted = aux_loss * balance.sum() + moe.z_loss * z.sum()
     return weighted / (tokens * max(n_layers, 1))

@@ -49,7 +49,8 @@ METRICS: dict[str, Metric] = {
             "Balance loss; the gradient is that of train/loss + model.moe.aux_loss * this + "
             "model.moe.z_loss * train/z_loss. f_e are the expert frequencies of the previous step "
             "(of each sequence with model.moe.balance=sequence), P_e this step's mean router "
-            "probabilities. 1 is balanced, E is everything to one expert.",
+            "probabilities. 1 is balanced, E is everything to one expert. With "
+            "model.moe.balance=bias it is measured only, and has no gradient.",
         ),
         Metric(
             "train/z_loss",

@@ -46,7 +46,8 @@ class MoEConfig:
     Attributes:
         aux_loss: weight of the balance loss.
         balance: what keeps the experts' loads even: the balance loss with the frequencies of the
-            whole batch or of each sequence, or a selection bias that follows the loads.
+            whole batch or of each sequence, or, without that loss, a selection bias that follows
+            the loads.
         bias_rate: how far the selection bias moves in a step.
         z_loss: weight of the router's z-loss.
         capacity_factor: an expert takes at most this many times its even share of a sequence's

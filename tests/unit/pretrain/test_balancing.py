@@ -53,3 +53,9 @@ def test_the_auxiliary_loss_is_the_weighted_mean_over_tokens_and_layers() -> Non
     assert whole == pytest.approx(0.5 * 1.1 + 0.1 * 4)
     parts = [auxiliary_loss(balance[i : i + 1], z[i : i + 1], 10, 2, moe).item() for i in (0, 1)]
     assert sum(parts) == pytest.approx(whole)
+
+
+def test_a_selection_bias_takes_the_place_of_the_balance_loss() -> None:
+    moe = MoEConfig(n_experts=4, aux_loss=0.5, z_loss=0.1, balance="bias")
+    loss = auxiliary_loss(torch.tensor([10.0]), torch.tensor([30.0]), 10, 1, moe).item()
+    assert loss == pytest.approx(0.1 * 3)
