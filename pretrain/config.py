@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from parallel.pipeline.plan import Schedule
 from pretrain.errors import UserError
 from pretrain.model.config import ModelConfig
 from pretrain.run_dir import RunDirectory
@@ -92,7 +93,7 @@ class ScheduleConfig(Section):
 
 
 class PipelineConfig(Section):
-    schedule: Literal["gpipe", "1f1b", "interleaved", "zbv", "dualpipev"] = Field(
+    schedule: Schedule = Field(
         "1f1b", description="In which order the stages work on the microbatches."
     )
     stages_per_rank: Positive | Literal["auto"] = Field(
@@ -100,7 +101,8 @@ class PipelineConfig(Section):
         description="auto: 2 for interleaved, zbv and dualpipev, else 1.",
     )
     layers_per_stage: Literal["balanced"] | tuple[NonNegative, ...] = Field(
-        "balanced", description="balanced: by predicted cost, embedding and head counted."
+        "balanced",
+        description="balanced: by predicted cost, embedding and head counted; or a list of numbers.",
     )
 
 
@@ -298,7 +300,9 @@ def _describe(error: ValidationError) -> str:
         if note := _description(location):
             wish += f" ({note})"
         lines.setdefault(dotted, f"{dotted} = {problem['input']!r}: {wish}")
-    return "\n".join(lines.values())
+    # What is wrong with an entry of a list says more than that the list is no single value.
+    innermost = (d for d in lines if not any(other.startswith(f"{d}.") for other in lines))
+    return "\n".join(lines[dotted] for dotted in innermost)
 
 
 def _is_union_tag(part: Any) -> bool:
@@ -308,10 +312,11 @@ def _is_union_tag(part: Any) -> bool:
 
 def _description(location: Sequence[Any]) -> str | None:
     """What the field at `location` is for, where that is written down."""
-    if len(location) != 2 or location[0] not in Config.model_fields:
-        return None
-    section = Config.model_fields[str(location[0])].annotation
-    field = getattr(section, "model_fields", {}).get(location[1])
+    section: Any = Config
+    field = None
+    for name in location:
+        field = getattr(section, "model_fields", {}).get(name)
+        section = field.annotation if field else None
     return field.description if field else None
 
 

@@ -221,8 +221,14 @@ def _nearest(config: Config, world_size: int) -> Layout:
 
 
 def _layouts(world_size: int) -> Iterator[Layout]:
-    divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
-    for pp, replicate, tp, ep in product(divisors, repeat=4):
-        dp_shard, rest = divmod(world_size, pp * replicate * tp)
-        if not rest:
-            yield Layout(pp=pp, dp_replicate=replicate, dp_shard=dp_shard, ep=ep, tp=tp)
+    """All arrangements of `world_size` ranks, without context parallelism."""
+
+    def divisors(n: int) -> list[int]:
+        return [divisor for divisor in all_divisors if n % divisor == 0]
+
+    all_divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+    for pp in all_divisors:
+        for replicate in divisors(world_size // pp):
+            ranks = world_size // (pp * replicate)
+            for tp, ep in product(divisors(ranks), repeat=2):
+                yield Layout(pp=pp, dp_replicate=replicate, dp_shard=ranks // tp, ep=ep, tp=tp)

@@ -46,6 +46,8 @@ def test_an_override_beats_the_recipe_and_the_recipe_beats_the_default(tmp_path)
         ("model.moe.capacity_factor=0", ["model.moe.capacity_factor = 0", "more than zero"]),
         ("model.moe.balance=sequences", ["model.moe.balance", "did you mean sequence?"]),
         ("train.steps=many", ["train.steps", "many", "integer"]),
+        ("parallel.pipeline.schedule=zvb", ["did you mean zbv?", "In which order"]),
+        ("parallel.pipeline.layers_per_stage=even", ["'balanced'", "or a list of numbers"]),
         ("model.d_model=0", ["model.d_model = 0", "more than zero"]),
         ("model.moe.d_expert=20", ["model.moe.d_expert = 20", "multiple of 8"]),
         ("model.moe.top_k=9", ["model.moe.top_k = 9", "8"]),
@@ -61,6 +63,13 @@ def test_a_wrong_setting_is_refused_with_field_value_and_remedy(override, words)
         load_config("tiny-hybrid-moe", [override])
     for word in words:
         assert word in str(refusal.value)
+
+
+def test_a_wrong_entry_of_a_list_is_refused_alone() -> None:
+    with pytest.raises(UserError) as refusal:
+        load_config("tiny-hybrid-moe", ["parallel.recompute=[full, sometimes]"])
+    (line,) = str(refusal.value).splitlines()
+    assert "parallel.recompute.1 = 'sometimes'" in line
 
 
 @pytest.mark.parametrize(
@@ -127,6 +136,37 @@ def test_auto_fills_dp_shard(ranks, overrides, layout) -> None:
             ["12 ranks share each expert", "model.d_model = 104", "dp_shard=8 cp=1 ep=2"],
         ),
         (2, ["model.moe.n_experts=0", "parallel.ep=2"], ["dense", "ep=1"]),
+        (2, ["parallel.tp=2", "model.vocab_size=2047"], ["model.vocab_size = 2047", "tp=1"]),
+        (
+            8,
+            ["parallel.tp=8", "train.microbatch=1"],
+            ["parallel.tp = 8 does not divide model.attention.n_heads = 4", "tp=4"],
+        ),
+        (
+            2,
+            ["parallel.tp=2", "model.linear.n_key_heads=3", "model.linear.n_value_heads=6"],
+            ["neither a divisor nor a multiple of model.linear.n_key_heads = 3", "tp=1"],
+        ),
+        (
+            2,
+            ["parallel.tp=2", "model.moe.n_experts=0", "model.d_ff=99"],
+            ["parallel.tp = 2 does not divide model.d_ff = 99", "tp=1"],
+        ),
+        (
+            4,
+            ["parallel.pp=4", "parallel.pipeline.schedule=zbv"],
+            ["model.n_layers = 4", "8 stages", "pp=2"],
+        ),
+        (
+            2,
+            ["parallel.pp=2", "parallel.pipeline.layers_per_stage=[1, 2]"],
+            ["layers_per_stage = [1, 2] adds up to 3", "pp=1"],
+        ),
+        (
+            4,
+            ["parallel.pp=4", "train.global_batch=6"],
+            ["parallel.pipeline.schedule = 1f1b", "3 microbatches", "train.global_batch=8"],
+        ),
     ],
 )
 def test_a_layout_that_cannot_be_is_refused_with_the_nearest_that_works(
