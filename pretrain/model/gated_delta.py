@@ -54,9 +54,8 @@ class GatedDeltaNet(nn.Module):
         g_bth = -upcast(self.A_log).exp() * step
         inputs = (l2_norm(q_bthd), l2_norm(k_bthd), v_bthe, g_bth, beta_bth)
         out_bhte, _ = self.scan(*(x.transpose(1, 2) for x in inputs), documents=documents)
-        z = upcast(self.z_proj(x_btd)).unflatten(-1, (-1, self.value_dim))
-        out = self.norm(out_bhte.transpose(1, 2)) * F.silu(z)
-        return self.o_proj(out.flatten(2).to(x_btd.dtype))
+        z_bthe = self.z_proj(x_btd).unflatten(-1, (-1, self.value_dim))
+        return self.o_proj(self.norm(out_bhte.transpose(1, 2), gate=z_bthe).flatten(2))
 
     def _mixed_qkv(self, x_btd: Tensor, documents: Documents) -> tuple[Tensor, Tensor, Tensor]:
         """Project and convolve q, k and v as one tensor, so that a halo is exchanged once."""

@@ -30,8 +30,9 @@ class RMSNorm(nn.Module):
         self.zero_centered = zero_centered
         self.weight = nn.Parameter(torch.empty(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """Norm of x [..., dim], times silu(gate) where there is a gate of the same shape."""
         scale = upcast(self.weight)
         if self.zero_centered:
             scale = 1 + scale
-        return rms_norm(x, scale, self.eps)
+        return rms_norm(x, scale, self.eps, gate)

@@ -17,25 +17,36 @@ from pretrain.model.kernels.needed import as_inner_nodes, is_needed
 BLOCK_ELEMENTS = 1 << 17
 
 
-def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * scale, for x [..., D] and scale [D] in fp32 or wider.
+def rms_norm(x: Tensor, scale: Tensor, eps: float, gate: Tensor | None = None) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * scale, and times silu(gate) where there is a gate.
 
-    Computed in the dtype of `scale`; returns that of x.
+    Args:
+        x, gate: [..., D]
+        scale: [D] in fp32 or wider, the dtype of the computation.
+        eps: added to the mean square.
+
+    Returns:
+        [..., D] in the dtype of x.
     """
     if x.device.type != "cpu":
-        return fused_rms_norm(x, scale, eps)
-    normed: Tensor = _RMSNorm.apply(*as_inner_nodes(x, scale), eps)
+        return fused_rms_norm(x, scale, eps, gate)
+    normed: Tensor
+    if gate is None:
+        normed = _RMSNorm.apply(*as_inner_nodes(x, scale), None, eps)
+    else:
+        normed = _RMSNorm.apply(*as_inner_nodes(x, scale, gate), eps)
     return normed
 
 
-def fused_rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+def fused_rms_norm(x: Tensor, scale: Tensor, eps: float, gate: Tensor | None = None) -> Tensor:
     """`rms_norm` by torch's own kernel, the faster one on GPUs."""
-    return F.rms_norm(x.to(scale.dtype), scale.shape, scale, eps).to(x.dtype)
+    normed = F.rms_norm(x.to(scale.dtype), scale.shape, scale, eps)
+    return (normed if gate is None else normed * F.silu(gate.to(scale.dtype))).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, gate: Tensor | None, eps: float) -> Tensor:
         y = torch.empty(x.shape, dtype=x.dtype)
         x_rows, y_rows = _by_token(x), _by_token(y)
         inverse_rms = torch.empty(*x_rows.shape[:-1], 1, dtype=scale.dtype)
@@ -43,21 +54,30 @@ class _RMSNorm(torch.autograd.Function):
             x_block = x_rows[rows].to(scale.dtype)
             mean_square = x_block.square().mean(-1, keepdim=True)
             inverse_rms[rows] = mean_square.add_(eps).rsqrt_()
-            y_rows[rows] = (x_block * inverse_rms[rows]).mul_(scale)
-        ctx.save_for_backward(x, scale, inverse_rms)
+            y_block = (x_block * inverse_rms[rows]).mul_(scale)
+            if gate is not None:
+                y_block.mul_(F.silu(_by_token(gate)[rows].to(scale.dtype)))
+            y_rows[rows] = y_block
+        ctx.save_for_backward(x, scale, gate, inverse_rms)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """With n = x / rms: d_scale = sum of dy n, dx = (dy scale - n mean(dy n scale)) / rms."""
-        x, scale, inverse_rms = ctx.saved_tensors
+        x, scale, gate, inverse_rms = ctx.saved_tensors
         dx = torch.empty(x.shape, dtype=x.dtype) if is_needed(ctx, 0) else None
         d_scale = torch.zeros_like(scale) if is_needed(ctx, 1) else None
+        d_gate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype)
         x_rows, dy_rows = _by_token(x), _by_token(dy)
         for rows in _blocks(x_rows):
             normed = x_rows[rows] * inverse_rms[rows]
             dy_block = dy_rows[rows].to(scale.dtype)
+            if gate is not None and d_gate is not None:
+                gate_block = _by_token(gate)[rows].to(scale.dtype)
+                d_silu = (dy_block * normed).mul_(scale)
+                _by_token(d_gate)[rows] = torch.ops.aten.silu_backward(d_silu, gate_block)
+                dy_block = dy_block * F.silu(gate_block)
             dy_normed = dy_block * normed
             if d_scale is not None:
                 d_scale += dy_normed.flatten(0, -2).sum(0)
@@ -65,7 +85,7 @@ class _RMSNorm(torch.autograd.Function):
                 mean = (dy_normed @ scale).div_(len(scale)).unsqueeze(-1)
                 d_normed = (dy_block * scale).addcmul_(normed, mean, value=-1)
                 _by_token(dx)[rows] = d_normed.mul_(inverse_rms[rows])
-        return dx, d_scale, None
+        return dx, d_scale, d_gate, None
 
 
 def _by_token(x: Tensor) -> Tensor:
