@@ -62,7 +62,7 @@ def _mix(
     projected = x.new_empty(len(token), gate_up.shape[1])
     out = torch.zeros_like(x, dtype=_sum_dtype(x))
     for e, rows in _experts(counts):
-        torch.mm(x[token[rows]], gate_up[e].T, out=projected[rows])
+        torch.mm(x.index_select(0, token[rows]), gate_up[e].T, out=projected[rows])
         gate, up = projected[rows].chunk(2, dim=-1)
         hidden = F.silu(gate).mul_(up).mul_(weights[rows])
         out.index_add_(0, token[rows], (hidden @ down[e].T).to(out.dtype))
@@ -97,7 +97,7 @@ def _mix_backward(
         gate, up = projected[rows].chunk(2, dim=-1)
         activated = F.silu(gate)
         hidden = activated * up
-        d_y = d_out[token[rows]]
+        d_y = d_out.index_select(0, token[rows])
         d_hidden = d_y @ down[e]
         if of_inputs:
             d_weights[rows] = torch.linalg.vecdot(d_hidden, hidden).unsqueeze(-1)
@@ -110,7 +110,7 @@ def _mix_backward(
         torch.mul(d_hidden, activated, out=d_up)
         d_gate.copy_(torch.ops.aten.silu_backward(d_hidden.mul_(up), gate))
         if of_experts:
-            torch.mm(d_projected.T, x[token[rows]], out=d_gate_up[e])
+            torch.mm(d_projected.T, x.index_select(0, token[rows]), out=d_gate_up[e])
         if of_inputs:
             d_x.index_add_(0, token[rows], (d_projected @ gate_up[e]).to(d_x.dtype))
     return d_x.to(x.dtype), d_weights, d_gate_up, d_down
