@@ -62,8 +62,8 @@ def auxiliary_loss(
 ) -> Tensor:
     """What the routers add to the loss: the means over tokens and layers, by their weights.
 
-    The parts of a global batch, and of a model's layers, add up to the whole. A selection bias takes
-    the place of the balance loss.
+    The parts of a global batch, and of a model's layers, add up to the whole. A selection bias
+    takes the place of the balance loss.
 
     Args:
         balance: [L], see `Routing`; of any number of the model's layers.

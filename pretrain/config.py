@@ -102,7 +102,7 @@ class PipelineConfig(Section):
     )
     layers_per_stage: Literal["balanced"] | tuple[NonNegative, ...] = Field(
         "balanced",
-        description="balanced: by predicted cost, embedding and head counted; or a list of numbers.",
+        description="balanced: by predicted cost, with embedding and head; or a list of numbers.",
     )
 
 
