@@ -1,4 +1,4 @@
-"""Every command of the README, run as it stands there; the demo's result is checked."""
+"""Every command of README and docs, run as it stands there; the demo's result is checked."""
 
 import os
 import re
@@ -14,7 +14,8 @@ pytestmark = pytest.mark.slow
 MINUTES = 60
 COMMANDS = [
     line
-    for block in re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for page in ("README.md", "docs/layouts.md")
+    for block in re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     for line in block.splitlines()
 ]
 
