@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from parallel.comm import Communicator
 from parallel.expert.sequence import split_rows
@@ -107,12 +106,9 @@ def apply(
     # 3. Recompute: layers forget activations, and compute them again in the backward pass.
     recompute_layers(layers, how.recompute)
 
-    stages = [Stage(model, objective, index) for index, model in models.items()]
-    # Weights that the steps before have left whole get their gradient in parts.
-    experts = [moe.experts for moe in moe_layers] if mesh.ep.size() * mesh.tp.size() > 1 else []
-    partial = list(_partial_weights(stages, experts))
-
     # 4. FSDP2, last: it shards what is left on this rank.
+    stages = [Stage(model, objective, index) for index, model in models.items()]
+    experts = [moe.experts for moe in moe_layers] if mesh.ep.size() * mesh.tp.size() > 1 else []
     for stage in stages:
         shard_weights(stage, experts, mesh, how.dtype)
 
@@ -121,23 +117,21 @@ def apply(
     if how.pipeline is not None:
         runner = Pipeline(stages, mesh.pp.get_group(), how.pipeline, device)
 
-    replicas = Replicas(
-        mesh.tp.get_group() if mesh.tp.size() > 1 else None,
-        {name: stage.model.get_parameter(name) for stage, name in partial},
-        _tied_copy(stages, mesh),
-    )
+    # 6. Copies: a weight that several ranks hold gets its gradient in parts, summed once a step.
+    replicas = Replicas(tied=_tied_copy(stages, mesh))
+    if mesh.tp.size() > 1:
+        replicas = replace(replicas, tp=mesh.tp.get_group(), whole=dict(_whole_on_tp(stages)))
     return Parallelised(stages, runner, _each_weight_once(stages), replicas, traffic)
 
 
-def _partial_weights(
-    stages: Sequence[Stage], experts: Sequence[nn.Module]
-) -> Iterator[tuple[Stage, str]]:
-    """Weights of which each rank of `tp` has a copy and a part of the gradient."""
-    of_experts = {weight for module in experts for weight in module.parameters()}
+def _whole_on_tp(stages: Sequence[Stage]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Weights that each rank of `tp` has a copy of, with the gradient of its tokens or heads."""
     for stage in stages:
         for name, weight in stage.model.named_parameters():
-            if weight not in of_experts and not isinstance(weight, DTensor):
-                yield stage, name
+            stored: Any = weight
+            axes = set(stored.device_mesh.mesh_dim_names)
+            if axes <= {"dp_replicate", "fsdp"}:
+                yield name, weight
 
 
 def _each_weight_once(stages: Sequence[Stage]) -> nn.Module:

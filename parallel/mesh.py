@@ -36,8 +36,8 @@ class Mesh:
         experts: (pp, dp_replicate, expert_shard, ep), expert_shard x ep = dp_shard x cp x tp: the
             same of an expert's weight. Expert parallelism is folded over the axes that split
             tokens, and needs no ranks of its own.
-        pipeline_ends: the ranks of the first and the last place of this rank's pipeline, which
-            hold the copies of a tied embedding; None where this rank is neither.
+        pipeline_ends: the ranks of the first and the last place of this rank's pipeline, where
+            they hold copies of a tied embedding; None where this rank is neither.
     """
 
     tokens: DeviceMesh
@@ -56,8 +56,14 @@ class Mesh:
         cp: int = 1,
         ep: int = 1,
         tp: int = 1,
+        ends_share_a_weight: bool = False,
     ) -> "Mesh":
-        """Arrange all ranks of the job; `ep` must divide dp_shard x cp x tp. Collective."""
+        """Arrange all ranks of the job; `ep` must divide dp_shard x cp x tp. Collective.
+
+        Args:
+            ends_share_a_weight: whether to make groups of pipelines' ends, which takes a while on
+                thousands of ranks.
+        """
         assert pp * dp_replicate * dp_shard * cp * tp == dist.get_world_size()
         assert dp_shard * cp * tp % ep == 0
 
@@ -69,7 +75,7 @@ class Mesh:
             tokens,
             arrange(pp=pp, dp_replicate=dp_replicate, fsdp=dp_shard * cp, tp=tp),
             arrange(pp=pp, dp_replicate=dp_replicate, expert_shard=dp_shard * cp * tp // ep, ep=ep),
-            _pipeline_ends(tokens),
+            _pipeline_ends(tokens) if ends_share_a_weight else None,
         )
 
     @property
@@ -116,8 +122,6 @@ class Mesh:
 
 def _pipeline_ends(tokens: DeviceMesh) -> dist.ProcessGroup | None:
     pipelines = tokens.mesh.flatten(1)
-    if pipelines.shape[0] == 1:
-        return None
     ends = [[first, last] for first, last in zip(*pipelines[[0, -1]].tolist(), strict=True)]
     group, _ = dist.new_subgroups_by_enumeration(ends)
     return group

@@ -1,14 +1,25 @@
 """From a configuration to a model on its ranks."""
 
+from dataclasses import asdict
+
 import torch
 
 from parallel.apply import Parallelised, Spread, apply
 from parallel.mesh import Mesh
+from parallel.pipeline.plan import stages_of_rank
 from pretrain.config import Config
-from pretrain.layouts import Layout
+from pretrain.layouts import Layout, stages_per_rank
 from pretrain.model.transformer import Transformer
 from pretrain.objective import build_objective
 from pretrain.parts import parts_of_rank, pipeline_shape, recompute_modes
+
+
+def build_mesh(config: Config, layout: Layout, device: torch.device) -> Mesh:
+    """The ranks of the job, arranged as `layout` says. Collective."""
+    ends = stages_of_rank(config.parallel.pipeline.schedule, layout.pp, 0, stages_per_rank(config))
+    meets_itself = layout.pp * stages_per_rank(config) - 1 in ends
+    tied_apart = layout.pp > 1 and config.model.tie_embeddings and not meets_itself
+    return Mesh.build(device, **asdict(layout), ends_share_a_weight=tied_apart)
 
 
 def build_model(config: Config, layout: Layout, mesh: Mesh, device: torch.device) -> Parallelised:

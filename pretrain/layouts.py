@@ -210,6 +210,8 @@ def _nearest(config: Config, world_size: int) -> Layout:
     def distance(layout: Layout) -> float:
         asked = config.parallel
         weight = {"pp": 2, "ep": 2, "tp": 2, "dp_replicate": 1}
+        if asked.dp_shard != "auto":
+            weight["dp_shard"] = 1
         return sum(
             factor * abs(math.log2(getattr(layout, axis) / getattr(asked, axis)))
             for axis, factor in weight.items()

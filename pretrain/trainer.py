@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -16,9 +16,9 @@ from parallel.apply import Parallelised
 from parallel.expert.deepep import why_unavailable
 from parallel.fsdp import owned_region
 from parallel.gradients import clip_gradients
-from parallel.mesh import Mesh, limit_collectives
+from parallel.mesh import limit_collectives
 from pretrain.balancing import RouterState
-from pretrain.build import build_model
+from pretrain.build import build_mesh, build_model
 from pretrain.checkpoint.store import CheckpointStore, Progress
 from pretrain.config import Config
 from pretrain.data import open_stream
@@ -58,7 +58,7 @@ class Trainer:
         self.config = config
         self.device = device
         self.layout = resolve_layout(config, dist.get_world_size())
-        self.mesh = Mesh.build(device, **asdict(self.layout))
+        self.mesh = build_mesh(config, self.layout, device)
         limit_collectives(timedelta(seconds=config.train.collective_timeout_s))
         self.tokens_per_step = tokens_per_step(config)
         self.stream = open_stream(config)
@@ -80,7 +80,8 @@ class Trainer:
     def _build_model(self) -> Parallelised:
         config = self.config
         dtype = getattr(torch, config.train.dtype)
-        if config.parallel.dispatcher == "deepep" and (why := why_unavailable(self.device, dtype)):
+        is_deepep = self.layout.ep > 1 and config.parallel.dispatcher == "deepep"
+        if is_deepep and (why := why_unavailable(self.device, dtype)):
             raise UserError(why)
         parallelised = build_model(config, self.layout, self.mesh, self.device)
         for stage in parallelised.stages:

@@ -29,11 +29,11 @@ def problem_of_schedule(
     per_rank = f"parallel.pipeline.stages_per_rank = {stages_per_rank}"
     microbatches = f"{n_microbatches} microbatches per step"
     if schedule in ("gpipe", "1f1b") and stages_per_rank != 1:
-        return f"{name} has one stage per rank, but {per_rank}"
+        return f"{name} has one stage per rank, but {per_rank} (auto gives what it needs)"
     if schedule in ("zbv", "dualpipev") and stages_per_rank != 2:
-        return f"{name} has two stages per rank, but {per_rank}"
+        return f"{name} has two stages per rank, but {per_rank} (auto gives what it needs)"
     if schedule == "interleaved" and stages_per_rank < 2:
-        return f"{name} needs two stages per rank or more, but {per_rank}"
+        return f"{name} needs two stages per rank or more, but {per_rank} (auto gives two)"
     if schedule == "1f1b" and n_microbatches < pp:
         return f"{name} needs a microbatch per rank of pp = {pp}, but there are {microbatches}"
     if schedule == "dualpipev" and n_microbatches < 2 * pp:
@@ -68,9 +68,12 @@ def problem_of_layers(
         return None
     name = f"parallel.pipeline.layers_per_stage = {list(layers_per_stage)}"
     if len(layers_per_stage) != n_stages:
-        return f"{name} has {len(layers_per_stage)} entries for {n_stages} stages"
+        return (
+            f"{name} has {len(layers_per_stage)} entries for {n_stages} stages; balanced needs none"
+        )
     if sum(layers_per_stage) != n_layers:
-        return f"{name} adds up to {sum(layers_per_stage)}, not to model.n_layers = {n_layers}"
+        total = sum(layers_per_stage)
+        return f"{name} adds up to {total}, not to model.n_layers = {n_layers}; balanced does"
     if 0 in layers_per_stage[1:-1]:
         return f"{name}: only the first stage (embedding) and the last (head) can have no layer"
     return None

@@ -1,7 +1,7 @@
 """What one rank of a layout holds, needs and sends, found by training on fake tensors."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from parallel.fsdp import local_tensor
 from parallel.mesh import Mesh
-from pretrain.build import build_model
+from pretrain.build import build_mesh, build_model
 from pretrain.config import Config
 from pretrain.dry_run.assumptions import drop_nothing, fake_tensors, with_all_to_all
 from pretrain.dry_run.step import Step
@@ -76,7 +76,7 @@ def plan_rank(config: Config, ranks: int, rank: int) -> Plan:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
         device = torch.device("cpu")
-        mesh = Mesh.build(device, **asdict(layout))
+        mesh = build_mesh(config, layout, device)
         parallelised = build_model(config, layout, mesh, device)
         drop_nothing(parallelised)
         with fake_tensors(config, layout), StepTracker(axis_names(mesh)) as tracker:
