@@ -55,9 +55,13 @@ class Decays(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What the chunks compute without the state; k_to_end is (gamma_C / gamma) k."""
+    """What the chunks compute without the state; k_to_end is (gamma_C / gamma) k.
+
+    A is valid below its diagonal.
+    """
 
     decays: Decays
+    A: Tensor
     T: Tensor
     U: Tensor
     W: Tensor
@@ -114,7 +118,7 @@ def prepare(segment: Segment) -> Prepared:
     U = torch.bmm(T, v * beta)
     W = torch.bmm(T, k_beta.mul_(decays.from_start))
     P = torch.bmm(q, k.mT).mul_(decays.within)
-    return Prepared(decays, T, U, W, P, k * decays.to_end)
+    return Prepared(decays, A, T, U, W, P, k * decays.to_end)
 
 
 def unit_lower_inverse(A: Tensor) -> Tensor:
@@ -186,32 +190,49 @@ def segment_gradients(
     """From the gradients of the outputs and what `scan_state_gradients` made of them.
 
     V' is the error of a prediction that k reads, V' = beta (v - gamma k S - (k k^T * Gamma) V')
-    (strictly lower part). Where q and k read, gamma_i multiplies them; where k writes, it is
-    divided by it. So d log gamma_i = q_i dq_i + k_i dk_i (read) - k_i dk_i (written).
+    (strictly lower part), so what k reads there gets its gradient with the factor -beta.
     """
     q, k, v, _, beta, _ = segment
-    within, from_start, to_end, _ = p.decays
-    S_in, S_out = states[:-1].flatten(0, 1), states[1:]
-    dS_out = d_states[1:]
+    within, from_start, to_end, chunk = p.decays
+    S_in, dS_out = states[:-1].flatten(0, 1), d_states[1:].flatten(0, 1)
 
-    dP = torch.bmm(dO, V_new.mT).mul_(within)
-    dq = torch.bmm(dO, S_in.mT).mul_(from_start).baddbmm_(dP, k)
+    dP = torch.bmm(dO, V_new.mT)
+    d_log_within = dP * p.P
+    dP.mul_(within)
+    dq = torch.bmm(dO, S_in.mT).mul_(from_start)
+    d_log_from_start = _dot(q, dq)
+    dq.baddbmm_(dP, k)
 
     d_error = torch.bmm(p.T.mT, dV_new)
-    d_kk = torch.bmm(d_error, V_new.mT).mul_(within)  # up to the factor -beta, as dk_read
-    d_kk.diagonal(dim1=-2, dim2=-1).zero_()
-    dk_read = torch.bmm(d_error, S_in.mT).mul_(from_start).baddbmm_(d_kk, k)
-    dk_written = torch.bmm(V_new, dS_out.flatten(0, 1).mT).mul_(to_end)
-    dk_written.baddbmm_(d_kk.mT, k * beta, alpha=-1).baddbmm_(dP.mT, q)
+    d_kk = torch.bmm(d_error, V_new.mT)
+    d_log_within.addcmul_(d_kk, p.A, value=-1)
+    d_kk.mul_(within).diagonal(dim1=-2, dim2=-1).zero_()
+    dk_read = torch.bmm(d_error, S_in.mT).mul_(from_start)
+    d_log_from_start.addcmul_(beta, _dot(k, dk_read), value=-1)
+    dk_read.baddbmm_(d_kk, k)
 
-    k_dk_read = _dot(k, dk_read)
-    dbeta = _dot(v, d_error).sub_(k_dk_read)
-    d_log_gamma = _dot(q, dq).sub_(_dot(k, dk_written)).addcmul_(beta, k_dk_read, value=-1)
-    # gamma_C multiplies the whole of S_out.
-    d_log_gamma[:, -1, 0] += (dS_out * S_out).sum((-2, -1)).flatten()
-    dg = d_log_gamma.flip(-2).cumsum(-2).flip(-2)
+    dk_written = torch.bmm(V_new, dS_out.mT).mul_(to_end)
+    d_log_to_end = _dot(k, dk_written)
+    dk_written.baddbmm_(d_kk.mT, k * beta, alpha=-1).baddbmm_(dP.mT, q)
+    d_log_chunk = (dS_out * S_in).sum((-2, -1), keepdim=True).mul_(chunk)
+
+    dg = _gradient_of_g(d_log_within, d_log_from_start, d_log_to_end, d_log_chunk)
+    dbeta = _dot(v, d_error).sub_(_dot(k, dk_read))
     dk = dk_written.addcmul_(dk_read, beta, value=-1)
     return Gradients(dq, dk, d_error.mul_(beta), dg, dbeta)
+
+
+def _gradient_of_g(within: Tensor, from_start: Tensor, to_end: Tensor, chunk: Tensor) -> Tensor:
+    """From the gradients of the logarithms of `Decays`; what is not below a diagonal is not read.
+
+    g_t is in the decays between tokens j < t <= i, from the start to i >= t, and from j < t to the
+    end. What they add is summed up as it is: the difference of the sums over rows and columns,
+    shorter to write, would leave ten times the rounding in a sum over tokens.
+    """
+    dg = from_start.flip(-2).cumsum(-2).flip(-2).add_(chunk)
+    dg[:, 1:] += to_end.cumsum(-2)[:, :-1]
+    dg[:, 1:, 0] += within.cumsum_(-1).tril_(-1).sum(-2)[:, :-1]
+    return dg
 
 
 def _chunks(G: int, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -56,6 +56,27 @@ def test_equals_the_recurrence(length, decay, key_heads):
     assert_close(results(gated_delta_rule, inputs), results(gated_delta_recurrent, inputs), 1e-12)
 
 
+def gradient_of_all_decays(rule, inputs, direction):
+    """Of a factor of the decays of a head: the sum over rows and tokens, in which much cancels."""
+    out, _ = rule(*inputs)
+    (dg,) = torch.autograd.grad((out * direction).sum(), inputs[3])
+    return (dg * inputs[3].detach()).sum((0, 2)).double()
+
+
+def test_the_gradient_of_the_decay_stays_precise_in_the_sum_over_tokens():
+    errors = []
+    for group in range(7):
+        sums = exact = torch.zeros(4, dtype=torch.float64)
+        for length in range(40 + 8 * group, 48 + 8 * group):
+            *inputs, _ = random_inputs(length, torch.float32)
+            wide = [x.double() for x in inputs]
+            direction = torch.randn(2, 4, length, 12, generator=torch.Generator().manual_seed(0))
+            sums = sums + gradient_of_all_decays(gated_delta_rule, inputs, direction)
+            exact = exact + gradient_of_all_decays(gated_delta_recurrent, wide, direction)
+        errors.append(float((sums - exact).norm() / exact.norm()))
+    assert sorted(errors)[len(errors) // 2] <= 1e-6
+
+
 PACKED = [
     [[1, 1, 62, 1, 65], [64, 66]],
     [[128, 2], [130]],
