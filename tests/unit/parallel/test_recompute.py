@@ -102,7 +102,7 @@ def test_gradients_do_not_change_by_a_bit(modes: list[Recompute], kept: Trained)
 
 def test_memory_falls_from_none_to_selective_to_full(kept: Trained) -> None:
     selective, full = train("selective").activation_bytes, train("full").activation_bytes
-    assert selective < 0.55 * kept.activation_bytes
+    assert selective < 0.7 * kept.activation_bytes
     assert full < 0.25 * selective
 
 
