@@ -40,9 +40,10 @@ SIZES = [
     "model.moe={n_experts: 8, top_k: 2, d_expert: 32, d_shared_expert: 32, aux_loss: 0.01}",
     "data.seq_len=64",
     "train.global_batch=8",
+    "train.microbatch=4",
     "optim.clip=0.5",
     # With the usual 1e-8 a weight whose gradient is rounding noise moves by the learning rate.
-    "optim.eps=1e-6",
+    "optim.eps=1e-5",
 ]
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zbv", "dualpipev")
 
@@ -78,7 +79,8 @@ class Setting:
 
     def overrides(self, shards: Path) -> list[str]:
         axes = [f"parallel.{axis}" for axis in self.layout.split()]
-        return [*self.of_one_rank(shards), "train.microbatch=1", *axes, *self.options]
+        microbatch = 1 if "pp=" in self.layout else 2
+        return [*self.of_one_rank(shards), f"train.microbatch={microbatch}", *axes, *self.options]
 
 
 def schedule(name: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from parallel.stage import Stage
+from pretrain.config import Config
 from pretrain.data import open_stream
 from pretrain.model.moe import MoE
 from pretrain.model.transformer import Layer
@@ -26,28 +27,33 @@ class Routing:
         replays: whether they are given, or to be recorded on one rank.
     """
 
-    def __init__(self, trainer: Trainer, recording: Recording | None) -> None:
+    def __init__(self, config: Config, recording: Recording | None) -> None:
         self.indices: Recording = recording or {}
         self.replays = recording is not None
-        self.tp = trainer.mesh.tp
-        self.global_batch = trainer.config.train.global_batch
-        self.renormalise = trainer.config.model.moe.renormalise_top_k
-        self.stream = open_stream(trainer.config)
+        self.global_batch = config.train.global_batch
+        self.renormalise = config.model.moe.renormalise_top_k
+        self.stream = open_stream(config)
         self.step = -1
+
+    def follow(self, trainer: Trainer) -> None:
+        """Learn which layers and which part of the sequence are on this rank."""
+        self.tp = trainer.mesh.tp
         self.layer_of = {
             layer.moe: number
             for stage in trainer.parallelised.stages
             for number, layer in stage.model.layers.items()
         }
-        self._follow_rows()
 
     def next_step(self) -> None:
         self.step += 1
         plan = self.stream.next_batch(self.global_batch)
         self.labels = torch.from_numpy(self.stream.read(plan, range(self.global_batch)).labels)
 
-    def _follow_rows(self) -> None:
-        """Let every call of a layer, the first and a recomputed one, know its rows."""
+    def intercept(self) -> None:
+        """Let every call of a layer, the first and a recomputed one, know its rows.
+
+        Before the trainer is built: what recomputes a layer holds its `forward`.
+        """
         stage_forward, layer_forward, choose = Stage.forward, Layer.forward, MoE._choose
 
         def forward_of_stage(stage: Stage, x: Tensor, position: Tensor, labels: Tensor) -> Any:

@@ -23,7 +23,7 @@ ONE_AXIS = [
     Setting("softmax-moe", "packed", "pp=2", (schedule("interleaved"),)),
     Setting("tied", "packed", "pp=2", (schedule("zbv"),)),
     Setting("hybrid-moe", "packed", "pp=2", (schedule("dualpipev"),)),
-    Setting("hybrid-moe", "packed", "dp_shard=4"),
+    Setting("hybrid-moe", "packed", "dp_shard=4", ("train.microbatch=1",)),
     Setting("softmax-moe", "packed", "dp_shard=4 ep=4"),
     Setting("hybrid-moe", "whole", "tp=4"),
     Setting("linear", "packed", "pp=4", (schedule("1f1b"),)),
@@ -59,7 +59,7 @@ OPTIONS = [
     Setting(
         "tied", "packed", "pp=2", (schedule("1f1b"), "parallel.pipeline.layers_per_stage=[3, 1]")
     ),
-    Setting("hybrid-moe", "packed", "dp_shard=2", ("train.microbatch=2",)),
+    Setting("hybrid-moe", "packed", "dp_shard=2", ("train.microbatch=1",)),
 ]
 EVERYTHING = [
     Setting(model, data, layout, options)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from pretrain.config import load_config
+from pretrain.config import Config, load_config
 from pretrain.run_dir import RunDirectory
 from pretrain.trainer import Trainer
 from tests.parity.broken import BREAKS
@@ -19,10 +19,12 @@ STEPS_TO_WEIGHTS = 3
 
 def train_case(case: Case, device: torch.device) -> dict[str, Any]:
     config = load_config("tiny-hybrid-moe", [*case.overrides, f"train.steps={case.steps}"])
+    routing = intercept_routing(config, case.routing) if case.routing else None
     trainer = Trainer(config, RunDirectory(Path("nowhere")), device)
+    if routing:
+        routing.follow(trainer)
     if case.breaks:
         BREAKS[case.breaks](trainer)
-    routing = follow_routing(trainer, case) if case.routing else None
 
     series: dict[str, list[float]] = {"loss": [], "aux_loss": [], "z_loss": [], "grad_norm": []}
     documents: list[int] = []
@@ -49,10 +51,13 @@ def train_case(case: Case, device: torch.device) -> dict[str, Any]:
     return out
 
 
-def follow_routing(trainer: Trainer, case: Case) -> Routing:
-    if case.routing == "record":
-        return Routing(trainer, None)
-    return Routing(trainer, torch.load(Path(case.routing) / "rank-0.pt")["routing"])
+def intercept_routing(config: Config, source: str) -> Routing:
+    recording = None
+    if source != "record":
+        recording = torch.load(Path(source) / "rank-0.pt")["routing"]
+    routing = Routing(config, recording)
+    routing.intercept()
+    return routing
 
 
 def gradients(weights: torch.nn.Module) -> dict[str, Tensor]:
