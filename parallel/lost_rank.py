@@ -57,6 +57,7 @@ class RankMonitor:
         self._store = dist.PrefixStore("lost_rank", store.clone())
         # A call that waits holds on to its connection.
         self._store_of_thread = dist.PrefixStore("lost_rank", store.clone())
+        self._is_leaving = False
         self._is_closed = False
         self._failed_in: Activity | None = None
         self._verdict: dict[str, str | int] | None = None
@@ -74,9 +75,11 @@ class RankMonitor:
         error: BaseException | None,
         where: TracebackType | None,
     ) -> None:
+        self._is_leaving = True
         if isinstance(error, Exception):
+            self._failed_in = activity_at_error(error)
             if _is_lost_connection(error):
-                raise LostRankError(self._explain(error)) from error
+                raise LostRankError(self._explain(error, self._failed_in)) from error
             self._report(error)
         self._is_closed = True
         with suppress(dist.DistError):
@@ -90,15 +93,20 @@ class RankMonitor:
             store.wait([f"call/{self._rank}"], FOREVER)
             if self._is_closed:
                 return
-            activity = self._failed_in or current_activity()
-            answer = asdict(activity) | {"step": self.step}
+            answer = asdict(self._activity()) | {"step": self.step}
             store.set(f"answer/{self._rank}", json.dumps(answer))
             store.wait(["verdict"], timedelta(seconds=2 * ANSWER_S))
             self._verdict = json.loads(store.get("verdict"))
             store.add("told", 1)
 
-    def _explain(self, error: Exception) -> str:
-        activity = self._failed_in = activity_at_error(error)
+    def _activity(self) -> Activity:
+        """What this rank is doing, or did when a collective of its own failed."""
+        activity = current_activity()
+        while self._is_leaving and not self._is_closed and self._failed_in is None:
+            time.sleep(POLL_S)
+        return self._failed_in or activity
+
+    def _explain(self, error: Exception, activity: Activity) -> str:
         place = f"in {activity.what} at step {self.step}"
         noticed = f"noticed by rank {self._rank} {place}: {_reason(error)}"
         # A store whose process is stopped never answers, and no timeout applies.

@@ -4,6 +4,7 @@ torch makes it of operations that each go through memory; on a CPU, blocks of to
 the cache take half the time, and nothing but the input and a number per row is kept.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,6 +54,8 @@ class _RMSNorm(torch.autograd.Function):
         for rows in _blocks(x_rows):
             x_block = x_rows[rows].to(scale.dtype)
             mean_square = x_block.square().mean(-1, keepdim=True)
+            # The square of what overflows is infinite, and would pass as a harmless zero.
+            mean_square.masked_fill_(mean_square.isinf(), math.nan)
             inverse_rms[rows] = mean_square.add_(eps).rsqrt_()
             y_block = (x_block * inverse_rms[rows]).mul_(scale)
             if gate is not None:
