@@ -1,6 +1,7 @@
 """What the configuration accepts is equal to one rank: any model, on any layout of 2 or 4 ranks."""
 
 import json
+import random
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def has_router_gradient(mixture: dict[str, Any]) -> bool:
     return mixture["top_k"] > 1 or not mixture["renormalise_top_k"]
 
 
-HEADS = st.builds(multiple_of, st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 4]))
+HEADS = st.builds(multiple_of, st.sampled_from([2, 1, 4, 3]), st.sampled_from([2, 1, 4]))
 DIMS = st.sampled_from([8, 16])
 KINDS = st.lists(st.sampled_from(["linear", "softmax"]), min_size=1, max_size=3)
 ATTENTION = st.fixed_dictionaries(
@@ -66,7 +67,7 @@ def models(draw: st.DrawFn) -> list[str]:
     """Overrides that describe a model and its batches."""
     queries, keys = draw(HEADS), draw(HEADS)
     model = {
-        "vocab_size": draw(st.sampled_from([512, 509])),
+        "vocab_size": draw(st.sampled_from([512, 512, 512, 509])),
         "d_model": draw(st.sampled_from([32, 40, 64])),
         "n_layers": draw(st.integers(2, 5)),
         "layer_pattern": draw(KINDS),
@@ -113,14 +114,16 @@ def accepted_layouts(model: list[str], ranks: int) -> list[list[str]]:
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[int, list[str], list[str]]:
     """Ranks, a model, and a layout that it is accepted on."""
-    ranks = draw(st.sampled_from([2, 4]))
+    ranks = draw(st.sampled_from([4, 2]))
     model = draw(models())
     accepted = accepted_layouts(model, ranks)
     by_axis = [
         [layout for layout in accepted if f"parallel.{axis}=1" not in layout] for axis in AXES
     ]
     assume(any(by_axis))
-    layout = draw(st.sampled_from(draw(st.sampled_from([some for some in by_axis if some]))))
+    # Drawn by hypothesis, most layouts would be the first of all.
+    chance = random.Random(str(model))
+    layout = chance.choice(chance.choice([some for some in by_axis if some]))
     modes = st.lists(st.sampled_from(["none", "selective", "full"]), min_size=1, max_size=3)
     recompute = json.dumps(draw(modes))
     return ranks, model, [*layout, f"parallel.recompute={recompute}"]
