@@ -42,7 +42,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=10 * MINUTES,
+            timeout=20 * MINUTES,
             check=False,
         )
         assert done.returncode == 0, f"$ {command}\n{done.stdout}"
