@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ from parallel.stage import Objective, Stage
 from pretrain.model.config import AttentionConfig, LinearAttentionConfig, ModelConfig, MoEConfig
 from pretrain.model.init import initialize
 from pretrain.model.kernels.cross_entropy import chunked_cross_entropy
+from pretrain.model.kernels.documents import Documents
 from pretrain.model.transformer import Part, Transformer
 
 PP, MICROBATCHES, SEQ_LEN, REPEATS = 2, 8, 512, 7
@@ -116,12 +117,15 @@ def run_rank() -> int:
 
 def measure(schedule: Schedule, device: torch.device) -> list[Step]:
     """What each rank computed in each step, after one step that warms up."""
-    pipeline, batch = build_pipeline(schedule, device), random_batch()
+    stages = build_stages(schedule)
+    pipeline, batch = build_pipeline(schedule, stages, device), random_batch()
     record = record_computations(pipeline)
     steps = []
     for _ in range(1 + REPEATS):
         record.clear()
         dist.barrier()
+        for stage in stages:
+            stage.begin(MICROBATCHES * SEQ_LEN, [Documents.whole_rows(1, SEQ_LEN)] * MICROBATCHES)
         pipeline.forward_backward(*batch)
         ranks: list[Any] = [None] * PP
         dist.all_gather_object(ranks, list(record))
@@ -129,8 +133,8 @@ def measure(schedule: Schedule, device: torch.device) -> list[Step]:
     return steps[1:]
 
 
-def build_pipeline(schedule: Schedule, device: torch.device) -> Pipeline:
-    """Stages of equally many layers."""
+def build_stages(schedule: Schedule) -> list[Stage]:
+    """Those of this rank, of equally many layers each."""
     per_rank = STAGES_PER_RANK[schedule]
     n_stages = PP * per_rank
     layers = consecutive([MODEL.n_layers // n_stages] * n_stages)
@@ -147,10 +151,13 @@ def build_pipeline(schedule: Schedule, device: torch.device) -> Pipeline:
         model = Transformer(MODEL, part)
         initialize(model, MODEL, seed=0)
         stages.append(Stage(model, objective, index))
-        stages[-1].begin(MICROBATCHES * SEQ_LEN)
+    return stages
+
+
+def build_pipeline(schedule: Schedule, stages: Sequence[Stage], device: torch.device) -> Pipeline:
     shape = PipelineShape(
         schedule=schedule,
-        n_stages=n_stages,
+        n_stages=PP * STAGES_PER_RANK[schedule],
         n_microbatches=MICROBATCHES,
         tokens=(1, SEQ_LEN),
         hidden=(1, SEQ_LEN, MODEL.d_model),
@@ -162,13 +169,13 @@ def build_pipeline(schedule: Schedule, device: torch.device) -> Pipeline:
 
 
 def random_batch() -> list[Tensor]:
-    """Tokens, positions of one document per row, and labels: [m, T] each."""
+    """Tokens and labels: [m, T] each."""
     generator = torch.Generator().manual_seed(0)
     shape = (MICROBATCHES, SEQ_LEN)
     tokens, labels = (
         torch.randint(0, MODEL.vocab_size, shape, generator=generator) for _ in range(2)
     )
-    return [tokens, torch.arange(SEQ_LEN).expand(shape).contiguous(), labels]
+    return [tokens, labels]
 
 
 def record_computations(pipeline: Pipeline) -> list[Computation]:

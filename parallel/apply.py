@@ -18,6 +18,7 @@ from parallel.replicas import Replicas, TiedCopy
 from parallel.stage import Objective, Stage
 from parallel.tensor.shard import shard_layers
 from parallel.tensor.vocabulary import ShardedCrossEntropy, shard_vocabulary
+from pretrain.model.kernels.documents import Documents
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,17 @@ class Parallelised:
     traffic: dict[str, Communicator] = field(default_factory=dict)
 
     def forward_backward(
-        self, tokens: Tensor, position: Tensor, labels: Tensor, loss_tokens: int
+        self, tokens: Tensor, labels: Tensor, documents: Sequence[Documents], loss_tokens: int
     ) -> None:
-        """Leave the gradient of this rank's rows [rows, T] in its weights' `.grad`."""
+        """Leave the gradient of this rank's rows [rows, T] in its weights' `.grad`.
+
+        Args:
+            documents: of each microbatch.
+            loss_tokens: of the global batch.
+        """
         for stage in self.stages:
-            stage.begin(loss_tokens)
-        self.runner.forward_backward(tokens, position, labels)
+            stage.begin(loss_tokens, documents)
+        self.runner.forward_backward(tokens, labels)
         self.replicas.sum_gradients()
 
 

@@ -1,6 +1,6 @@
 """A consecutive part of the model on this rank, with the part of the loss that is its own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ class Stage(nn.Module):
     Attributes:
         model: a `Transformer`, perhaps without embedding, head or some layers.
         loss_tokens: of the global batch; the cross-entropy is divided by it.
+        documents: of the microbatches to come, in order.
         cross_entropy: the sum over what this stage saw since `begin`, float64 scalar.
         measured: the sum of `Objective.measure` since `begin`.
     """
@@ -43,15 +44,16 @@ class Stage(nn.Module):
         self.index = index
         self.is_first: bool = model.part.embeds
         self.is_last: bool = model.part.predicts
-        self.begin(1)
+        self.begin(1, [])
 
-    def begin(self, loss_tokens: int) -> None:
-        """Start a global batch."""
+    def begin(self, loss_tokens: int, documents: Sequence[Documents]) -> None:
+        """Start a global batch. Every schedule runs its microbatches forward in their order."""
         self.loss_tokens = loss_tokens
+        self.documents = iter(documents)
         self.cross_entropy: Tensor | float = 0.0
         self.measured: Tensor | float = 0.0
 
-    def forward(self, x: Tensor, position: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         """Run one microbatch.
 
         The auxiliary loss of these layers rides on what is returned: it reaches the weights when
@@ -59,7 +61,6 @@ class Stage(nn.Module):
 
         Args:
             x: tokens [b, T] on the first stage, else hidden state [b, T_local, d].
-            position: [b, T], of each token in its document.
             labels: [b, T]
 
         Returns:
@@ -70,7 +71,7 @@ class Stage(nn.Module):
         def output(hidden: Tensor, weight: Tensor) -> Tensor:
             return self.objective.cross_entropy(hidden, weight, labels)
 
-        out = self.model(x, Documents.from_position(position), output)
+        out = self.model(x, next(self.documents), output)
         self.measured = self.measured + self.objective.measure(out)
         value: Tensor = out.value
         if self.is_last:

@@ -26,6 +26,7 @@ from pretrain.errors import TrainingError, UserError
 from pretrain.layouts import resolve_layout
 from pretrain.model.init import initialize
 from pretrain.model.kernels.cross_entropy import IGNORED
+from pretrain.model.kernels.documents import Documents
 from pretrain.objective import Measured, tokens_per_step
 from pretrain.optim import build_optimizer, set_learning_rate
 from pretrain.run_dir import RunDirectory
@@ -106,16 +107,20 @@ class Trainer:
             batch: this rank's rows of it.
             stop_requested: whether this rank was asked to stop.
         """
-        tokens, labels, position = (
+        tokens, labels = (
             torch.from_numpy(array).to(self.device, non_blocking=True)
-            for array in (batch.tokens, batch.labels, batch.position)
+            for array in (batch.tokens, batch.labels)
         )
+        documents = [
+            Documents.from_position(position).to(self.device)
+            for position in torch.from_numpy(batch.position).split(self.config.train.microbatch)
+        ]
         # Ranks of pp, cp and tp work on the same rows.
         copies = dist.get_world_size() // self.mesh.data_ranks
         loss_tokens = (labels != IGNORED).sum()
         dist.all_reduce(loss_tokens)
         count = max(1, int(loss_tokens) // copies)
-        self.parallelised.forward_backward(tokens, position, labels, count)
+        self.parallelised.forward_backward(tokens, labels, documents, count)
         return self._measure(count, stop_requested)
 
     def _measure(self, loss_tokens: int, stop_requested: bool) -> Measured:

@@ -1,7 +1,7 @@
 """Forward and backward over the microbatches of a step: in a loop, or as a pipeline.
 
 A stage is a module with attributes `index`, `is_first` and `is_last`, called as
-`stage(x, position, labels)`: x is tokens [b, T] on the first stage, else the hidden state; it
+`stage(x, labels)`: x is tokens [b, T] on the first stage, else the hidden state; it
 returns the hidden state, on the last stage the scalar to differentiate.
 """
 
@@ -91,17 +91,15 @@ class Pipeline:
             scale_grads=False,
         )
 
-    def forward_backward(self, tokens: Tensor, position: Tensor, labels: Tensor) -> None:
+    def forward_backward(self, tokens: Tensor, labels: Tensor) -> None:
         """Add the gradient of a step to the weights'. Collective.
 
         Args:
-            tokens, position, labels: [n_microbatches * b, T], the same on all ranks of a pipeline.
+            tokens, labels: [n_microbatches * b, T], the same on all ranks of a pipeline.
         """
         rows = self.shape.n_microbatches * self.shape.tokens[0]
         assert tokens.shape == (rows, self.shape.tokens[1])
-        self._schedule.step(
-            tokens, position=position, labels=labels, target=labels, return_outputs=False
-        )
+        self._schedule.step(tokens, labels=labels, target=labels, return_outputs=False)
 
     def order(self) -> list[Action]:
         """What this rank computes in a step, in this order."""
@@ -128,9 +126,9 @@ class SingleStage:
         self.stage = stage
         self.microbatch = microbatch
 
-    def forward_backward(self, tokens: Tensor, position: Tensor, labels: Tensor) -> None:
-        """Add the gradient of a step to the weights'. All arguments [rows, T]. Collective."""
-        columns = (x.split(self.microbatch) for x in (tokens, position, labels))
+    def forward_backward(self, tokens: Tensor, labels: Tensor) -> None:
+        """Add the gradient of a step to the weights'. Both arguments [rows, T]. Collective."""
+        columns = (x.split(self.microbatch) for x in (tokens, labels))
         microbatches = list(zip(*columns, strict=True))
         for number, microbatch in enumerate(microbatches, start=1):
             is_last = number == len(microbatches)

@@ -20,7 +20,6 @@ from pretrain.config import Config
 from pretrain.layouts import Layout
 from pretrain.model import norm
 from pretrain.model.kernels import experts, short_convolution
-from pretrain.model.kernels.documents import Documents
 from pretrain.model.kernels.experts_grouped import grouped_mixture
 from pretrain.model.kernels.rms_norm import fused_rms_norm
 from pretrain.model.moe import MoE, dispatch_locally
@@ -44,7 +43,6 @@ def fake_tensors(config: Config, layout: Layout) -> Iterator[None]:
         stack.enter_context(_GroupedProducts())
         stack.enter_context(gpu_kernels())
         for owner, name, stand_in in (
-            (Documents, "from_position", _whole_rows),
             (AllToAllDispatch, "counts_on_host", _even_counts(config, layout)),
             # All blocks of its loop need the same memory.
             (short_convolution, "_blocks", _first_and_last(short_convolution._blocks)),
@@ -94,11 +92,6 @@ def _grouped_product(a: Tensor, b: Tensor, offs: Tensor, *_: Any) -> Tensor:
     if b.ndim == 3:
         return a.new_empty(a.shape[0], b.shape[2])
     return a.new_empty(offs.shape[0], a.shape[0], b.shape[1])
-
-
-def _whole_rows(position: Tensor) -> Documents:
-    rows, length = position.shape
-    return Documents.whole_rows(rows, length, position.device)
 
 
 def _even_counts(config: Config, layout: Layout) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from parallel.pipeline.schedule import Pipeline
 from pretrain.config import Config
 from pretrain.dry_run.tracker import StepTracker
 from pretrain.layouts import Layout, stages_per_rank
+from pretrain.model.kernels.documents import Documents
 from pretrain.optim import build_optimizer
 from pretrain.parts import pipeline_shape
 
@@ -72,8 +73,9 @@ class Step:
         if self.layout.pp > 1:
             self.parallelised.runner = self._pipeline(microbatches)
         rows, length = microbatches * self.config.train.microbatch, self.config.data.seq_len
-        tokens, position, labels = (torch.zeros(rows, length, dtype=torch.int64) for _ in range(3))
-        self.parallelised.forward_backward(tokens, position, labels, rows * length)
+        tokens, labels = (torch.zeros(rows, length, dtype=torch.int64) for _ in range(2))
+        documents = [Documents.whole_rows(self.config.train.microbatch, length)] * microbatches
+        self.parallelised.forward_backward(tokens, labels, documents, rows * length)
 
     def update(self) -> None:
         """What comes after them."""

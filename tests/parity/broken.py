@@ -63,12 +63,12 @@ def stale_activations(trainer: Trainer) -> None:
     """pp: a stage works on what arrived for the microbatch before."""
     forward = Stage.forward
 
-    def forward_on_stale(stage: Stage, x: Tensor, position: Tensor, labels: Tensor) -> Tensor:
+    def forward_on_stale(stage: Stage, x: Tensor, labels: Tensor) -> Tensor:
         if not stage.is_first:
             stale = getattr(stage, "stale", x)
             stage.stale = x.detach()
             x = x + (stale - x).detach()
-        return forward(stage, x, position, labels)
+        return forward(stage, x, labels)
 
     Stage.forward = forward_on_stale
 
@@ -77,8 +77,8 @@ def stale_gradients(trainer: Trainer) -> None:
     """pp: a stage is given the gradient of the microbatch before."""
     forward = Stage.forward
 
-    def forward_to_stale(stage: Stage, x: Tensor, position: Tensor, labels: Tensor) -> Tensor:
-        out = forward(stage, x, position, labels)
+    def forward_to_stale(stage: Stage, x: Tensor, labels: Tensor) -> Tensor:
+        out = forward(stage, x, labels)
         if not stage.is_last:
             out.register_hook(previous_gradient(stage))
         return out

@@ -6,12 +6,10 @@ recording they stay equal for as long as they compute the same.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from parallel.stage import Stage
 from pretrain.config import Config
-from pretrain.data import open_stream
 from pretrain.model.moe import MoE
 from pretrain.model.transformer import Layer
 from pretrain.trainer import Trainer
@@ -31,13 +29,14 @@ class Routing:
         self.indices: Recording = recording or {}
         self.replays = recording is not None
         self.global_batch = config.train.global_batch
+        self.microbatch = config.train.microbatch
         self.renormalise = config.model.moe.renormalise_top_k
-        self.stream = open_stream(config)
         self.step = -1
 
     def follow(self, trainer: Trainer) -> None:
-        """Learn which layers and which part of the sequence are on this rank."""
+        """Learn which layers, rows and part of the sequence are on this rank."""
         self.tp = trainer.mesh.tp
+        self.first_row = trainer.mesh.data_rank * self.global_batch // trainer.mesh.data_ranks
         self.layer_of = {
             layer.moe: number
             for stage in trainer.parallelised.stages
@@ -46,19 +45,19 @@ class Routing:
 
     def next_step(self) -> None:
         self.step += 1
-        plan = self.stream.next_batch(self.global_batch)
-        self.labels = torch.from_numpy(self.stream.read(plan, range(self.global_batch)).labels)
 
     def intercept(self) -> None:
         """Let every call of a layer, the first and a recomputed one, know its rows.
 
         Before the trainer is built: what recomputes a layer holds its `forward`.
         """
-        stage_forward, layer_forward, choose = Stage.forward, Layer.forward, MoE._choose
+        begin, layer_forward, choose = Stage.begin, Layer.forward, MoE._choose
 
-        def forward_of_stage(stage: Stage, x: Tensor, position: Tensor, labels: Tensor) -> Any:
-            position.rows = (labels[:, None] == self.labels).all(-1).int().argmax(1)
-            return stage_forward(stage, x, position, labels)
+        def begin_with_rows(stage: Stage, loss_tokens: int, documents: Any) -> None:
+            for number, of_microbatch in enumerate(documents):
+                first = self.first_row + number * self.microbatch
+                of_microbatch.position.rows = slice(first, first + self.microbatch)
+            begin(stage, loss_tokens, documents)
 
         def forward_of_layer(layer: Layer, x: Tensor, documents: Any, rotation: Any) -> Any:
             self.rows = documents.position.rows
@@ -78,6 +77,6 @@ class Routing:
             self.indices.setdefault(key, empty)[self.rows] = indices
             return indices, weights
 
-        Stage.forward = forward_of_stage
+        Stage.begin = begin_with_rows
         Layer.forward = forward_of_layer
         MoE._choose = choose_as_recorded

@@ -1,7 +1,7 @@
 """Causal softmax attention within each document of a packed batch."""
 
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -68,7 +68,6 @@ def _pieces(documents: Documents) -> Iterator[tuple[slice, slice, slice]]:
     if not documents.is_packed:
         yield slice(B), slice(None), slice(T)
         return
-    cu_seqlens = documents.cu_seqlens.tolist()
-    for start, end in pairwise(cu_seqlens):
-        row, offset = divmod(start, T)
-        yield slice(row, row + 1), slice(None), slice(offset, offset + end - start)
+    for row, lengths in enumerate(documents.lengths):
+        for start, stop in pairwise(accumulate(lengths, initial=0)):
+            yield slice(row, row + 1), slice(None), slice(start, stop)

@@ -1,7 +1,9 @@
 """Which tokens of a packed batch belong to the same document."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -16,19 +18,22 @@ class Documents:
 
     Attributes:
         position: [B, T] int64, the token's distance from the start of its document.
-        cu_seqlens: [n + 1] int64, the starts of the n documents in the flattened [B * T] batch,
-            and B * T at the end (the convention of flash-attn's variable-length functions).
+        lengths: tokens of each document of each row, known to the host without asking a device.
     """
 
     position: Tensor
-    cu_seqlens: Tensor
+    lengths: tuple[tuple[int, ...], ...]
 
     @classmethod
     def from_position(cls, position: Tensor) -> "Documents":
-        """From the positions [B, T] alone; a document starts wherever the position is 0."""
-        starts = (position.flatten() == 0).nonzero().flatten()
-        end = torch.tensor([position.numel()], device=position.device)
-        return cls(position, torch.cat([starts, end]))
+        """From the positions [B, T] alone; a document starts wherever the position is 0.
+
+        The host waits for a `position` that is on a GPU.
+        """
+        length = position.shape[1]
+        starts = [row.nonzero().flatten().tolist() for row in (position == 0).cpu()]
+        lengths = ((b - a for a, b in pairwise([*row, length])) for row in starts)
+        return cls(position, tuple(map(tuple, lengths)))
 
     @classmethod
     def from_lengths(
@@ -36,20 +41,19 @@ class Documents:
     ) -> "Documents":
         """From the document lengths of each row; all rows must add up to the same T."""
         position = [torch.cat([torch.arange(n) for n in lengths]) for lengths in rows]
-        return cls.from_position(torch.stack(position).to(device))
+        return cls(torch.stack(position).to(device), tuple(map(tuple, rows)))
 
     @classmethod
     def whole_rows(cls, batch: int, length: int, device: torch.device | str = "cpu") -> "Documents":
         """One document per row."""
         position = torch.arange(length, device=device).expand(batch, length)
-        return cls(position, torch.arange(0, batch * length + 1, length, device=device))
+        return cls(position, ((length,),) * batch)
+
+    def to(self, device: torch.device) -> Self:
+        """The same on a device; the host does not wait."""
+        return replace(self, position=self.position.to(device, non_blocking=True))
 
     @property
     def is_packed(self) -> bool:
         """Whether some row holds more than one document."""
-        return self.cu_seqlens.numel() - 1 > self.position.shape[0]
-
-    @property
-    def ids(self) -> Tensor:
-        """[B, T] int64: the number of the token's document within the batch."""
-        return (self.position.flatten() == 0).cumsum(0).view_as(self.position) - 1
+        return any(len(row) > 1 for row in self.lengths)
