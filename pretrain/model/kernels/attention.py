@@ -1,8 +1,8 @@
-"""Causal softmax attention within each document of a packed batch."""
+"""Causal softmax attention within each document of a packed batch, whole or by a sliding window."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,64 +10,141 @@ from torch.autograd.function import once_differentiable
 
 from pretrain.model.kernels.block_attention import block_attention, block_attention_backward
 from pretrain.model.kernels.documents import Documents
+from pretrain.model.kernels.pieces import Mask, visible_pieces
 
 
 def documents_attention(
-    q: Tensor, k: Tensor, v: Tensor, documents: Documents, *, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents,
+    *,
+    scale: float,
+    window: int | None = None,
 ) -> Tensor:
     """Every token attends to itself and to the earlier tokens of its document, exactly.
 
     q is [B, H, T, D], k and v are [B, Hkv, T, D] with H a multiple of Hkv; returns [B, H, T, D].
+    With `window` a token sees that many, the last of which is itself.
     """
     if documents.position.shape != (q.shape[0], q.shape[2]):
         raise ValueError(
             f"documents_attention: documents of {tuple(documents.position.shape)} tokens do not "
             f"belong to q {tuple(q.shape)}, which has {(q.shape[0], q.shape[2])}"
         )
-    return _DocumentsAttention.apply(q, k, v, documents, scale)
+    return _DocumentsAttention.apply(q, k, v, list(_blocks(documents, window)), scale)
+
+
+class Block(NamedTuple):
+    """A piece of attention by its places in tensors [B, H, T, D]."""
+
+    rows: slice
+    queries: slice
+    keys: slice
+    mask: Mask
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block, scale: float
+) -> None:
+    """Merge what the block's queries read from its keys into `out` and `lse`.
+
+    A causal block, which each query has one of and has first, overwrites them. `out` [B, H, Tq, D]
+    may be wider than q; q is [B, H, Tq, D], k and v [B, Hkv, Tk, D], lse [B, H, Tq].
+    """
+    q, out, lse, k, v = _parts(block, (q, out, lse), (k, v))
+    if block.mask == "reversed":
+        block_out, block_lse = block_attention(
+            q.flip(2), k.flip(2), v.flip(2), causal=True, scale=scale
+        )
+        block_out, block_lse = block_out.flip(2), block_lse.flip(2)
+    else:
+        block_out, block_lse = block_attention(q, k, v, causal=block.mask == "causal", scale=scale)
+    if block.mask == "causal":
+        out.copy_(block_out)
+        lse.copy_(block_lse)
+    else:
+        total = torch.logaddexp(lse, block_lse)
+        out.lerp_(block_out.to(out.dtype), (block_lse - total).exp_().unsqueeze(-1).to(out.dtype))
+        lse.copy_(total)
+
+
+def attend_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    gradients: Sequence[Tensor],
+    block: Block,
+    scale: float,
+) -> None:
+    """Add the block's part to the gradients of q, k and v; out and lse are the merged ones."""
+    d_out, q, out, lse, k, v = _parts(block, (d_out, q, out, lse), (k, v))
+    dq, dk, dv = _parts(block, gradients[:1], gradients[1:])
+    is_reversed = block.mask == "reversed"
+    if is_reversed:
+        d_out, q, k, v, out, lse = (x.flip(2) for x in (d_out, q, k, v, out, lse))
+    parts = block_attention_backward(
+        d_out, q, k, v, out, lse, causal=block.mask != "full", scale=scale
+    )
+    for gradient, part in zip((dq, dk, dv), parts, strict=True):
+        gradient += part.flip(2) if is_reversed else part
+
+
+def lse_like(q: Tensor) -> Tensor:
+    """Room for the log-sum-exp of queries [B, H, T, D]: [B, H, T], float32 or wider."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return torch.empty(q.shape[:-1], dtype=dtype, device=q.device)
 
 
 class _DocumentsAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: list[Block], scale: float
     ) -> Tensor:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        lse = torch.empty(q.shape[:-1], dtype=lse_dtype, device=q.device)
-        for piece in _pieces(documents):
-            out[piece], lse[piece] = block_attention(
-                q[piece], k[piece], v[piece], causal=True, scale=scale
-            )
+        lse = lse_like(q)
+        is_merged = any(block.mask != "causal" for block in blocks)
+        dtype = lse.dtype if is_merged else q.dtype
+        merged = torch.empty(q.shape, dtype=dtype, device=q.device)
+        for block in blocks:
+            attend(q, k, v, merged, lse, block, scale)
+        out = merged.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.documents, ctx.scale = documents, scale
+        ctx.blocks, ctx.scale = blocks, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        for piece in _pieces(ctx.documents):
-            dq[piece], dk[piece], dv[piece] = block_attention_backward(
-                d_out[piece],
-                q[piece],
-                k[piece],
-                v[piece],
-                out[piece],
-                lse[piece],
-                causal=True,
-                scale=ctx.scale,
-            )
-        return dq, dk, dv, None, None
+        gradients = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+        for block in ctx.blocks:
+            attend_backward(d_out, q, k, v, out, lse, gradients, block, ctx.scale)
+        return *gradients, None, None
 
 
-def _pieces(documents: Documents) -> Iterator[tuple[slice, slice, slice]]:
-    """Indices into [B, H, T, ...]: the whole batch, or one document after the other."""
+def _parts(block: Block, of_queries: Any, of_keys: Any) -> Iterator[Tensor]:
+    for tensors, tokens in ((of_queries, block.queries), (of_keys, block.keys)):
+        yield from (x[block.rows, :, tokens] for x in tensors)
+
+
+def _blocks(documents: Documents, window: int | None) -> Iterator[Block]:
+    """The blocks of all rows at once, or of one document after the other."""
     B, T = documents.position.shape
     if not documents.is_packed:
-        yield slice(B), slice(None), slice(T)
+        yield from _blocks_of(slice(B), range(T), window)
         return
     for row, lengths in enumerate(documents.lengths):
         for start, stop in pairwise(accumulate(lengths, initial=0)):
-            yield slice(row, row + 1), slice(None), slice(start, stop)
+            yield from _blocks_of(slice(row, row + 1), range(start, stop), window)
+
+
+def _blocks_of(rows: slice, document: range, window: int | None) -> Iterator[Block]:
+    for queries, keys, mask in visible_pieces(document, document, window):
+        yield Block(rows, as_slice(queries), as_slice(keys), mask)
+
+
+def as_slice(tokens: range) -> slice:
+    return slice(tokens.start, tokens.stop)

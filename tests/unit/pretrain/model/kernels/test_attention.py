@@ -25,20 +25,24 @@ def random_qkv(dtype):
 @pytest.mark.parametrize(
     "rows", [[[130], [130]], [[1, 63, 1, 65], [130]], [[65, 65], [129, 1]]], ids=str
 )
-def test_equals_masked_sdpa(rows, dtype, tolerance):
+@pytest.mark.parametrize("window", [None, 2, 5, 64, 129, 500])
+def test_equals_masked_sdpa(rows, window, dtype, tolerance):
     documents = Documents.from_lengths(rows)
     q, k, v = random_qkv(dtype)
     dout = torch.randn_like(q)
 
-    out = documents_attention(q, k, v, documents, scale=SCALE)
+    out = documents_attention(q, k, v, documents, scale=SCALE, window=window)
     gradients = torch.autograd.grad(out, (q, k, v), dout)
 
     same_document = torch.stack(
         [torch.block_diag(*(torch.ones(n, n) for n in lengths)) for lengths in rows]
     )
+    visible = same_document.tril().bool()
+    if window is not None:
+        visible = visible.triu(1 - window)
     q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
     expected = F.scaled_dot_product_attention(
-        q, k, v, same_document.tril().bool().unsqueeze(1), scale=SCALE, enable_gqa=True
+        q, k, v, visible.unsqueeze(1), scale=SCALE, enable_gqa=True
     )
     expected_gradients = torch.autograd.grad(expected, (q, k, v), dout.double())
     assert out.dtype == dtype
