@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -144,10 +144,19 @@ class Communicator:
         sent_bytes = (sum(sent) - sent[self.rank]) * x[:1].nbytes
         return self._start("all_to_all", call, sent_bytes, x, out)
 
+    def start_shift(self, x: Tensor, distance: int = 1) -> "Pending":
+        """Start to send `x` to the rank `distance` further round the group, and to receive as much
+        from the one that far back.
+        """
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        call = partial(_send_and_receive, x, out, distance)
+        return self._start("send", call, x.nbytes, x, out)
+
     def _start(
         self,
         kind: str,
-        call: Callable[..., dist.Work],
+        call: Callable[..., Any],
         sent_bytes: int,
         source: Tensor,
         out: Tensor,
@@ -179,6 +188,27 @@ class Communicator:
         self.bytes[kind] += sent_bytes
 
 
+class _Works(NamedTuple):
+    """Several works that are waited for as one."""
+
+    works: Sequence[dist.Work]
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
+
+
+def _send_and_receive(
+    x: Tensor, out: Tensor, distance: int, group: dist.ProcessGroup, async_op: bool
+) -> _Works:
+    assert async_op
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    to, back = (rank + distance) % size, (rank - distance) % size
+    send = dist.P2POp(dist.isend, x, group=group, group_peer=to)
+    receive = dist.P2POp(dist.irecv, out, group=group, group_peer=back)
+    return _Works(dist.batch_isend_irecv([send, receive]))
+
+
 def _ranks_along(out: Tensor, dim: int) -> Tensor:
     """[ranks, ...] -> [...] concatenated along `dim`; a view where what precedes `dim` is 1."""
     return out.movedim(0, dim).flatten(dim, dim + 1)
@@ -190,7 +220,7 @@ class Pending:
 
     comm: Communicator
     kind: str
-    work: dist.Work | None
+    work: dist.Work | _Works | None
     source: Tensor
     out: Tensor
     arrange: Callable[[Tensor], Tensor] | None = None

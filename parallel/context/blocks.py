@@ -1,0 +1,62 @@
+"""Which blocks of attention a rank computes with the keys of another: index maths on the host."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from parallel.context.documents import Rows
+from pretrain.model.kernels.attention import Block
+
+
+def ring_blocks(groups: Sequence[Rows], rank: int, ranks: int) -> list[list[Block]]:
+    """What the queries of `rank` see of each rank's keys, in the places where those are held."""
+    blocks: list[list[Block]] = [[] for _ in range(ranks)]
+    for rows, layout in groups:
+        held: dict[int, slice] = {}
+        for document, part, place in layout.parts_of(rank):
+            queries = slice(place, place + len(part))
+            # What a rank holds of a document lies together, and in order.
+            start = held.get(document.start, queries).start
+            held[document.start] = slice(start, queries.stop)
+            for keys, owner, key_place in layout.holders(range(document.start, part.start)):
+                if owner != rank:
+                    of_keys = slice(key_place, key_place + len(keys))
+                    blocks[owner].append(Block(rows, queries, of_keys, "full"))
+        blocks[rank] += (Block(rows, places, places, "causal") for places in held.values())
+    return [list(_joined(of_source)) for of_source in blocks]
+
+
+def last_ring_step(groups: Sequence[Rows], ranks: int) -> int:
+    """The last step of the ring in which any rank sees any of the keys that have come to it.
+
+    In step s, rank r has the keys of rank r - s.
+    """
+    last = 0
+    for _, layout in groups:
+        for document in layout.documents:
+            holders = [rank for _, rank, _ in layout.holders(document)]
+            for i, rank in enumerate(holders):
+                last = max(last, *((rank - earlier) % ranks for earlier in holders[: i + 1]))
+                if last == ranks - 1:
+                    return last
+    return last
+
+
+def _joined(blocks: Iterable[Block]) -> Iterator[Block]:
+    """The same, neighbours without a mask as one where they are one rectangle."""
+    last: Block | None = None
+    for block in blocks:
+        joined = _join(last, block) if last else None
+        if joined is None and last is not None:
+            yield last
+        last = joined or block
+    if last is not None:
+        yield last
+
+
+def _join(a: Block, b: Block) -> Block | None:
+    if a.rows != b.rows or a.mask != "full" or b.mask != "full":
+        return None
+    if a.queries == b.queries and a.keys.stop == b.keys.start:
+        return a._replace(keys=slice(a.keys.start, b.keys.stop))
+    if a.keys == b.keys and a.queries.stop == b.queries.start:
+        return a._replace(queries=slice(a.queries.start, b.queries.stop))
+    return None

@@ -1,0 +1,58 @@
+"""The documents of a batch whose rows are shared by the ranks of `cp`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from parallel.layout import RowLayout
+from pretrain.model.kernels.documents import Documents
+
+
+class Rows(NamedTuple):
+    """Rows of a batch that are laid out alike."""
+
+    rows: slice
+    layout: RowLayout
+
+
+@dataclass(frozen=True)
+class SplitDocuments(Documents):
+    """What a rank of `cp` knows of its microbatch: its own tokens, and where all others are.
+
+    Attributes:
+        position: [B, T / cp], of this rank's tokens.
+        lengths: of the whole rows.
+        layouts: of each row.
+        rank: this one's number along `cp`.
+    """
+
+    layouts: tuple[RowLayout, ...] = ()
+    rank: int = 0
+    _plans: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def of_rank(cls, layouts: Sequence[RowLayout], rank: int) -> "SplitDocuments":
+        """This rank's part of rows with these layouts, on the host."""
+        positions = []
+        for layout in layouts:
+            starts = torch.tensor([document.start for document in layout.documents])
+            tokens = torch.from_numpy(layout.tokens_of(rank))
+            document = torch.searchsorted(starts, tokens, right=True) - 1
+            positions.append(tokens - starts[document])
+        lengths = tuple(layout.lengths for layout in layouts)
+        return cls(torch.stack(positions), lengths, tuple(layouts), rank)
+
+    def groups(self) -> list[Rows]:
+        """The rows, those with one layout together."""
+        if len(set(self.layouts)) == 1:
+            return [Rows(slice(len(self.layouts)), self.layouts[0])]
+        return [Rows(slice(row, row + 1), layout) for row, layout in enumerate(self.layouts)]
+
+    def plan(self, make: Callable[..., Any], *options: Any) -> Any:
+        """`make(self, *options)`, made once for all layers and passes."""
+        key = (make, *options)
+        if key not in self._plans:
+            self._plans[key] = make(self, *options)
+        return self._plans[key]
