@@ -10,14 +10,14 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from parallel.pipeline.plan import Schedule
 from pretrain.errors import UserError
-from pretrain.model.config import ModelConfig
+from pretrain.model.config import LayerKind, ModelConfig
 from pretrain.run_dir import RunDirectory
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -329,7 +329,8 @@ def _check_model(model: ModelConfig) -> None:
             raise UserError(f"{dotted} = {value}: must be {wish}, and finite")
     attention, linear, moe = model.attention, model.linear, model.moe
     if not model.layer_pattern:
-        raise UserError("model.layer_pattern is empty: name at least one of linear, softmax")
+        kinds = ", ".join(get_args(LayerKind))
+        raise UserError(f"model.layer_pattern is empty: name at least one of {kinds}")
     for many, few, what in (
         (attention.n_heads, attention.n_kv_heads, "model.attention.n_heads, n_kv_heads"),
         (linear.n_value_heads, linear.n_key_heads, "model.linear.n_value_heads, n_key_heads"),

@@ -111,10 +111,10 @@ def _tensor_problem(config: Config, layout: Layout) -> str | None:
 
 
 def _split_by_tp(config: Config) -> Iterator[tuple[str, int]]:
-    model, kinds = config.model, config.model.layer_kinds()
+    model, kinds = config.model, set(config.model.layer_kinds())
     yield "data.seq_len", config.data.seq_len
     yield "model.vocab_size", model.vocab_size
-    if "softmax" in kinds:
+    if kinds != {"linear"}:
         yield "model.attention.n_heads", model.attention.n_heads
     if "linear" in kinds:
         yield "model.linear.n_value_heads", model.linear.n_value_heads
@@ -126,8 +126,8 @@ def _split_by_tp(config: Config) -> Iterator[tuple[str, int]]:
 
 def _key_heads(model: ModelConfig) -> Iterator[tuple[str, int]]:
     """The heads that ranks hold copies of where there are fewer than ranks."""
-    kinds = model.layer_kinds()
-    if "softmax" in kinds:
+    kinds = set(model.layer_kinds())
+    if kinds != {"linear"}:
         yield "model.attention.n_kv_heads", model.attention.n_kv_heads
     if "linear" in kinds:
         yield "model.linear.n_key_heads", model.linear.n_key_heads

@@ -48,9 +48,9 @@ def forward_flops(config: ModelConfig, seq_len: int) -> float:
 
 def mixer_flops(config: ModelConfig, kind: LayerKind, seq_len: int) -> float:
     """Of one layer's attention or gated delta net, projections included."""
-    if kind == "softmax":
-        return _attention_flops(config, seq_len)
-    return _gated_delta_flops(config, seq_len)
+    if kind == "linear":
+        return _gated_delta_flops(config, seq_len)
+    return _attention_flops(config, seq_len, config.window(kind))
 
 
 def feed_forward_flops(config: ModelConfig, seq_len: int) -> float:
@@ -64,13 +64,16 @@ def feed_forward_flops(config: ModelConfig, seq_len: int) -> float:
     return 2.0 * seq_len * d * (router + experts + shared)
 
 
-def _attention_flops(config: ModelConfig, seq_len: int) -> float:
-    """A query sees half of the sequence on average: Q K^T and P V are 2 x 2 x T^2 / 2 x width."""
+def _attention_flops(config: ModelConfig, seq_len: int, window: int | None) -> float:
+    """Q K^T and P V are 2 x 2 x width for each pair of a query and a key that it sees."""
     c = config.attention
     d_query, d_key = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     of_queries = 3 if c.output_gate else 2  # query, output, gate
     projections = 2.0 * seq_len * config.d_model * (of_queries * d_query + 2 * d_key)
-    return projections + 2.0 * seq_len**2 * d_query
+    # Query number i sees i keys, its own included, up to the window.
+    most = seq_len if window is None else min(window, seq_len)
+    pairs = most * (most + 1) // 2 + (seq_len - most) * most
+    return projections + 4.0 * pairs * d_query
 
 
 def _gated_delta_flops(config: ModelConfig, seq_len: int) -> float:

@@ -16,13 +16,15 @@ class Attention(nn.Module):
     GQA: Ainslie et al. 2023, arXiv:2305.13245. Gate: Qiu et al. 2025, arXiv:2505.06708.
 
     Attributes:
-        core: `(q, k, v, documents, *, scale) -> out`, q and out [B, H, T, D], k and v
+        window: how many tokens a query sees, its own included; None is all.
+        core: `(q, k, v, documents, *, scale, window) -> out`, q and out [B, H, T, D], k and v
             [B, H_kv, T, D]; causal within each document. Context parallelism replaces it.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, window: int | None) -> None:
         super().__init__()
         c = config.attention
+        self.window = window
         self.head_dim = c.head_dim
         d_query, d_key = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
         self.q_proj = nn.Linear(config.d_model, d_query, bias=False)
@@ -38,7 +40,9 @@ class Attention(nn.Module):
         q_bhtd = rotation(self.q_norm(self._heads(self.q_proj(x_btd))))
         k_bhtd = rotation(self.k_norm(self._heads(self.k_proj(x_btd))))
         v_bhtd = self._heads(self.v_proj(x_btd))
-        out_bhtd = self.core(q_bhtd, k_bhtd, v_bhtd, documents, scale=self.head_dim**-0.5)
+        out_bhtd = self.core(
+            q_bhtd, k_bhtd, v_bhtd, documents, scale=self.head_dim**-0.5, window=self.window
+        )
         out = out_bhtd.transpose(1, 2).flatten(2)
         if self.gate_proj is not None:
             out = out * torch.sigmoid(self.gate_proj(x_btd))

@@ -1,20 +1,24 @@
 """The model's settings: plain dataclasses, so that models and kernels run with torch alone.
 
 The default family is what transformers calls Qwen3-Next: gated delta net and gated softmax
-attention, 3 to 1, with a Mixture-of-Experts feed-forward. With every layer `softmax`, no output
-gate and no shared expert it is Qwen3 (dense) or Qwen3-MoE.
+attention, 3 to 1, with a Mixture-of-Experts feed-forward. With every layer `softmax` or `sliding`,
+no output gate and no shared expert it is Qwen3 (dense) or Qwen3-MoE.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-LayerKind = Literal["linear", "softmax"]
+LayerKind = Literal["linear", "softmax", "sliding"]
 Balance = Literal["batch", "sequence", "bias"]
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Softmax attention: grouped-query, with QK norm, partial RoPE and an output gate."""
+    """Softmax attention: grouped-query, with QK norm, partial RoPE and an output gate.
+
+    Attributes:
+        window: how many tokens a query of a `sliding` layer sees, its own included.
+    """
 
     n_heads: int = 16
     n_kv_heads: int = 2
@@ -22,6 +26,7 @@ class AttentionConfig:
     output_gate: bool = True
     rope_base: float = 10_000_000.0
     rope_fraction: float = 0.25
+    window: int = 4096
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
 
@@ -70,6 +75,13 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """All of a model.
+
+    Attributes:
+        layer_pattern: the kinds of the first layers, repeated over the others: `linear` is a gated
+            delta net, `softmax` attends to the whole document, `sliding` to a window of it.
+    """
+
     vocab_size: int = 151_936
     d_model: int = 2048
     n_layers: int = 48
@@ -88,3 +100,7 @@ class ModelConfig:
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """The kind of each layer: the pattern, repeated over `n_layers`."""
         return tuple(self.layer_pattern[i % len(self.layer_pattern)] for i in range(self.n_layers))
+
+    def window(self, kind: LayerKind) -> int | None:
+        """How many tokens a query of a layer with softmax attention sees; None is all."""
+        return self.attention.window if kind == "sliding" else None

@@ -46,8 +46,9 @@ class Layer(nn.Module):
         super().__init__()
         norm = (config.d_model, config.norm_eps, config.zero_centered_norm)
         self.mixer_norm = RMSNorm(*norm)
-        self.attention = Attention(config) if kind == "softmax" else None
-        self.gated_delta = GatedDeltaNet(config) if kind == "linear" else None
+        is_linear = kind == "linear"
+        self.attention = None if is_linear else Attention(config, config.window(kind))
+        self.gated_delta = GatedDeltaNet(config) if is_linear else None
         self.feed_forward_norm = RMSNorm(*norm)
         sparse = config.moe.n_experts > 0
         self.mlp = None if sparse else SwiGLU(config.d_model, config.d_ff)

@@ -22,6 +22,11 @@ REFUSALS = [
         "tp = 8 does not divide model.linear.n_value_heads = 4",
     ),
     (
+        8,
+        ["parallel.tp=8", "model.layer_pattern=[linear, sliding]"],
+        "tp = 8 does not divide model.attention.n_heads = 4",
+    ),
+    (
         2,
         ["parallel.tp=2", "model.moe.d_shared_expert=33"],
         "tp = 2 does not divide model.moe.d_shared_expert = 33",
@@ -34,6 +39,16 @@ REFUSALS = [
     (
         2,
         ["parallel.tp=2", "model.attention.n_kv_heads=3", "model.attention.n_heads=6"],
+        "neither a divisor nor a multiple of model.attention.n_kv_heads = 3",
+    ),
+    (
+        2,
+        [
+            "parallel.tp=2",
+            "model.layer_pattern=[sliding]",
+            "model.attention.n_kv_heads=3",
+            "model.attention.n_heads=6",
+        ],
         "neither a divisor nor a multiple of model.attention.n_kv_heads = 3",
     ),
     (

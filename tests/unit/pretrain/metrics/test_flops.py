@@ -9,7 +9,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.metrics.flops import feed_forward_flops, forward_costs, forward_flops, mixer_flops
 from pretrain.model.attention import Attention
-from pretrain.model.config import AttentionConfig, LinearAttentionConfig, ModelConfig, MoEConfig
+from pretrain.model.config import (
+    AttentionConfig,
+    LayerKind,
+    LinearAttentionConfig,
+    ModelConfig,
+    MoEConfig,
+)
 from pretrain.model.gated_delta import GatedDeltaNet
 from pretrain.model.kernels import gated_delta_chunks as chunks
 from pretrain.model.kernels.documents import Documents
@@ -43,25 +49,30 @@ def baddbmm_(_: Any, a: Any, b: Any, *__: Any, **___: Any) -> int:
 
 
 @pytest.mark.parametrize("output_gate", [True, False])
-def test_attention(output_gate: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "window"), [("softmax", 5), ("sliding", 5), ("sliding", T), ("sliding", 2 * T)]
+)
+def test_attention(kind: LayerKind, window: int, output_gate: bool) -> None:
     config = ModelConfig(
         d_model=32,
-        attention=AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=16, output_gate=output_gate),
+        attention=AttentionConfig(4, 2, 16, output_gate=output_gate, window=window),
     )
-    attention = Attention(config)
-    # torch counts nothing of attention on CPU: its share is the causal half of two products.
-    attention.core = half_of_two_products
+    attention = Attention(config, config.window(kind))
+    # torch counts nothing of attention on CPU: its share is two products of what is visible.
+    attention.core = products_of_visible_pairs
     x = torch.zeros(1, T, 32)
     rotation = Rotation.of_positions(torch.arange(T)[None], 4, 1e4)
     documents = Documents.whole_rows(1, T, torch.device("cpu"))
     expected = counted(lambda: attention(x, documents, rotation))
-    assert mixer_flops(config, "softmax", T) == expected
+    assert mixer_flops(config, kind, T) == expected
 
 
-def half_of_two_products(q: Tensor, k: Tensor, v: Tensor, *_: Any, scale: float) -> Tensor:
-    queries = q[:, :, : T // 2]
-    out = (queries @ k.mT.repeat(1, 2, 1, 1)) @ v.repeat(1, 2, 1, 1)
-    return torch.cat([out, out], 2)
+def products_of_visible_pairs(q: Tensor, *_: Any, scale: float, window: int | None) -> Tensor:
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    visible = (distance >= 0) & (distance < (window or T))
+    keys = q.new_zeros(*q.shape[:2], int(visible.sum()), q.shape[3])
+    _ = (q[:, :, :1] @ keys.mT) @ keys
+    return q
 
 
 def test_gated_delta() -> None:

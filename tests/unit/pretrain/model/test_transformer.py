@@ -1,9 +1,18 @@
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
-from pretrain.model.config import AttentionConfig, LinearAttentionConfig, ModelConfig, MoEConfig
+from pretrain.model.config import (
+    AttentionConfig,
+    LayerKind,
+    LinearAttentionConfig,
+    ModelConfig,
+    MoEConfig,
+)
 from pretrain.model.init import initialize
+from pretrain.model.kernels.documents import Documents
 from pretrain.model.transformer import Transformer
 
 
@@ -41,6 +50,34 @@ def test_no_token_sees_a_later_one(tokens: Tensor) -> None:
 
     torch.testing.assert_close(before[:, :40], after[:, :40], rtol=0, atol=1e-5)
     assert ((before[:, 40:] - after[:, 40:]).abs().amax(-1) > 1e-4).all()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reach"),
+    [
+        (("sliding",), 1 * 5),
+        (("sliding", "sliding"), 2 * 5),
+        (("sliding", "softmax"), 30),
+        (("linear", "sliding"), 30),
+    ],
+)
+def test_a_sliding_layer_does_not_see_beyond_its_window(
+    pattern: tuple[LayerKind, ...], reach: int, tokens: Tensor
+) -> None:
+    config = make_config(n_layers=len(pattern))
+    attention = dataclasses.replace(config.attention, window=6)
+    model = make_model(dataclasses.replace(config, layer_pattern=pattern, attention=attention))
+    # The second row goes on after its first document.
+    documents = Documents.from_lengths([[70], [45, 25]])
+    changed = tokens.clone()
+    changed[:, 40] = (changed[:, 40] + 1) % 50
+    before, after = (model(t, documents).value for t in (tokens, changed))
+
+    is_other = (before - after).abs().amax(-1) > 1e-3
+    positions = torch.arange(70)
+    first = (positions >= 40) & (positions <= 40 + reach)
+    assert is_other[0].tolist() == first.tolist()
+    assert is_other[1].tolist() == (first & (positions < 45)).tolist()
 
 
 def test_output_is_applied_to_the_hidden_state_and_the_output_embedding(tokens: Tensor) -> None:
