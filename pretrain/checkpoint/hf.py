@@ -27,14 +27,17 @@ _ARCHITECTURES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "qwen3_next": "Qwen3NextForCausalLM",
 }
-_LAYER_TYPES: dict[LayerKind, str] = {"linear": "linear_attention", "softmax": "full_attention"}
+_LAYER_TYPES: dict[LayerKind, str] = {
+    "linear": "linear_attention",
+    "softmax": "full_attention",
+    "sliding": "sliding_attention",
+}
 
 # What the families allow and `Transformer` does not have: field -> the only value it can express.
 _FIXED_FIELDS = {
     "hidden_act": "silu",
     "attention_bias": False,
     "attention_dropout": 0.0,
-    "sliding_window": None,
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
 }
@@ -151,10 +154,20 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
             "norm_topk_prob": moe.renormalise_top_k,
             "router_aux_loss_coef": moe.aux_loss,
         }
+    kinds = config.layer_kinds()
+    if "sliding" in kinds:
+        # max_window_layers is what older versions read instead of layer_types, and by which vLLM
+        # refuses a mixture, instead of giving each of its layers the whole document.
+        fields |= {
+            "use_sliding_window": True,
+            "sliding_window": attention.window,
+            "max_window_layers": kinds.index("sliding"),
+        }
+    if family != "qwen3_moe":
+        fields["layer_types"] = [_LAYER_TYPES[kind] for kind in kinds]
     if family == "qwen3_next":
         fields |= {
             "shared_expert_intermediate_size": moe.d_shared_expert,
-            "layer_types": [_LAYER_TYPES[kind] for kind in config.layer_kinds()],
             "linear_num_key_heads": linear.n_key_heads,
             "linear_num_value_heads": linear.n_value_heads,
             "linear_key_head_dim": linear.key_dim,
@@ -189,11 +202,12 @@ def config_from_hf(fields: Mapping[str, Any]) -> ModelConfig:
             "only 'default'"
         )
     is_next = family == "qwen3_next"
+    window = _window(hf)
     return ModelConfig(
         vocab_size=hf.vocab_size,
         d_model=hf.hidden_size,
         n_layers=hf.num_hidden_layers,
-        layer_pattern=_layer_pattern(hf.layer_types) if is_next else ("softmax",),
+        layer_pattern=_layer_pattern(_layer_types(hf, window)),
         d_ff=hf.intermediate_size,
         attention=AttentionConfig(
             n_heads=hf.num_attention_heads,
@@ -202,6 +216,7 @@ def config_from_hf(fields: Mapping[str, Any]) -> ModelConfig:
             output_gate=is_next,
             rope_base=hf.rope_parameters["rope_theta"],
             rope_fraction=hf.rope_parameters.get("partial_rotary_factor", 1.0),
+            window=AttentionConfig.window if window is None else window,
         ),
         linear=_linear_from_hf(hf) if is_next else LinearAttentionConfig(),
         moe=MoEConfig(n_experts=0) if family == "qwen3" else _moe_from_hf(hf),
@@ -258,9 +273,17 @@ def _refuse_selection_bias(bias: Tensor | None) -> None:
 
 def _unmet_needs(config: ModelConfig, family: str) -> list[str]:
     """What would have to change for `family` to have this model."""
-    attention, moe = config.attention, config.moe
+    attention, moe, kinds = config.attention, config.moe, set(config.layer_kinds())
     is_next, shared = family == "qwen3_next", moe.d_shared_expert > 0
     needs = [
+        (
+            not is_next or "sliding" not in kinds,
+            "softmax instead of sliding in model.layer_pattern, as it has no windows",
+        ),
+        (
+            family != "qwen3_moe" or len(kinds) == 1,
+            "model.layer_pattern=[softmax] or [sliding], as its layers share one window",
+        ),
         (attention.output_gate == is_next, f"model.attention.output_gate={str(is_next).lower()}"),
         (config.zero_centered_norm == is_next, f"model.zero_centered_norm={str(is_next).lower()}"),
         (is_next or attention.rope_fraction == 1, "model.attention.rope_fraction=1"),
@@ -289,6 +312,47 @@ def _moe_from_hf(hf: Any) -> MoEConfig:
         renormalise_top_k=hf.norm_topk_prob,
         aux_loss=hf.router_aux_loss_coef,
     )
+
+
+def _window(hf: Any) -> int | None:
+    """How many tokens, its own included, a query of a sliding layer sees; None where none can.
+
+    transformers hides the keys at `query - sliding_window` and before, so the two windows agree.
+    """
+    window: int | None = getattr(hf, "sliding_window", None)
+    if window is not None and window < 1:
+        raise UserError(f"config.json: sliding_window = {window}: must be more than zero")
+    return window
+
+
+def _layer_types(hf: Any, window: int | None) -> list[str]:
+    """Of each layer, as config.json asks for and the family does.
+
+    Raises:
+        UserError: transformers would ignore one of them, or fail.
+    """
+    layer_types: list[str] | None = getattr(hf, "layer_types", None)
+    if layer_types is None:
+        n_whole = hf.num_hidden_layers if window is None else getattr(hf, "max_window_layers", 0)
+        layer_types = [
+            "full_attention" if i < n_whole else "sliding_attention"
+            for i in range(hf.num_hidden_layers)
+        ]
+    if hf.model_type == "qwen3_next":
+        allowed = ["linear_attention", "full_attention"]
+    elif window is None:
+        allowed = ["full_attention"]
+    elif hf.model_type == "qwen3_moe":
+        allowed = ["sliding_attention"]
+    else:
+        allowed = ["full_attention", "sliding_attention"]
+    if refused := sorted(set(layer_types) - set(allowed)):
+        raise UserError(
+            f"config.json: {', '.join(refused)} by layer_types or max_window_layers is not "
+            f"supported; {_ARCHITECTURES[hf.model_type]} with sliding_window = {window} has only "
+            f"{', '.join(allowed)}"
+        )
+    return layer_types
 
 
 def _layer_pattern(layer_types: list[str]) -> tuple[LayerKind, ...]:

@@ -70,10 +70,10 @@ def _rules(config: ModelConfig) -> Iterator[_Rule]:
         yield _Rule(
             [f"{ours}.feed_forward_norm.weight"], [f"{theirs}.post_attention_layernorm.weight"]
         )
-        if kind == "softmax":
-            yield from _attention_rules(config, f"{ours}.attention", f"{theirs}.self_attn")
-        else:
+        if kind == "linear":
             yield from _gated_delta_rules(config, f"{ours}.gated_delta", f"{theirs}.linear_attn")
+        else:
+            yield from _attention_rules(config, f"{ours}.attention", f"{theirs}.self_attn")
         if config.moe.n_experts > 0:
             yield from _moe_rules(config, f"{ours}.moe", f"{theirs}.mlp")
         else:

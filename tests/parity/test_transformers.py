@@ -1,5 +1,6 @@
 """Our model and transformers' models: equal logits and gradients, in both directions."""
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ LENGTH = 100
 ROWS = [[37, 1, 62], [100]]
 
 PLAIN = AttentionConfig(4, 2, 16, output_gate=False, rope_base=1e4, rope_fraction=1.0)
+SLIDING = dataclasses.replace(PLAIN, window=24)
 GATED = AttentionConfig(4, 1, 32, output_gate=True, rope_base=1e5, rope_fraction=0.25)
 DENSE = MoEConfig(n_experts=0)
 
@@ -43,6 +45,19 @@ CASES = {
         moe=MoEConfig(8, 3, 24, d_shared_expert=0, renormalise_top_k=False),
         zero_centered_norm=False,
         norm_eps=1e-5,
+    ),
+    "qwen3-sliding": model_config(
+        n_layers=3,
+        layer_pattern=("softmax", "sliding", "sliding"),
+        attention=SLIDING,
+        moe=DENSE,
+        zero_centered_norm=False,
+    ),
+    "qwen3-moe-sliding": model_config(
+        layer_pattern=("sliding",),
+        attention=SLIDING,
+        moe=MoEConfig(4, 2, 24, d_shared_expert=0),
+        zero_centered_norm=False,
     ),
     "qwen3-next-moe": model_config(
         n_layers=4,

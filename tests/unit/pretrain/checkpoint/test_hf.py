@@ -36,6 +36,13 @@ QWEN3 = dataclasses.replace(
     tie_embeddings=True,
 )
 QWEN3_MOE = dataclasses.replace(QWEN3, moe=MoEConfig(8, 2, 16, d_shared_expert=0))
+SLIDING_ATTENTION = dataclasses.replace(QWEN3.attention, window=7)
+SLIDING = dataclasses.replace(
+    QWEN3, layer_pattern=("sliding", "softmax"), attention=SLIDING_ATTENTION
+)
+SLIDING_MOE = dataclasses.replace(
+    QWEN3_MOE, layer_pattern=("sliding",), attention=SLIDING_ATTENTION
+)
 
 
 def changed(config: ModelConfig, part: str, **settings: Any) -> ModelConfig:
@@ -70,7 +77,7 @@ def exported(tokenizer: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("config", [NEXT, QWEN3, QWEN3_MOE])
+@pytest.mark.parametrize("config", [NEXT, QWEN3, QWEN3_MOE, SLIDING, SLIDING_MOE])
 def test_configuration_survives_the_round_trip(config: ModelConfig) -> None:
     returned = hf.config_from_hf(hf.config_to_hf(config))
     assert returned.layer_kinds() == config.layer_kinds()
@@ -84,6 +91,8 @@ def test_configuration_survives_the_round_trip(config: ModelConfig) -> None:
         (changed(NEXT, "moe", n_experts=0), "Qwen3NextForCausalLM"),
         (QWEN3, "Qwen3ForCausalLM"),
         (QWEN3_MOE, "Qwen3MoeForCausalLM"),
+        (SLIDING, "Qwen3ForCausalLM"),
+        (SLIDING_MOE, "Qwen3MoeForCausalLM"),
     ],
 )
 def test_family_follows_from_the_model(config: ModelConfig, architecture: str) -> None:
@@ -99,6 +108,18 @@ def test_family_follows_from_the_model(config: ModelConfig, architecture: str) -
         (changed(QWEN3, "attention", rope_fraction=0.5), "model.attention.rope_fraction=1"),
         (changed(QWEN3_MOE, "moe", d_shared_expert=8), "model.moe.d_shared_expert=0"),
         (changed(QWEN3, "attention", output_gate=True), "model.attention.output_gate=false"),
+        (
+            dataclasses.replace(NEXT, layer_pattern=("linear", "sliding")),
+            "Qwen3NextForCausalLM, needs softmax instead of sliding in model.layer_pattern",
+        ),
+        (
+            dataclasses.replace(NEXT, layer_pattern=("softmax", "sliding")),
+            "Qwen3NextForCausalLM, needs softmax instead of sliding in model.layer_pattern",
+        ),
+        (
+            dataclasses.replace(QWEN3_MOE, layer_pattern=("softmax", "sliding")),
+            r"Qwen3MoeForCausalLM, needs model\.layer_pattern=\[softmax\] or \[sliding\]",
+        ),
     ],
 )
 def test_model_without_a_family_is_refused_with_what_would_work(
@@ -125,6 +146,36 @@ def test_fields_of_the_released_qwen3_next_are_read() -> None:
     assert config == ModelConfig()
 
 
+WINDOW = {"use_sliding_window": True, "sliding_window": 64}
+
+
+@pytest.mark.parametrize(
+    ("fields", "kinds"),
+    [
+        ({"model_type": "qwen3"} | WINDOW, 28 * ["softmax"] + 4 * ["sliding"]),
+        (
+            {"model_type": "qwen3", "max_window_layers": 1} | WINDOW,
+            ["softmax"] + 31 * ["sliding"],
+        ),
+        ({"model_type": "qwen3", "max_window_layers": 32} | WINDOW, 32 * ["softmax"]),
+        (
+            {"model_type": "qwen3", "layer_types": 16 * ["sliding_attention", "full_attention"]}
+            | WINDOW,
+            16 * ["sliding", "softmax"],
+        ),
+        ({"model_type": "qwen3", "sliding_window": 64}, 32 * ["softmax"]),
+        ({"model_type": "qwen3_moe"} | WINDOW, 24 * ["sliding"]),
+        ({"model_type": "qwen3_moe", "max_window_layers": 24}, 24 * ["softmax"]),
+    ],
+)
+def test_windows_are_read_as_transformers_reads_them(
+    fields: dict[str, Any], kinds: list[str]
+) -> None:
+    config = hf.config_from_hf(fields)
+    assert list(config.layer_kinds()) == kinds
+    assert "sliding" not in kinds or config.attention.window == 64
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -132,8 +183,24 @@ def test_fields_of_the_released_qwen3_next_are_read() -> None:
         ({"model_type": "qwen3", "attention_bias": True}, "attention_bias = True"),
         ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, r"mlp_only_layers = \[0\]"),
         (
-            {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 64},
-            "sliding_window = 64",
+            {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 0},
+            "sliding_window = 0",
+        ),
+        (
+            {"model_type": "qwen3", "layer_types": 32 * ["sliding_attention"]},
+            "sliding_attention by .* sliding_window = None has only full_attention",
+        ),
+        (
+            {"model_type": "qwen3", "layer_types": 32 * ["chunked_attention"]} | WINDOW,
+            "chunked_attention by .* has only full_attention, sliding_attention",
+        ),
+        (
+            {"model_type": "qwen3_moe", "max_window_layers": 12} | WINDOW,
+            "full_attention by .* Qwen3MoeForCausalLM .* has only sliding_attention",
+        ),
+        (
+            {"model_type": "qwen3_next", "layer_types": 48 * ["sliding_attention"]} | WINDOW,
+            "Qwen3NextForCausalLM .* has only linear_attention, full_attention",
         ),
         (
             {
