@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from parallel.lost_rank import LostRankError, RankMonitor
@@ -17,6 +18,7 @@ from pretrain.config import Config, read_run_config
 from pretrain.errors import LOST_RANK, STOPPED_ON_REQUEST, UserError
 from pretrain.metrics.expert_load import summarise_load
 from pretrain.metrics.sinks import JsonlSink, MetricsWriter, WandbSink, step_line
+from pretrain.model.kernels.backends import kernels_in_use
 from pretrain.run_dir import RunDirectory
 from pretrain.signals import StopRequest
 from pretrain.trainer import StepResult, Trainer
@@ -35,6 +37,10 @@ def train(config: Config, run: RunDirectory) -> int:
                 f"{trainer.progress.step} already: it can only be raised"
             )
         metrics = open_metrics(config, run, trainer.progress) if dist.get_rank() == 0 else None
+        if metrics:
+            dtype = getattr(torch, config.train.dtype)
+            kernels = kernels_in_use(device, dtype, config.model.attention.head_dim)
+            print(f"kernels: {kernels}", flush=True)
         run_steps(trainer, stop, metrics, monitor)
         if metrics:
             metrics.close()

@@ -9,9 +9,26 @@ from types import ModuleType
 
 from torch import Tensor
 
-from pretrain.model.kernels import cpu_flash, reference
+from pretrain.model.kernels import (
+    cpu_flash,
+    flash_attn_2,
+    flash_attn_3,
+    reference,
+    torch_cudnn,
+    torch_efficient,
+    torch_flash,
+)
+from pretrain.model.kernels.backends import Setting, choose_backend
 
-BACKENDS: dict[str, ModuleType] = {"cpu_flash": cpu_flash, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {
+    "cpu_flash": cpu_flash,
+    "flash_attn_2": flash_attn_2,
+    "flash_attn_3": flash_attn_3,
+    "reference": reference,
+    "torch_cudnn": torch_cudnn,
+    "torch_efficient": torch_efficient,
+    "torch_flash": torch_flash,
+}
 
 
 def block_attention(
@@ -23,7 +40,7 @@ def block_attention(
         q: [B, H, Tq, D].
         k, v: [B, Hkv, Tk, D]; each key head serves H / Hkv consecutive query heads.
         causal: query i sees the keys 0..i; needs Tq == Tk.
-        backend: a name in `BACKENDS`; by default the fastest one that handles q.
+        backend: a name in `BACKENDS`; by default the one that `choose_backend` prefers.
 
     Returns:
         out [B, H, Tq, D] in q's dtype, lse [B, H, Tq] in float32 (float64 for float64 inputs).
@@ -54,7 +71,7 @@ def block_attention_backward(
 
 def _backend(q: Tensor, name: str | None) -> ModuleType:
     if name is None:
-        name = "cpu_flash" if q.device.type == "cpu" else "reference"
+        name = choose_backend(Setting.here(q.device, q.dtype, q.shape[-1]))
     if name not in BACKENDS:
         raise ValueError(f"attention backend {name!r} is unknown; there are {', '.join(BACKENDS)}")
     return BACKENDS[name]
