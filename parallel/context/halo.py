@@ -50,20 +50,27 @@ class Route:
 Needs = Callable[[RowLayout, int], Iterable[range]]
 
 
-def plan_route(documents: SplitDocuments, needs: Needs, device: torch.device) -> Route:
-    """How each rank gets the tokens it needs and does not hold. All ranks compute alike."""
+def plan_route(
+    documents: SplitDocuments, needs: Needs, device: torch.device, *, own: bool = False
+) -> Route:
+    """How each rank gets the tokens it needs, with `own` also those that it holds.
+
+    All ranks compute alike.
+    """
     mine, ranks = documents.rank, len(documents.layouts[0].blocks)
-    t = documents.position.shape[1]
+    t = sum(map(len, documents.layouts[0].blocks[mine]))
     leaving: list[list[Tensor]] = [[] for _ in range(ranks)]
     coming: list[list[tuple[int, range]]] = [[] for _ in range(ranks)]
     for row, layout in enumerate(documents.layouts):
         for rank in range(ranks):
             for needed in needs(layout, rank):
                 for tokens, owner, place in layout.holders(needed):
-                    if owner == mine != rank:
+                    if owner == rank and not own:
+                        continue
+                    if owner == mine:
                         first = row * t + place
                         leaving[rank].append(torch.arange(first, first + len(tokens)))
-                    if rank == mine != owner:
+                    if rank == mine:
                         coming[owner].append((row, tokens))
 
     arrivals, place = [], 0

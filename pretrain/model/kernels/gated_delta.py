@@ -5,7 +5,7 @@ segments' borders are kept; the backward recomputes the rest, one segment at a t
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from pretrain.model.kernels.gated_delta_chunks import (
 )
 
 SEGMENT_TOKENS = 512
+CHUNK_TOKENS = 64
 
 
 def gated_delta_rule(
@@ -36,7 +37,7 @@ def gated_delta_rule(
     documents: Documents | None = None,
     initial_state: Tensor | None = None,
     scale: float | None = None,
-    chunk_size: int = 64,
+    chunk_size: int = CHUNK_TOKENS,
 ) -> tuple[Tensor, Tensor]:
     """Linear attention whose state forgets by exp(g) and is corrected by the delta rule.
 
@@ -55,11 +56,11 @@ def gated_delta_rule(
         out [B, Hv, T, E] in v's dtype, and the last document's final state [B, Hv, D, E]. The
         state and all arithmetic are float32, or float64 for float64 inputs.
     """
-    _check_shapes(q, k, v, g, beta, initial_state, documents)
+    check_shapes(q, k, v, g, beta, initial_state, documents)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if initial_state is None:
         B, Hv, _, E = v.shape
-        initial_state = v.new_zeros(B, Hv, q.shape[-1], E, dtype=_compute_dtype(v))
+        initial_state = v.new_zeros(B, Hv, q.shape[-1], E, dtype=compute_dtype(v))
     return _GatedDeltaRule.apply(
         q, k, v, g, beta, initial_state, _resets(documents), scale, chunk_size
     )
@@ -77,8 +78,8 @@ def gated_delta_recurrent(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition of `gated_delta_rule`, token by token: for decoding and as a reference."""
-    _check_shapes(q, k, v, g, beta, initial_state, documents)
-    dtype = _compute_dtype(v)
+    check_shapes(q, k, v, g, beta, initial_state, documents)
+    dtype = compute_dtype(v)
     q, k = (x.to(dtype).repeat_interleave(v.shape[1] // x.shape[1], dim=1) for x in (q, k))
     q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
     resets = _resets(documents)
@@ -97,7 +98,7 @@ def gated_delta_recurrent(
 
 
 @torch.library.custom_op("farspan::gated_delta_scan", mutates_args=())
-def _scan(
+def scan(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -112,7 +113,7 @@ def _scan(
 
     One operation to dispatch modes, so that activation recompute can keep its results.
     """
-    state = initial_state.to(_compute_dtype(v)).flatten(0, 1)
+    state = initial_state.to(compute_dtype(v)).flatten(0, 1)
     out = torch.empty_like(v)
     borders = []
     for tokens in segments(v.shape[2]):
@@ -125,17 +126,142 @@ def _scan(
     return out, state.view(initial_state.shape), torch.stack(borders)
 
 
-@_scan.register_fake
+@scan.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    state = torch.empty_like(initial_state, dtype=_compute_dtype(v))
+    state = torch.empty_like(initial_state, dtype=compute_dtype(v))
     borders = state.new_empty(-(-v.shape[2] // SEGMENT_TOKENS), *state.flatten(0, 1).shape)
     return torch.empty_like(v), state, borders
 
 
+class OpenScan(NamedTuple):
+    """A scan over tokens whose incoming state S is not known yet: everything is affine in it.
+
+    Attributes:
+        out: [B, Hv, T, E], the output from S = 0, in the compute dtype.
+        read: [B, Hv, n, D], what the n tokens that see S read of it: their output is out + read S.
+        state: [B, Hv, D, E], the final state from S = 0.
+        transfer: [B, Hv, D, D], the final state is state + transfer S.
+        borders: states at the segments' borders, from S = 0, [segments, B * Hv, D, E].
+        border_transfers: [segments that see S, B * Hv, D, D], like `transfer`.
+    """
+
+    out: Tensor
+    read: Tensor
+    state: Tensor
+    transfer: Tensor
+    borders: Tensor
+    border_transfers: Tensor
+
+
+def open_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    resets: Tensor | None,
+    open_tokens: int,
+    scale: float,
+    chunk_size: int,
+) -> OpenScan:
+    """`scan` without the state that comes in; arguments as there.
+
+    Args:
+        open_tokens: the first so many tokens may see that state; later ones come after a reset.
+    """
+    return OpenScan(*_open_scan(q, k, v, g, beta, resets, open_tokens, scale, chunk_size))
+
+
+def close_scan(opened: OpenScan, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The output and the borders' states, once the incoming state [B, Hv, D, E] is there."""
+    out, borders = opened.out.clone(), opened.borders.clone()
+    n_tokens, n_borders = opened.read.shape[2], len(opened.border_transfers)
+    out[:, :, :n_tokens] += opened.read @ state
+    borders[:n_borders] += opened.border_transfers @ state.flatten(0, 1)
+    return out, borders
+
+
+@torch.library.custom_op("farspan::gated_delta_open_scan", mutates_args=())
+def _open_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    resets: Tensor | None,
+    open_tokens: int,
+    scale: float,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of an `OpenScan`. From the state [0 | I] the scan gives [state | transfer]."""
+    (B, H, T, E), D, dtype = v.shape, q.shape[-1], compute_dtype(v)
+    out = v.new_empty(v.shape, dtype=dtype)
+    read = v.new_empty(B, H, open_tokens, D, dtype=dtype)
+    identity = torch.eye(D, dtype=dtype, device=v.device).expand(B * H, D, D)
+    state = torch.cat([identity.new_zeros(B * H, D, E), identity], dim=-1)
+    borders, border_transfers = [], []
+    for tokens in segments(T):
+        is_open = tokens.start < open_tokens
+        segment = load_segment(q, k, v, g, beta, resets, scale, chunk_size, tokens)
+        prepared = prepare(segment)
+        U = prepared.U
+        if is_open:
+            U = F.pad(U, (0, D))
+            border_transfers.append(state[..., E:])
+        else:
+            state = state[..., :E]
+        borders.append(state[..., :E])
+        states, V_new = scan_states(prepared, U, state)
+        both = outputs(segment, prepared, states, V_new)
+        _store(out, tokens, both[..., :E])
+        if is_open:
+            _store(read, tokens, both[..., E:])
+        state = states[-1]
+    sees_no_reset = open_tokens == T
+    transfer = state[..., E:] if sees_no_reset else torch.zeros_like(identity)
+    return (
+        out,
+        read,
+        state[..., :E].unflatten(0, (B, H)).clone(),
+        transfer.unflatten(0, (B, H)).clone(),
+        torch.stack(borders),
+        torch.stack(border_transfers)
+        if border_transfers
+        else identity.new_empty(0, *identity.shape),
+    )
+
+
+@_open_scan.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    resets: Tensor | None,
+    open_tokens: int,
+    scale: float,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (B, H, T, E), D = v.shape, q.shape[-1]
+
+    def empty(*shape: int) -> Tensor:
+        return v.new_empty(shape, dtype=compute_dtype(v))
+
+    return (
+        empty(B, H, T, E),
+        empty(B, H, open_tokens, D),
+        empty(B, H, D, E),
+        empty(B, H, D, D),
+        empty(-(-T // SEGMENT_TOKENS), B * H, D, E),
+        empty(-(-open_tokens // SEGMENT_TOKENS), B * H, D, D),
+    )
+
+
 @torch.library.custom_op("farspan::gated_delta_scan_backward", mutates_args=())
-def _scan_backward(
+def scan_backward(
     d_out: Tensor,
     d_state: Tensor,
     q: Tensor,
@@ -167,7 +293,7 @@ def _scan_backward(
     return dq, dk, dv, dg, dbeta, dS.reshape(d_state.shape)
 
 
-@_scan_backward.register_fake
+@scan_backward.register_fake
 def _(d_out: Tensor, d_state: Tensor, *others: Any) -> tuple[Tensor, ...]:
     *inputs, borders = others[:6]
     gradients = [torch.empty_like(x) for x in inputs]
@@ -188,7 +314,7 @@ class _GatedDeltaRule(torch.autograd.Function):
         scale: float,
         chunk_size: int,
     ) -> tuple[Tensor, Tensor]:
-        out, state, borders = _scan(q, k, v, g, beta, initial_state, resets, scale, chunk_size)
+        out, state, borders = scan(q, k, v, g, beta, initial_state, resets, scale, chunk_size)
         ctx.save_for_backward(q, k, v, g, beta, initial_state, resets, borders)
         ctx.scale, ctx.chunk_size = scale, chunk_size
         return out, state
@@ -197,7 +323,7 @@ class _GatedDeltaRule(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, g, beta, initial_state, resets, borders = ctx.saved_tensors
-        gradients = _scan_backward(
+        gradients = scan_backward(
             d_out, d_state, q, k, v, g, beta, borders, resets, ctx.scale, ctx.chunk_size
         )
         return *gradients[:5], gradients[5].to(initial_state.dtype), None, None, None
@@ -221,7 +347,7 @@ def load_segment(
     tokens: slice,
 ) -> Segment:
     """The tokens' chunks, in the compute dtype, with q scaled and k, q repeated per value head."""
-    dtype, heads = _compute_dtype(v), v.shape[1]
+    dtype, heads = compute_dtype(v), v.shape[1]
     group = heads // k.shape[1]
     q_chunks, k_chunks = (to_chunks(x[:, :, tokens], chunk_size, dtype, group) for x in (q, k))
     v_chunks, g_chunks, beta_chunks = (
@@ -249,10 +375,10 @@ def to_chunks(x: Tensor, chunk_size: int, dtype: torch.dtype, repeat: int = 1) -
 
 
 def _store(out: Tensor, tokens: slice, chunks: Tensor) -> None:
-    """Write chunks to out[:, :, tokens], summed over the repeats of a head."""
+    """Write chunks to out[:, :, tokens], as far as out goes, summed over the repeats of a head."""
     B, H = out.shape[:2]
     target = out[:, :, tokens]
-    n_chunks = -(-target.shape[2] // chunks.shape[1])
+    n_chunks = -(-(tokens.stop - tokens.start) // chunks.shape[1])
     chunks = chunks.view(n_chunks, B, H, -1, chunks.shape[1], *out.shape[3:])
     chunks = chunks.squeeze(3) if chunks.shape[3] == 1 else chunks.sum(3)
     for n, chunk in enumerate(chunks):
@@ -260,7 +386,7 @@ def _store(out: Tensor, tokens: slice, chunks: Tensor) -> None:
         part.copy_(chunk[:, :, : part.shape[2]])
 
 
-def _compute_dtype(v: Tensor) -> torch.dtype:
+def compute_dtype(v: Tensor) -> torch.dtype:
     return torch.float64 if v.dtype == torch.float64 else torch.float32
 
 
@@ -273,7 +399,7 @@ def _resets(documents: Documents | None) -> Tensor | None:
     return resets
 
 
-def _check_shapes(
+def check_shapes(
     q: Tensor,
     k: Tensor,
     v: Tensor,

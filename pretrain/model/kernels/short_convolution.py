@@ -39,42 +39,70 @@ def short_convolution(x: Tensor, weight: Tensor, documents: Documents | None = N
             f"belong to x {tuple(x.shape)}"
         )
     position = documents.position if documents is not None and documents.is_packed else None
-    return _ShortConvolution.apply(*as_inner_nodes(x, weight), position)
+    return _ShortConvolution.apply(*as_inner_nodes(x, weight), position, 0)
+
+
+def continued_convolution(
+    before: Tensor, x: Tensor, weight: Tensor, position: Tensor | None
+) -> Tensor:
+    """`short_convolution` of tokens that come after others of their rows.
+
+    Args:
+        before: [B, W - 1, C], the tokens just before x, zeros where there are none.
+        x: [B, T, C].
+        weight: [C, W].
+        position: [B, T] of x in its documents; None where `before` and x hold one document.
+
+    Returns:
+        y [B, T, C].
+    """
+    seen = before.shape[1]
+    if position is not None:
+        position = F.pad(position, (seen, 0))
+    x = torch.cat([before, x], dim=1)
+    return _ShortConvolution.apply(*as_inner_nodes(x, weight), position, seen)
 
 
 class _ShortConvolution(torch.autograd.Function):
-    """Saves the input only: the backward pass computes the sums again for the slope of SiLU."""
+    """Saves the input only: the backward pass computes the sums again for the slope of SiLU.
+
+    The first `skip` tokens of a row are read, and have no output.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, position: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, position: Tensor | None, skip: int) -> Tensor:
         ctx.save_for_backward(x, weight, position)
+        ctx.skip = skip
         taps = _taps(weight, x)
         past = len(taps) - 1
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        for start, stop in _blocks(x.shape[1]):
+        B, T, C = x.shape
+        y = torch.empty(B, T - skip, C, dtype=x.dtype, device=x.device)
+        for start, stop in _blocks(skip, T):
             x_block = _window(x, start - past, stop)
-            y[:, start:stop] = F.silu(_sum_over_lags(x_block, taps, position, start), inplace=True)
+            sums = _sum_over_lags(x_block, taps, position, start)
+            y[:, start - skip : stop - skip] = F.silu(sums, inplace=True)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, position = ctx.saved_tensors
         taps = _taps(weight, x)
         past = len(taps) - 1
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if is_needed(ctx, 0) else None
         d_taps = torch.zeros_like(taps) if is_needed(ctx, 1) else None
-        for start, stop in _blocks(x.shape[1]):
+        for start, stop in _blocks(0, x.shape[1]):
             # What reads the block's tokens are these and the `past` tokens after them.
             x_block = _window(x, start - past, stop + past)
             sums = _sum_over_lags(x_block, taps, position, start)
-            d_sums = torch.ops.aten.silu_backward(_window(dy, start, stop + past), sums)
+            dy_block = _window(dy, start - ctx.skip, stop + past - ctx.skip)
+            d_sums = torch.ops.aten.silu_backward(dy_block, sums)
             if dx is not None:
                 dx[:, start:stop] = _gradient_of_x(d_sums, taps, position, start)
             if d_taps is not None:
                 d_sums = d_sums[:, : stop - start]
                 _add_gradient_of_taps(d_taps, d_sums, x_block, position, start)
-        return dx, None if d_taps is None else d_taps.flip(0).T.to(weight.dtype), None
+        return dx, None if d_taps is None else d_taps.flip(0).T.to(weight.dtype), None, None
 
 
 def _sum_over_lags(x_block: Tensor, taps: Tensor, position: Tensor | None, start: int) -> Tensor:
@@ -106,8 +134,8 @@ def _add_gradient_of_taps(
         d_taps[lag] += (d_sums * _visible(x_lagged, position, start, lag)).sum((0, 1))
 
 
-def _blocks(length: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, length, BLOCK_TOKENS):
+def _blocks(first: int, length: int) -> Iterator[tuple[int, int]]:
+    for start in range(first, length, BLOCK_TOKENS):
         yield start, min(start + BLOCK_TOKENS, length)
 
 
