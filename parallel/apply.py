@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.comm import Communicator
+from parallel.context.split import split_sequence
 from parallel.expert.sequence import split_rows
 from parallel.expert.shard import Dispatcher, shard_experts
 from parallel.fsdp import shard_weights
@@ -101,7 +102,6 @@ def apply(
         shard_layers(layers.values(), mesh.tp, tp)
         for model in models.values():
             shard_vocabulary(model, mesh.tp, tp)
-        split_rows(moe_layers, tp)
         cross_entropy = ShardedCrossEntropy(objective.cross_entropy, tp)
         objective = replace(objective, cross_entropy=cross_entropy)
 
@@ -109,21 +109,28 @@ def apply(
     if mesh.ep.size() > 1 and moe_layers:
         traffic["ep"] = shard_experts(moe_layers, mesh, how.dispatcher)
 
-    # 3. Recompute: layers forget activations, and compute them again in the backward pass.
+    # 3. Context: each rank of `cp` has a part of every row; keys and states go where they are
+    #    seen.
+    if mesh.cp.size() > 1:
+        traffic |= split_sequence(layers.values(), mesh)
+    if mesh.tp.size() * mesh.cp.size() > 1:
+        split_rows(moe_layers, traffic.get("tp"), traffic.get("cp"))
+
+    # 4. Recompute: layers forget activations, and compute them again in the backward pass.
     recompute_layers(layers, how.recompute)
 
-    # 4. FSDP2, last: it shards what is left on this rank.
+    # 5. FSDP2, last: it shards what is left on this rank.
     stages = [Stage(model, objective, index) for index, model in models.items()]
     experts = [moe.experts for moe in moe_layers] if mesh.ep.size() * mesh.tp.size() > 1 else []
     for stage in stages:
         shard_weights(stage, experts, mesh, how.dtype)
 
-    # 5. Pipeline: stages work on several microbatches at a time.
+    # 6. Pipeline: stages work on several microbatches at a time.
     runner: Pipeline | SingleStage = SingleStage(stages[0], how.microbatch)
     if how.pipeline is not None:
         runner = Pipeline(stages, mesh.pp.get_group(), how.pipeline, device)
 
-    # 6. Copies: a weight that several ranks hold gets its gradient in parts, summed once a step.
+    # 7. Copies: a weight that several ranks hold gets its gradient in parts, summed once a step.
     replicas = Replicas(tied=_tied_copy(stages, mesh))
     if mesh.tp.size() > 1:
         replicas = replace(replicas, tp=mesh.tp.get_group(), whole=dict(_whole_on_tp(stages)))

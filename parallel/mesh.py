@@ -36,6 +36,8 @@ class Mesh:
         experts: (pp, dp_replicate, expert_shard, ep), expert_shard x ep = dp_shard x cp x tp: the
             same of an expert's weight. Expert parallelism is folded over the axes that split
             tokens, and needs no ranks of its own.
+        sequence: (others, ring, ulysses, tp), ring x ulysses = cp: who exchanges heads and who
+            keys; None where no rank exchanges heads.
         pipeline_ends: the ranks of the first and the last place of this rank's pipeline, where
             they hold copies of a tied embedding; None where this rank is neither.
     """
@@ -43,6 +45,7 @@ class Mesh:
     tokens: DeviceMesh
     weights: DeviceMesh
     experts: DeviceMesh
+    sequence: DeviceMesh | None
     pipeline_ends: dist.ProcessGroup | None
 
     @classmethod
@@ -54,11 +57,13 @@ class Mesh:
         dp_replicate: int = 1,
         dp_shard: int = 1,
         cp: int = 1,
+        ulysses: int = 1,
         ep: int = 1,
         tp: int = 1,
         ends_share_a_weight: bool = False,
     ) -> "Mesh":
-        """Arrange all ranks of the job; `ep` must divide dp_shard x cp x tp. Collective.
+        """Arrange all ranks of the job; `ep` must divide dp_shard x cp x tp, and `ulysses` cp.
+        Collective.
 
         Args:
             ends_share_a_weight: whether to make groups of pipelines' ends, which takes a while on
@@ -71,10 +76,15 @@ class Mesh:
             return init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
 
         tokens = arrange(pp=pp, dp_replicate=dp_replicate, dp_shard=dp_shard, cp=cp, tp=tp)
+        sequence = None
+        if ulysses > 1:
+            others = pp * dp_replicate * dp_shard
+            sequence = arrange(others=others, ring=cp // ulysses, ulysses=ulysses, tp=tp)
         return cls(
             tokens,
             arrange(pp=pp, dp_replicate=dp_replicate, fsdp=dp_shard * cp, tp=tp),
             arrange(pp=pp, dp_replicate=dp_replicate, expert_shard=dp_shard * cp * tp // ep, ep=ep),
+            sequence,
             _pipeline_ends(tokens) if ends_share_a_weight else None,
         )
 

@@ -116,6 +116,9 @@ class ParallelConfig(Section):
         "auto", description="Ranks that share one copy of the weights (FSDP2); auto: all the rest."
     )
     cp: Positive = Field(1, description="Ranks that share a sequence.")
+    ulysses: Positive = Field(
+        1, description="Neighbours among those of cp that exchange heads; keys go round the rest."
+    )
     ep: Positive = Field(
         1, description="Ranks that share the experts, folded over dp_shard x cp x tp."
     )

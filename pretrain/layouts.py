@@ -17,13 +17,14 @@ class Layout:
     """Sizes of the axes that the ranks are arranged on.
 
     Experts are folded over dp_shard x cp x tp: `ep` consecutive ranks of those hold all experts
-    between them, and each expert is sharded over the remaining ones.
+    between them, and each expert is sharded over the remaining ones. `ulysses` is a part of `cp`.
     """
 
     pp: int = 1
     dp_replicate: int = 1
     dp_shard: int = 1
     cp: int = 1
+    ulysses: int = 1
     ep: int = 1
     tp: int = 1
 
@@ -69,6 +70,7 @@ def resolve_layout(config: Config, world_size: int) -> Layout:
         dp_replicate=asked.dp_replicate,
         dp_shard=dp_shard,
         cp=asked.cp,
+        ulysses=asked.ulysses,
         ep=asked.ep,
         tp=asked.tp,
     )
@@ -89,13 +91,28 @@ def resolve_layout(config: Config, world_size: int) -> Layout:
 
 def _problem(config: Config, layout: Layout) -> str | None:
     """Why the model cannot run on `layout`; None if it can."""
-    checks = (_context_problem, _tensor_problem, _expert_problem, _stages_problem)
+    checks = (_tensor_problem, _context_problem, _expert_problem, _stages_problem)
     return next((problem for check in checks if (problem := check(config, layout))), None)
 
 
 def _context_problem(config: Config, layout: Layout) -> str | None:
-    if layout.cp > 1:
-        return f"parallel.cp = {layout.cp}, and farspan does not split a sequence over ranks yet"
+    cp, tp, ulysses = layout.cp, layout.tp, layout.ulysses
+    if config.data.seq_len % (cp * tp):
+        return f"cp x tp = {cp} x {tp} does not divide data.seq_len = {config.data.seq_len}"
+    if cp % ulysses:
+        return f"parallel.ulysses = {ulysses} does not divide parallel.cp = {cp}"
+    attention = config.model.attention
+    if ulysses == 1 or set(config.model.layer_kinds()) == {"linear"}:
+        return None
+    of = "heads of a rank of tp" if tp > 1 else "heads"
+    heads, key_heads = attention.n_heads // tp, max(1, attention.n_kv_heads // tp)
+    if heads % ulysses:
+        return f"parallel.ulysses = {ulysses} does not divide the {heads} {of} (n_heads)"
+    if key_heads % ulysses and ulysses % key_heads:
+        return (
+            f"parallel.ulysses = {ulysses} is neither a divisor nor a multiple of the {key_heads} "
+            f"key {of} (n_kv_heads)"
+        )
     return None
 
 
@@ -112,7 +129,6 @@ def _tensor_problem(config: Config, layout: Layout) -> str | None:
 
 def _split_by_tp(config: Config) -> Iterator[tuple[str, int]]:
     model, kinds = config.model, set(config.model.layer_kinds())
-    yield "data.seq_len", config.data.seq_len
     yield "model.vocab_size", model.vocab_size
     if kinds != {"linear"}:
         yield "model.attention.n_heads", model.attention.n_heads
@@ -205,11 +221,11 @@ def _with_batch(config: Config, layout: Layout) -> str:
 
 
 def _nearest(config: Config, world_size: int) -> Layout:
-    """The layout that works and differs least from the one asked for, first in pp, ep and tp."""
+    """The layout that works and differs least from what was asked for, first in pp, cp, ep, tp."""
 
     def distance(layout: Layout) -> float:
         asked = config.parallel
-        weight = {"pp": 2, "ep": 2, "tp": 2, "dp_replicate": 1}
+        weight = {"pp": 2, "cp": 2, "ep": 2, "tp": 2, "ulysses": 1, "dp_replicate": 1}
         if asked.dp_shard != "auto":
             weight["dp_shard"] = 1
         return sum(
@@ -217,13 +233,17 @@ def _nearest(config: Config, world_size: int) -> Layout:
             for axis, factor in weight.items()
         )
 
-    working = [layout for layout in _layouts(world_size) if _problem(config, layout) is None]
+    working = [
+        layout
+        for layout in _layouts(world_size, config.parallel.ulysses)
+        if _problem(config, layout) is None
+    ]
     with_this_batch = [layout for layout in working if _batch_problem(config, layout) is None]
     return min(with_this_batch or working, key=distance)
 
 
-def _layouts(world_size: int) -> Iterator[Layout]:
-    """All arrangements of `world_size` ranks, without context parallelism."""
+def _layouts(world_size: int, ulysses: int) -> Iterator[Layout]:
+    """All arrangements of `world_size` ranks, with so much Ulysses, or none or all of cp."""
 
     def divisors(n: int) -> list[int]:
         return [divisor for divisor in all_divisors if n % divisor == 0]
@@ -233,4 +253,7 @@ def _layouts(world_size: int) -> Iterator[Layout]:
         for replicate in divisors(world_size // pp):
             ranks = world_size // (pp * replicate)
             for tp, ep in product(divisors(ranks), repeat=2):
-                yield Layout(pp=pp, dp_replicate=replicate, dp_shard=ranks // tp, ep=ep, tp=tp)
+                for cp in divisors(ranks // tp):
+                    sizes = {"pp": pp, "dp_replicate": replicate, "cp": cp, "ep": ep, "tp": tp}
+                    for heads in {1, ulysses, cp} if cp > 1 else {1}:
+                        yield Layout(dp_shard=ranks // (tp * cp), ulysses=heads, **sizes)

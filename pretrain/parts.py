@@ -2,11 +2,13 @@
 
 import torch
 
+from parallel.layout import AttentionCost
 from parallel.pipeline.plan import consecutive, split_layers, stages_of_rank
 from parallel.pipeline.schedule import PipelineShape
 from pretrain.config import Config, Recompute
 from pretrain.layouts import Layout, stages_per_rank
 from pretrain.metrics.flops import forward_costs
+from pretrain.model.config import ModelConfig
 from pretrain.model.transformer import Part
 
 
@@ -41,6 +43,12 @@ def recompute_modes(config: Config) -> tuple[Recompute, ...]:
     return (asked,) if isinstance(asked, str) else asked
 
 
+def attention_cost(model: ModelConfig) -> AttentionCost:
+    """What a token costs by its place in a document, in the layers that look back."""
+    kinds = model.layer_kinds()
+    return AttentionCost(kinds.count("softmax"), kinds.count("sliding"), model.attention.window)
+
+
 def pipeline_shape(config: Config, layout: Layout) -> PipelineShape | None:
     """What the ranks of a pipeline agree on; None without one."""
     if layout.pp == 1:
@@ -50,7 +58,7 @@ def pipeline_shape(config: Config, layout: Layout) -> PipelineShape | None:
         schedule=config.parallel.pipeline.schedule,
         n_stages=layout.pp * stages_per_rank(config),
         n_microbatches=train.global_batch // (layout.data_ranks * train.microbatch),
-        tokens=(train.microbatch, seq_len),
+        tokens=(train.microbatch, seq_len // layout.cp),
         hidden=(train.microbatch, seq_len // (layout.cp * layout.tp), config.model.d_model),
         dtype=getattr(torch, train.dtype),
         splits_backward=set(recompute_modes(config)) == {"none"},

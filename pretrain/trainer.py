@@ -13,9 +13,11 @@ from torch import Tensor
 from data_pipeline.stream import Batch
 from parallel.agreement import Copy, check_copies, check_same, replicated
 from parallel.apply import Parallelised
+from parallel.context.documents import SplitDocuments
 from parallel.expert.deepep import why_unavailable
 from parallel.fsdp import owned_region
 from parallel.gradients import clip_gradients
+from parallel.layout import split_row
 from parallel.mesh import limit_collectives
 from pretrain.balancing import RouterState
 from pretrain.build import build_mesh, build_model
@@ -29,6 +31,7 @@ from pretrain.model.kernels.cross_entropy import IGNORED
 from pretrain.model.kernels.documents import Documents
 from pretrain.objective import Measured, tokens_per_step
 from pretrain.optim import build_optimizer, set_learning_rate
+from pretrain.parts import attention_cost
 from pretrain.run_dir import RunDirectory
 from pretrain.schedule import learning_rate
 
@@ -107,21 +110,36 @@ class Trainer:
             batch: this rank's rows of it.
             stop_requested: whether this rank was asked to stop.
         """
-        tokens, labels = (
-            torch.from_numpy(array).to(self.device, non_blocking=True)
-            for array in (batch.tokens, batch.labels)
-        )
-        documents = [
-            Documents.from_position(position).to(self.device)
-            for position in torch.from_numpy(batch.position).split(self.config.train.microbatch)
-        ]
-        # Ranks of pp, cp and tp work on the same rows.
-        copies = dist.get_world_size() // self.mesh.data_ranks
+        tokens, labels, documents = self._share_of(batch)
+        # Ranks of pp and tp work on the same tokens.
+        copies = self.layout.pp * self.layout.tp
         loss_tokens = (labels != IGNORED).sum()
         dist.all_reduce(loss_tokens)
         count = max(1, int(loss_tokens) // copies)
         self.parallelised.forward_backward(tokens, labels, documents, count)
         return self._measure(count, stop_requested)
+
+    def _share_of(self, batch: Batch) -> tuple[Tensor, Tensor, list[Documents]]:
+        """This rank's part of its rows: tokens and labels [rows, T / cp], and documents of each
+        microbatch. Only that part is sent to the device.
+        """
+        tokens, labels, position = map(
+            torch.from_numpy, (batch.tokens, batch.labels, batch.position)
+        )
+        documents = [
+            Documents.from_position(rows) for rows in position.split(self.config.train.microbatch)
+        ]
+        if self.layout.cp > 1:
+            rank, cost = self.mesh.cp.get_local_rank(), attention_cost(self.config.model)
+            layouts = [
+                [split_row(lengths, self.layout.cp, cost) for lengths in of_microbatch.lengths]
+                for of_microbatch in documents
+            ]
+            mine = [torch.from_numpy(row.tokens_of(rank)) for rows in layouts for row in rows]
+            tokens, labels = (x.gather(1, torch.stack(mine)) for x in (tokens, labels))
+            documents = [SplitDocuments.of_rank(rows, rank) for rows in layouts]
+        tokens, labels = (x.to(self.device, non_blocking=True) for x in (tokens, labels))
+        return tokens, labels, [of_microbatch.to(self.device) for of_microbatch in documents]
 
     def _measure(self, loss_tokens: int, stop_requested: bool) -> Measured:
         """Add up what the stages of all ranks measured."""

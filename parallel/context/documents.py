@@ -44,6 +44,13 @@ class SplitDocuments(Documents):
         lengths = tuple(layout.lengths for layout in layouts)
         return cls(torch.stack(positions), lengths, tuple(layouts), rank)
 
+    def joined(self, size: int) -> "SplitDocuments":
+        """What groups of `size` consecutive ranks know that hold their tokens together, in the
+        order of the row.
+        """
+        layouts = [layout.joined(size) for layout in self.layouts]
+        return SplitDocuments.of_rank(layouts, self.rank // size)
+
     def groups(self) -> list[Rows]:
         """The rows, those with one layout together."""
         if len(set(self.layouts)) == 1:

@@ -4,8 +4,8 @@ What a block of tokens makes of the state S that comes into it is affine, S -> M
 its output. Each rank scans its blocks without knowing S, one all-gather tells all ranks the (M, B)
 of every block, and every rank computes the chain of states in the order of the row. Backward, the
 gradient of a block's incoming state is M^T dS + L, where dS is that of its outgoing state; one
-all-gather tells the L. Blocks may lie on any rank, so zigzag needs no other layout; where a document
-starts in a block, M is zero.
+all-gather tells the L. Blocks may lie on any rank, so zigzag needs no other layout; where a
+document starts in a block, M is zero.
 """
 
 from typing import Any, NamedTuple

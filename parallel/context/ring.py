@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from parallel.comm import Communicator, Pending
 from parallel.context.blocks import last_ring_step, ring_blocks
-from parallel.context.documents import Rows
+from parallel.context.documents import SplitDocuments
 from pretrain.model.kernels.attention import Block, attend, attend_backward, lse_like
 
 
@@ -23,7 +23,8 @@ class RingPlan:
         steps: the blocks of each step, up to the last one in which any rank has some.
     """
 
-    def __init__(self, groups: list[Rows], rank: int, ranks: int) -> None:
+    def __init__(self, documents: SplitDocuments, ranks: int) -> None:
+        groups, rank = documents.groups(), documents.rank
         blocks = ring_blocks(groups, rank, ranks)
         steps = range(last_ring_step(groups, ranks) + 1)
         self.steps: list[list[Block]] = [blocks[(rank - step) % ranks] for step in steps]

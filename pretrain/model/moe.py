@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.model.config import MoEConfig
+from pretrain.model.kernels.documents import Documents
 from pretrain.model.kernels.experts import swiglu_mixture
 from pretrain.model.kernels.slots import Slots, count_slots, queue_positions, sort_by_expert
 from pretrain.model.mlp import SwiGLU
@@ -70,8 +71,8 @@ class MoE(nn.Module):
             weight, [N, d]. Expert parallelism replaces it, and what is computed before `finish`
             hides the journey.
         sum_over_sequence: counts [B, E] of the part of each row that is here -> of whole rows.
-        slots_before: counts [B, E] of this part -> of the parts before it, which ranks hold that
-            share the rows. Where rows are split, both are replaced.
+        queue: `(indices [B, T, k], n_experts, documents)` -> [B, T, k], how many earlier tokens
+            of the row chose a slot's expert. Where rows are split, both are replaced.
     """
 
     frequencies: Tensor
@@ -90,15 +91,16 @@ class MoE(nn.Module):
         self.register_buffer("selection_bias", torch.zeros_like(even), persistent=False)
         self.dispatch = partial(dispatch_locally, dropless=config.capacity_factor is None)
         self.sum_over_sequence: Callable[[Tensor], Tensor] = counts_of_whole_rows
-        self.slots_before: Callable[[Tensor], Tensor] = torch.zeros_like
+        self.queue: Callable[[Tensor, int, Documents | None], Tensor] = queue_of_whole_rows
 
-    def forward(self, x_btd: Tensor) -> tuple[Tensor, Routing]:
+    def forward(self, x_btd: Tensor, documents: Documents | None = None) -> tuple[Tensor, Routing]:
+        """x [B, T, d] -> [B, T, d]; `documents` are for `queue`, which needs them in split rows."""
         logits_bte = F.linear(upcast(x_btd), upcast(self.router.weight))
         probability_bte = logits_bte.softmax(-1)
         indices_btk, weights_btk = self._choose(probability_bte)
         counts_be = count_slots(indices_btk, self.config.n_experts)
         balance = self._balance(probability_bte, counts_be)
-        indices_btk, dropped = self._drop(indices_btk, counts_be)
+        indices_btk, dropped = self._drop(indices_btk, counts_be, documents)
 
         tokens = (x_btd.flatten(0, 1), indices_btk.flatten(0, 1), weights_btk.flatten(0, 1))
         finish = self.dispatch(*tokens, self.experts)
@@ -135,7 +137,9 @@ class MoE(nn.Module):
         probability_be = probability_bte.sum(1)
         return self.config.n_experts * (frequencies * probability_be).sum()
 
-    def _drop(self, indices_btk: Tensor, counts_be: Tensor) -> tuple[Tensor, Tensor]:
+    def _drop(
+        self, indices_btk: Tensor, counts_be: Tensor, documents: Documents | None
+    ) -> tuple[Tensor, Tensor]:
         """The choices with -1 for those over capacity, and how many those are.
 
         In training, an expert takes ceil(capacity_factor * T k / E) slots of a row of T tokens,
@@ -147,12 +151,7 @@ class MoE(nn.Module):
             return indices_btk, counts_be.new_zeros(())
         slots_b = self.sum_over_sequence(counts_be).sum(-1)
         share_b = self.config.capacity_factor * slots_b.double() / self.config.n_experts
-        before_btk = (
-            self.slots_before(counts_be)[:, None]
-            .expand(-1, indices_btk.shape[1], -1)
-            .gather(2, indices_btk)
-        )
-        place_btk = before_btk + queue_positions(indices_btk, self.config.n_experts)
+        place_btk = self.queue(indices_btk, self.config.n_experts, documents)
         over = place_btk >= share_b.ceil()[:, None, None]
         return indices_btk.masked_fill(over, -1), over.sum()
 
@@ -166,6 +165,11 @@ class MoE(nn.Module):
 def counts_of_whole_rows(counts_be: Tensor) -> Tensor:
     """What `MoE.sum_over_sequence` is where no row is split."""
     return counts_be
+
+
+def queue_of_whole_rows(indices_btk: Tensor, n_experts: int, documents: Documents | None) -> Tensor:
+    """What `MoE.queue` is where no row is split."""
+    return queue_positions(indices_btk, n_experts)
 
 
 def dispatch_locally(

@@ -66,7 +66,7 @@ class Layer(nn.Module):
         if self.mlp is not None:
             return x_btd + self.mlp(h_btd), None
         assert self.moe is not None
-        out_btd, routing = self.moe(h_btd)
+        out_btd, routing = self.moe(h_btd, documents)
         return x_btd + out_btd, routing
 
 

@@ -27,6 +27,11 @@ MODELS = {
     "hybrid": ["model.moe.n_experts=0"],
     "softmax": ["model.layer_pattern=[softmax]", "model.moe.n_experts=0"],
     "linear": ["model.layer_pattern=[linear]", "model.moe.n_experts=0"],
+    "sliding": [
+        "model.layer_pattern=[linear, sliding, softmax]",
+        "model.attention.window=20",
+        "model.moe.n_experts=0",
+    ],
     "tied": ["model.tie_embeddings=true", "model.moe.n_experts=0"],
 }
 SIZES = [

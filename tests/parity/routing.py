@@ -6,8 +6,10 @@ recording they stay equal for as long as they compute the same.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from parallel.context.documents import SplitDocuments
 from parallel.stage import Stage
 from pretrain.config import Config
 from pretrain.model.moe import MoE
@@ -60,13 +62,20 @@ class Routing:
             begin(stage, loss_tokens, documents)
 
         def forward_of_layer(layer: Layer, x: Tensor, documents: Any, rotation: Any) -> Any:
-            self.rows = documents.position.rows
+            self.documents = documents
             return layer_forward(layer, x, documents, rotation)
 
         def choose_as_recorded(moe: MoE, probability: Tensor) -> tuple[Tensor, Tensor]:
             key = self.step, self.layer_of[moe]
             if self.replays:
-                indices = self.indices[key][self.rows]
+                indices = self.indices[key][self.documents.position.rows]
+                if isinstance(self.documents, SplitDocuments):
+                    indices = torch.stack(
+                        [
+                            row[layout.tokens_of(self.documents.rank)]
+                            for row, layout in zip(indices, self.documents.layouts, strict=True)
+                        ]
+                    )
                 indices = indices.chunk(self.tp.size(), dim=1)[self.tp.get_local_rank()]
                 weights = probability.gather(-1, indices)
                 if self.renormalise:
@@ -74,7 +83,7 @@ class Routing:
                 return indices, weights
             indices, weights = choose(moe, probability)
             empty = indices.new_empty(self.global_batch, *indices.shape[1:])
-            self.indices.setdefault(key, empty)[self.rows] = indices
+            self.indices.setdefault(key, empty)[self.documents.position.rows] = indices
             return indices, weights
 
         Stage.begin = begin_with_rows

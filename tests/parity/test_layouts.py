@@ -46,6 +46,19 @@ THREE_AXES = [
     Setting("tied-moe", "packed", "pp=2 tp=2 ep=2", (schedule("1f1b"),)),
     Setting("hybrid-moe", "packed", "pp=2 dp_shard=2 tp=2 ep=2", (schedule("zbv"),)),
 ]
+CONTEXT = [
+    Setting("hybrid-moe", "whole", "cp=2"),
+    Setting("hybrid-moe", "packed", "cp=2"),
+    Setting("sliding", "packed", "cp=4"),
+    Setting("linear-moe", "packed", "cp=4"),
+    Setting("softmax-moe", "packed", "cp=4", ("parallel.ulysses=2",)),
+    Setting("tied", "packed", "cp=2", ("parallel.ulysses=2",)),
+    Setting("linear-moe", "packed", "cp=2 tp=2"),
+    Setting("hybrid-moe", "packed", "cp=2 tp=2 ep=4", ("parallel.recompute=selective",)),
+    Setting("tied-moe", "packed", "pp=2 cp=2", (schedule("zbv"),)),
+    Setting("hybrid-moe", "packed", "dp_shard=2 cp=2 ep=2", ("parallel.recompute=full",)),
+    Setting("sliding", "whole", "dp_replicate=2 cp=2"),
+]
 OPTIONS = [
     Setting("hybrid-moe", "packed", "dp_shard=2 ep=2", ("parallel.recompute=selective",)),
     Setting("hybrid-moe", "packed", "dp_shard=2 ep=2", ("parallel.recompute=full",)),
@@ -71,7 +84,7 @@ EVERYTHING = [
 ]
 
 
-@pytest.mark.parametrize("setting", ONE_AXIS + TWO_AXES + THREE_AXES + OPTIONS, ids=str)
+@pytest.mark.parametrize("setting", ONE_AXIS + TWO_AXES + THREE_AXES + CONTEXT + OPTIONS, ids=str)
 def test_a_layout_equals_one_rank(setting: Setting, compare: Compare) -> None:
     worst = compare(setting)
     assert worst.error <= TOLERANCE, worst
