@@ -90,7 +90,9 @@ def plan_rank(config: Config, ranks: int, rank: int) -> Plan:
 def axis_names(mesh: Mesh) -> dict[str, str]:
     """Process group name -> axis, of the groups that this rank is in."""
     # Axes over the same ranks may share a group, which then goes by its name in `weights`.
-    arrangements: tuple[DeviceMesh, ...] = (mesh.tokens, mesh.experts, mesh.weights)
+    arrangements: list[DeviceMesh] = [mesh.tokens, mesh.experts, mesh.weights]
+    if mesh.sequence is not None:
+        arrangements.insert(0, mesh.sequence)
     return {
         arrangement.get_group(axis).group_name: axis
         for arrangement in arrangements

@@ -7,7 +7,9 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from parallel.apply import Parallelised
+from parallel.context.documents import SplitDocuments
 from parallel.gradients import clip_gradients
+from parallel.layout import split_row
 from parallel.mesh import Mesh
 from parallel.pipeline.plan import peak_stored, problem_of_schedule
 from parallel.pipeline.schedule import Pipeline
@@ -73,9 +75,18 @@ class Step:
         if self.layout.pp > 1:
             self.parallelised.runner = self._pipeline(microbatches)
         rows, length = microbatches * self.config.train.microbatch, self.config.data.seq_len
-        tokens, labels = (torch.zeros(rows, length, dtype=torch.int64) for _ in range(2))
-        documents = [Documents.whole_rows(self.config.train.microbatch, length)] * microbatches
+        shape = (rows, length // self.layout.cp)
+        tokens, labels = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
+        documents = [self._documents() for _ in range(microbatches)]
         self.parallelised.forward_backward(tokens, labels, documents, rows * length)
+
+    def _documents(self) -> Documents:
+        """Of a microbatch whose rows are one document each."""
+        rows, length = self.config.train.microbatch, self.config.data.seq_len
+        if self.layout.cp == 1:
+            return Documents.whole_rows(rows, length)
+        layout = split_row([length], self.layout.cp)
+        return SplitDocuments.of_rank([layout] * rows, self.mesh.cp.get_local_rank())
 
     def update(self) -> None:
         """What comes after them."""
