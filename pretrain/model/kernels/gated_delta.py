@@ -13,17 +13,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from pretrain.model.kernels.documents import Documents
-from pretrain.model.kernels.gated_delta_chunks import (
-    Segment,
-    document_boundaries,
-    outputs,
-    prepare,
-    scan_state_gradients,
-    scan_states,
-    segment_gradients,
-)
+from pretrain.model.kernels.gated_delta_chunks import Segment, document_boundaries
+from pretrain.model.kernels.gated_delta_forms import form_on, segment_tokens
 
-SEGMENT_TOKENS = 512
 CHUNK_TOKENS = 64
 
 
@@ -113,15 +105,16 @@ def scan(
 
     One operation to dispatch modes, so that activation recompute can keep its results.
     """
+    form = form_on(v.device)
     state = initial_state.to(compute_dtype(v)).flatten(0, 1)
     out = torch.empty_like(v)
     borders = []
-    for tokens in segments(v.shape[2]):
+    for tokens in segments(v):
         borders.append(state)
         segment = load_segment(q, k, v, g, beta, resets, scale, chunk_size, tokens)
-        prepared = prepare(segment)
-        states, V_new = scan_states(prepared, prepared.U, state)
-        _store(out, tokens, outputs(segment, prepared, states, V_new))
+        prepared = form.prepare(segment)
+        states, V_new = form.scan_states(prepared, prepared.U, state)
+        _store(out, tokens, form.outputs(segment, prepared, states, V_new))
         state = states[-1].clone()
     return out, state.view(initial_state.shape), torch.stack(borders)
 
@@ -131,7 +124,7 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     state = torch.empty_like(initial_state, dtype=compute_dtype(v))
-    borders = state.new_empty(-(-v.shape[2] // SEGMENT_TOKENS), *state.flatten(0, 1).shape)
+    borders = state.new_empty(-(-v.shape[2] // segment_tokens(v)), *state.flatten(0, 1).shape)
     return torch.empty_like(v), state, borders
 
 
@@ -196,16 +189,17 @@ def _open_scan(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of an `OpenScan`. From the state [0 | I] the scan gives [state | transfer]."""
+    form = form_on(v.device)
     (B, H, T, E), D, dtype = v.shape, q.shape[-1], compute_dtype(v)
     out = v.new_empty(v.shape, dtype=dtype)
     read = v.new_empty(B, H, open_tokens, D, dtype=dtype)
     identity = torch.eye(D, dtype=dtype, device=v.device).expand(B * H, D, D)
     state = torch.cat([identity.new_zeros(B * H, D, E), identity], dim=-1)
     borders, border_transfers = [], []
-    for tokens in segments(T):
+    for tokens in segments(v):
         is_open = tokens.start < open_tokens
         segment = load_segment(q, k, v, g, beta, resets, scale, chunk_size, tokens)
-        prepared = prepare(segment)
+        prepared = form.prepare(segment)
         U = prepared.U
         if is_open:
             U = F.pad(U, (0, D))
@@ -213,8 +207,8 @@ def _open_scan(
         else:
             state = state[..., :E]
         borders.append(state[..., :E])
-        states, V_new = scan_states(prepared, U, state)
-        both = outputs(segment, prepared, states, V_new)
+        states, V_new = form.scan_states(prepared, U, state)
+        both = form.outputs(segment, prepared, states, V_new)
         _store(out, tokens, both[..., :E])
         if is_open:
             _store(read, tokens, both[..., E:])
@@ -245,7 +239,7 @@ def _(
     scale: float,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (B, H, T, E), D = v.shape, q.shape[-1]
+    (B, H, T, E), D, size = v.shape, q.shape[-1], segment_tokens(v)
 
     def empty(*shape: int) -> Tensor:
         return v.new_empty(shape, dtype=compute_dtype(v))
@@ -255,8 +249,8 @@ def _(
         empty(B, H, open_tokens, D),
         empty(B, H, D, E),
         empty(B, H, D, D),
-        empty(-(-T // SEGMENT_TOKENS), B * H, D, E),
-        empty(-(-open_tokens // SEGMENT_TOKENS), B * H, D, D),
+        empty(-(-T // size), B * H, D, E),
+        empty(-(-open_tokens // size), B * H, D, D),
     )
 
 
@@ -275,16 +269,19 @@ def scan_backward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, g, beta and the initial state."""
+    form = form_on(v.device)
     inputs = (q, k, v, g, beta)
     gradients = [torch.empty_like(x) for x in inputs]
     dS = d_state.to(borders.dtype).flatten(0, 1)
-    for border, tokens in reversed(list(zip(borders, segments(v.shape[2]), strict=True))):
+    for border, tokens in reversed(list(zip(borders, segments(v), strict=True))):
         segment = load_segment(*inputs, resets, scale, chunk_size, tokens)
-        prepared = prepare(segment)
-        states, V_new = scan_states(prepared, prepared.U, border)
+        prepared = form.prepare(segment)
+        states, V_new = form.scan_states(prepared, prepared.U, border)
         dO = to_chunks(d_out[:, :, tokens], chunk_size, borders.dtype)
-        d_states, dV_new = scan_state_gradients(segment, prepared, dO, dS)
-        chunk_gradients = segment_gradients(segment, prepared, states, V_new, dO, d_states, dV_new)
+        d_states, dV_new = form.scan_state_gradients(segment, prepared, dO, dS)
+        chunk_gradients = form.segment_gradients(
+            segment, prepared, states, V_new, dO, d_states, dV_new
+        )
         chunk_gradients.q.mul_(scale)
         for gradient, chunks in zip(gradients, chunk_gradients, strict=True):
             _store(gradient, tokens, chunks)
@@ -329,10 +326,11 @@ class _GatedDeltaRule(torch.autograd.Function):
         return *gradients[:5], gradients[5].to(initial_state.dtype), None, None, None
 
 
-def segments(length: int) -> Iterator[slice]:
-    """Slices of at most `SEGMENT_TOKENS` tokens that cover the sequence."""
-    for start in range(0, length, SEGMENT_TOKENS):
-        yield slice(start, min(start + SEGMENT_TOKENS, length))
+def segments(v: Tensor) -> Iterator[slice]:
+    """Slices of tokens that cover the sequence of v [B, Hv, T, E]."""
+    size, length = segment_tokens(v), v.shape[2]
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
 
 
 def load_segment(
@@ -377,13 +375,15 @@ def to_chunks(x: Tensor, chunk_size: int, dtype: torch.dtype, repeat: int = 1) -
 def _store(out: Tensor, tokens: slice, chunks: Tensor) -> None:
     """Write chunks to out[:, :, tokens], as far as out goes, summed over the repeats of a head."""
     B, H = out.shape[:2]
-    target = out[:, :, tokens]
-    n_chunks = -(-(tokens.stop - tokens.start) // chunks.shape[1])
-    chunks = chunks.view(n_chunks, B, H, -1, chunks.shape[1], *out.shape[3:])
+    target, size = out[:, :, tokens], chunks.shape[1]
+    n_chunks = -(-(tokens.stop - tokens.start) // size)
+    chunks = chunks.view(n_chunks, B, H, -1, size, *out.shape[3:])
     chunks = chunks.squeeze(3) if chunks.shape[3] == 1 else chunks.sum(3)
-    for n, chunk in enumerate(chunks):
-        part = target[:, :, n * chunk.shape[2] : (n + 1) * chunk.shape[2]]
-        part.copy_(chunk[:, :, : part.shape[2]])
+    whole, rest = divmod(target.shape[2], size)
+    in_chunks = target[:, :, : whole * size].unflatten(2, (whole, size))
+    in_chunks.copy_(chunks[:whole].movedim(0, 2))
+    if rest:
+        target[:, :, -rest:] = chunks[whole, :, :, :rest]
 
 
 def compute_dtype(v: Tensor) -> torch.dtype:

@@ -9,11 +9,18 @@ import torch
 from torch.nn import functional as F
 from transformers.models.qwen3_next import modeling_qwen3_next
 
-from pretrain.model.kernels import gated_delta
+from pretrain.model.kernels import gated_delta, gated_delta_forms
 from pretrain.model.kernels.documents import Documents
 from pretrain.model.kernels.gated_delta import gated_delta_recurrent, gated_delta_rule
 
-SEGMENT = gated_delta.SEGMENT_TOKENS
+SEGMENT = gated_delta_forms.CPU_SEGMENT
+FORMS = {"by chunk": gated_delta_forms.BY_CHUNK, "by transfer": gated_delta_forms.BY_TRANSFER}
+
+
+@pytest.fixture(params=FORMS)
+def form(request, monkeypatch):
+    """Each way to compute a segment, that of GPUs too."""
+    monkeypatch.setattr(gated_delta, "form_on", lambda _: FORMS[request.param])
 
 
 def random_inputs(length, dtype=torch.float64, decay=0.2, key_heads=2):
@@ -51,6 +58,7 @@ def assert_close(actual, expected, tolerance):
 @pytest.mark.parametrize("key_heads", [2, 4])
 @pytest.mark.parametrize("decay", [0.2, 7.0])
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 130, SEGMENT + 70])
+@pytest.mark.usefixtures("form")
 def test_equals_the_recurrence(length, decay, key_heads):
     inputs = random_inputs(length, decay=decay, key_heads=key_heads)
     assert_close(results(gated_delta_rule, inputs), results(gated_delta_recurrent, inputs), 1e-12)
@@ -86,6 +94,7 @@ PACKED = [
 
 @pytest.mark.parametrize("decay", [0.2, 7.0])
 @pytest.mark.parametrize("rows", PACKED, ids=str)
+@pytest.mark.usefixtures("form")
 def test_equals_the_recurrence_with_documents(rows, decay):
     inputs, documents = random_inputs(sum(rows[0]), decay=decay), Documents.from_lengths(rows)
     assert_close(
@@ -125,6 +134,7 @@ def test_equals_transformers(length, decay):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("decay", [0.2, 7.0])
+@pytest.mark.usefixtures("form")
 def test_lower_precision_stays_close(dtype, tolerance, decay):
     inputs = random_inputs(300, dtype, decay)
     documents = Documents.from_lengths([[100, 200], [300]])

@@ -1,19 +1,18 @@
 """The affine maps by which context parallelism summarises a block of tokens."""
 
+import pytest
 import torch
 from torch.nn import functional as F
 
 from pretrain.model.kernels.gated_delta import gated_delta_recurrent, load_segment, to_chunks
-from pretrain.model.kernels.gated_delta_chunks import (
-    prepare,
-    scan_state_gradients,
-    scan_states,
-)
+from pretrain.model.kernels.gated_delta_chunks import prepare
+from pretrain.model.kernels.gated_delta_forms import BY_CHUNK, BY_TRANSFER
 
 B, H, LENGTH, D, E = 1, 2, 200, 8, 12
 
 
-def test_a_block_maps_its_state_affinely():
+@pytest.mark.parametrize("form", [BY_CHUNK, BY_TRANSFER], ids=["by chunk", "by transfer"])
+def test_a_block_maps_its_state_affinely(form):
     torch.manual_seed(0)
     q, k = (F.normalize(torch.randn(B, H, LENGTH, D).double(), dim=-1) for _ in range(2))
     v = torch.randn(B, H, LENGTH, E).double()
@@ -24,10 +23,11 @@ def test_a_block_maps_its_state_affinely():
     segment = load_segment(q, k, v, g, beta, None, D**-0.5, 64, slice(0, LENGTH))
     prepared = prepare(segment)
     zeros, identity = torch.zeros(H, D, E).double(), torch.eye(D).double().expand(H, D, D)
-    states, _ = scan_states(prepared, F.pad(prepared.U, (0, D)), torch.cat([zeros, identity], -1))
+    U, S_and_I = F.pad(prepared.U, (0, D)), torch.cat([zeros, identity], -1)
+    states, _ = form.scan_states(prepared, U, S_and_I)
     state_B, state_M = states[-1].split([E, D], -1)
     dO = to_chunks(d_out, 64, torch.float64)
-    L = scan_state_gradients(segment, prepared, dO, zeros)[0][0]
+    L = form.scan_state_gradients(segment, prepared, dO, zeros)[0][0]
 
     out, last = gated_delta_recurrent(q, k, v, g, beta, initial_state=S)
     (d_initial,) = torch.autograd.grad((out, last), S, (d_out, dS))
