@@ -70,13 +70,17 @@ class RowLayout:
         """
         place = 0
         for block in self.blocks[rank]:
-            first = bisect_right(self.documents, block.start, key=lambda document: document.stop)
-            for document in self.documents[first:]:
-                if document.start >= block.stop:
-                    break
-                part = overlap(block, document)
+            for document, part in self.parts_of_block(block):
                 yield document, part, place
                 place += len(part)
+
+    def parts_of_block(self, block: range) -> Iterator[tuple[range, range]]:
+        """The parts of consecutive tokens by document: the document, and its part."""
+        first = bisect_right(self.documents, block.start, key=lambda document: document.stop)
+        for document in self.documents[first:]:
+            if document.start >= block.stop:
+                return
+            yield document, overlap(block, document)
 
     @cached_property
     def held(self) -> list[tuple[range, int, int]]:

@@ -8,6 +8,7 @@ all-gather tells the L. Blocks may lie on any rank, so zigzag needs no other lay
 document starts in a block, M is zero.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +18,13 @@ from torch.autograd.function import once_differentiable
 from parallel.comm import Communicator
 from parallel.context.documents import SplitDocuments
 from parallel.layout import RowLayout
-from pretrain.model.kernels.gated_delta import (
+from pretrain.model.kernels.gated_delta import check_shapes
+from pretrain.model.kernels.gated_delta_scan import (
     CHUNK_TOKENS,
-    check_shapes,
-    close_scan,
+    KNOWN,
+    Scan,
+    close,
     compute_dtype,
-    open_scan,
     scan,
     scan_backward,
 )
@@ -63,73 +65,59 @@ class ContextScan:
         return _ContextScan.apply(q, k, v, g, beta, initial_state, plan, self.comm)
 
 
-class BlockOfRows(NamedTuple):
-    """One of this rank's blocks, of rows that are laid out alike.
+class Blocks(NamedTuple):
+    """This rank's blocks of rows that are laid out alike.
 
     Attributes:
-        rows, tokens: where it lies in tensors [B, H, t, ...].
-        slot: its place in what the rank sends.
-        resets: [rows, tokens] bool, see `scan`; None where no document starts.
-        open_tokens: how many tokens see the state that comes in; None where that is known.
+        rows: of the batch.
+        sizes: tokens of each block; they lie one after the other.
+        open_tokens: of each block, see `scan`.
+        resets: [rows, t] bool, see `scan`; None where no document starts.
+        chain: rank and number of each block of all ranks, in the order of the row.
     """
 
     rows: slice
-    tokens: slice
-    slot: int
+    sizes: list[int]
+    open_tokens: list[int]
     resets: Tensor | None
-    open_tokens: int | None
+    chain: list[tuple[int, int]]
 
 
 class StatePlan:
     """Where states go.
 
     Attributes:
-        mine: this rank's blocks.
-        slots: what each rank sends, filled up with zeros where it has fewer blocks.
-        chains: of rows that are laid out alike, the rank and slot of each block, in their order.
+        groups: the rows.
+        slots: the most blocks that any rank has in a row; each sends so many states.
     """
 
     def __init__(self, documents: SplitDocuments, has_initial_state: bool) -> None:
-        self.mine: list[BlockOfRows] = []
-        self.chains: list[tuple[slice, list[tuple[int, int]]]] = []
-        used = [0] * len(documents.layouts[0].blocks)
         starts = documents.position == 0
+        self.groups: list[Blocks] = []
         for rows, layout in documents.groups():
-            first_slots = list(used)
-            for rank, blocks in enumerate(layout.blocks):
-                used[rank] += len(blocks)
+            blocks = layout.blocks[documents.rank]
+            n_open = [_open_tokens(layout, block) for block in blocks]
+            resets = None
+            if n_open != [len(block) for block in blocks]:
+                resets = starts[rows].clone()
+                # A row's first document sees the row's initial state.
+                resets[:, :1] &= blocks[0].start > 0
+            if blocks[0].start == 0 and not has_initial_state:
+                n_open[0] = KNOWN
             numbers = {
-                (rank, block.start): first_slots[rank] + number
-                for rank, blocks in enumerate(layout.blocks)
-                for number, block in enumerate(blocks)
+                block.start: (rank, number)
+                for rank, of_rank in enumerate(layout.blocks)
+                for number, block in enumerate(of_rank)
             }
-            chain = [(rank, numbers[rank, block.start]) for block, rank, _ in layout.held]
-            self.chains.append((rows, chain))
-            place = 0
-            for number, block in enumerate(layout.blocks[documents.rank]):
-                tokens = slice(place, place + len(block))
-                place += len(block)
-                slot = first_slots[documents.rank] + number
-                resets = _resets(starts[rows, tokens], layout, block)
-                is_known = block.start == 0 and not has_initial_state
-                n_open = None if is_known else _open_tokens(layout, block)
-                self.mine.append(BlockOfRows(rows, tokens, slot, resets, n_open))
-        self.slots = max(used)
+            chain = [numbers[start] for start in sorted(numbers)]
+            self.groups.append(Blocks(rows, [len(b) for b in blocks], n_open, resets, chain))
+        self.slots = max(len(blocks) for row in documents.layouts for blocks in row.blocks)
 
 
 def _open_tokens(layout: RowLayout, block: range) -> int:
-    """How many of a block's tokens are of a document that began before it."""
-    first = next((d.start for d in layout.documents if d.start >= max(block.start, 1)), block.stop)
-    return min(first, block.stop) - block.start
-
-
-def _resets(starts: Tensor, layout: RowLayout, block: range) -> Tensor | None:
-    if _open_tokens(layout, block) == len(block):
-        return None
-    if block.start == 0:
-        starts = starts.clone()
-        starts[:, 0] = False
-    return starts
+    """How many of a block's tokens are of a document that began before it, or with the row."""
+    document, part = next(layout.parts_of_block(block))
+    return len(part) if document.start < block.start or block.start == 0 else 0
 
 
 class _ContextScan(torch.autograd.Function):
@@ -145,111 +133,92 @@ class _ContextScan(torch.autograd.Function):
         plan: StatePlan,
         comm: Communicator,
     ) -> tuple[Tensor, Tensor]:
-        scale, E = q.shape[-1] ** -0.5, v.shape[-1]
+        scale, (D, E) = q.shape[-1] ** -0.5, initial_state.shape[-2:]
         initial = initial_state.to(compute_dtype(v))
-        summaries = _Slots(plan, initial, E + q.shape[-1])
+        told = _Told(plan, initial, E + D)
         scanned = []
-        for block in plan.mine:
-            inputs = _of_block(block, (q, k, v, g, beta))
-            if block.open_tokens is None:
-                result = scan(*inputs, initial[block.rows], block.resets, scale, CHUNK_TOKENS)
-                summaries.tensor[block.slot, ..., :E] = result[1]
-            else:
-                result = open_scan(
-                    *inputs,
-                    resets=block.resets,
-                    open_tokens=block.open_tokens,
-                    scale=scale,
-                    chunk_size=CHUNK_TOKENS,
-                )
-                summaries.tensor[block.slot, ..., :E] = result.state
-                summaries.tensor[block.slot, ..., E:] = result.transfer
-            scanned.append(result)
-        B, M = summaries.gather(comm).split([E, q.shape[-1]], dim=-1)
+        for number, (rows, sizes, n_open, resets, _) in enumerate(plan.groups):
+            inputs = (x[rows] for x in (q, k, v, g, beta, initial))
+            of_rows = Scan(*scan(*inputs, resets, sizes, n_open, scale, CHUNK_TOKENS))
+            told.tensor[number, : len(sizes), ..., :E] = of_rows.states
+            told.tensor[number, : len(sizes), ..., E:] = of_rows.transfers
+            scanned.append(of_rows)
+        B, M = told.gather(comm).split([E, D], dim=-1)
 
-        coming: dict[int, Tensor] = {}
-        final = torch.empty_like(initial)
-        for rows, chain in plan.chains:
-            S = initial[rows]
-            for rank, slot in chain:
+        outs, borders, finals = [], [], []
+        for number, (blocks, of_rows) in enumerate(zip(plan.groups, scanned, strict=True)):
+            S, incoming = initial[blocks.rows], []
+            for rank, block in blocks.chain:
                 if rank == comm.rank:
-                    coming[slot] = S
-                S = B[rank, slot] + M[rank, slot] @ S
-            final[rows] = S
-
-        out, saved = torch.empty_like(v), []
-        for block, result in zip(plan.mine, scanned, strict=True):
-            if block.open_tokens is None:
-                block_out, _, borders = result
-                read = borders.new_empty(0)
-            else:
-                block_out, borders = close_scan(result, coming[block.slot])
-                read = result.read
-            out[block.rows, :, block.tokens] = block_out
-            saved += [borders, read]
-        ctx.save_for_backward(q, k, v, g, beta, initial_state, M.contiguous(), *saved)
+                    incoming.append(S)
+                S = B[rank, number, block] + M[rank, number, block] @ S
+            out, of_borders = close(of_rows, incoming, blocks.sizes, blocks.open_tokens)
+            outs.append(out)
+            borders.append(of_borders)
+            finals.append(S)
+        reads = [of_rows.read for of_rows in scanned]
+        saved = (q, k, v, g, beta, initial_state, M.contiguous())
+        ctx.save_for_backward(*saved, *borders, *reads)
         ctx.plan, ctx.comm = plan, comm
-        return out, final
+        return _joined(outs).to(v.dtype), _joined(finals)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, g, beta, initial_state, M, *saved = ctx.saved_tensors
         plan, comm, scale = ctx.plan, ctx.comm, q.shape[-1] ** -0.5
+        borders, reads = saved[: len(plan.groups)], saved[len(plan.groups) :]
         d_final = d_final.to(M.dtype)
-        summaries = _Slots(plan, d_final, v.shape[-1])
-        for block, read in zip(plan.mine, saved[1::2], strict=True):
-            if block.open_tokens:
-                d_seen = d_out[block.rows, :, block.tokens][:, :, : block.open_tokens]
-                summaries.tensor[block.slot] = read.mT @ d_seen.to(M.dtype)
-        L = summaries.gather(comm)
+        told = _Told(plan, d_final, v.shape[-1])
+        for number, (blocks, read) in enumerate(zip(plan.groups, reads, strict=True)):
+            for slot, L in enumerate(_gradients_of_incoming(blocks, read, d_out[blocks.rows])):
+                told.tensor[number, slot] = L
+        of_ranks = told.gather(comm)
 
-        leaving: dict[int, Tensor] = {}
-        d_initial = torch.empty_like(d_final)
-        for rows, chain in plan.chains:
-            dS = d_final[rows]
-            for rank, slot in reversed(chain):
+        gradients, d_initials = [], []
+        for number, (rows, sizes, _, resets, chain) in enumerate(plan.groups):
+            dS, leaving = d_final[rows], []
+            for rank, block in reversed(chain):
                 if rank == comm.rank:
-                    leaving[slot] = dS
-                dS = L[rank, slot] + M[rank, slot].mT @ dS
-            d_initial[rows] = dS
-
-        inputs = (q, k, v, g, beta)
-        gradients = [torch.empty_like(x) for x in inputs]
-        for block, borders in zip(plan.mine, saved[::2], strict=True):
-            parts = scan_backward(
-                d_out[block.rows, :, block.tokens],
-                leaving[block.slot],
-                *_of_block(block, inputs),
-                borders,
-                block.resets,
-                scale,
-                CHUNK_TOKENS,
+                    leaving.append(dS)
+                dS = of_ranks[rank, number, block] + M[rank, number, block].mT @ dS
+            d_states = torch.stack(leaving[::-1])
+            inputs = (x[rows] for x in (q, k, v, g, beta))
+            *of_rows, _ = scan_backward(
+                d_out[rows], d_states, *inputs, borders[number], resets, sizes, scale, CHUNK_TOKENS
             )
-            for gradient, part in zip(gradients, parts[:-1], strict=True):
-                gradient[block.rows, :, block.tokens] = part
-        return *gradients, d_initial.to(initial_state.dtype), None, None
+            gradients.append(of_rows)
+            d_initials.append(dS)
+        d_initial = _joined(d_initials).to(initial_state.dtype)
+        return *map(_joined, zip(*gradients, strict=True)), d_initial, None, None
 
 
-class _Slots:
-    """What a rank tells the others, a matrix [D, width] for each block, row and head.
+def _gradients_of_incoming(blocks: Blocks, read: Tensor, d_out: Tensor) -> Iterator[Tensor]:
+    """L of each block: of the state that comes into it, by what its tokens read of that."""
+    place = n_read = 0
+    for size, n_open in zip(blocks.sizes, blocks.open_tokens, strict=True):
+        n = max(n_open, 0)
+        of_block = read[:, :, n_read : n_read + n]
+        yield of_block.mT @ d_out[:, :, place : place + n].to(read.dtype)
+        place, n_read = place + size, n_read + n
+
+
+class _Told:
+    """What a rank tells the others: a matrix [D, width] for each block, row and head.
 
     Attributes:
-        tensor: [slots, rows laid out alike, H, D, width], zero at first.
+        tensor: [groups of rows, blocks, rows, H, D, width], zero at first.
     """
 
     def __init__(self, plan: StatePlan, states: Tensor, width: int) -> None:
-        n_rows = len(states) // len(plan.chains)
-        self.tensor = states.new_zeros(plan.slots, n_rows, *states.shape[1:3], width)
+        n_groups = len(plan.groups)
+        rows, heads, keys = states.shape[:3]
+        self.tensor = states.new_zeros(n_groups, plan.slots, rows // n_groups, heads, keys, width)
 
     def gather(self, comm: Communicator) -> Tensor:
-        """[ranks, slots, ...] of all ranks."""
+        """[ranks, ...] of all ranks."""
         return comm.start_all_gather(self.tensor[None], 0).wait()
 
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def _of_block(block: BlockOfRows, inputs: Inputs) -> Inputs:
-    q, k, v, g, beta = (x[block.rows, :, block.tokens] for x in inputs)
-    return q, k, v, g, beta
+def _joined(of_groups: Sequence[Tensor]) -> Tensor:
+    return of_groups[0] if len(of_groups) == 1 else torch.cat(list(of_groups))

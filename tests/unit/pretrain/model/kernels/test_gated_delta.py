@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from transformers.models.qwen3_next import modeling_qwen3_next
 
-from pretrain.model.kernels import gated_delta, gated_delta_forms
+from pretrain.model.kernels import gated_delta_forms, gated_delta_scan
 from pretrain.model.kernels.documents import Documents
 from pretrain.model.kernels.gated_delta import gated_delta_recurrent, gated_delta_rule
 
@@ -20,7 +20,7 @@ FORMS = {"by chunk": gated_delta_forms.BY_CHUNK, "by transfer": gated_delta_form
 @pytest.fixture(params=FORMS)
 def form(request, monkeypatch):
     """Each way to compute a segment, that of GPUs too."""
-    monkeypatch.setattr(gated_delta, "form_on", lambda _: FORMS[request.param])
+    monkeypatch.setattr(gated_delta_scan, "form_on", lambda _: FORMS[request.param])
 
 
 def random_inputs(length, dtype=torch.float64, decay=0.2, key_heads=2):

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pretrain.model.kernels.gated_delta import gated_delta_recurrent, load_segment, to_chunks
+from pretrain.model.kernels.gated_delta import gated_delta_recurrent
 from pretrain.model.kernels.gated_delta_chunks import prepare
 from pretrain.model.kernels.gated_delta_forms import BY_CHUNK, BY_TRANSFER
+from pretrain.model.kernels.gated_delta_scan import load_segment, to_chunks
 
 B, H, LENGTH, D, E = 1, 2, 200, 8, 12
 
