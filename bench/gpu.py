@@ -46,7 +46,7 @@ def main() -> int:
     print(f"    python -m bench.gpu {' '.join(sys.argv[1:])}".rstrip())
     print(f"\n{time.strftime('%Y-%m-%d')}. {machine.name}; {machine.versions()}.")
     for head_dim in (128, 256):
-        kernels = kernels_in_use(device, torch.bfloat16, head_dim)
+        kernels = kernels_in_use(device, torch.bfloat16, head_dim, key_dim=128)
         print(f"bf16, head dimension {head_dim}: {kernels}.")
     failed = [name for name in arguments.only if not passes(name, machine)]
     print(f"failed: {', '.join(failed)}" if failed else "all sections ran, all checks passed")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.gpu_tools import Machine, print_table
 from pretrain.model.kernels.attention import documents_attention
-from pretrain.model.kernels.backends import Setting, usable_backends
+from pretrain.model.kernels.backends import Setting, choose_rule, usable_backends
 from pretrain.model.kernels.block_attention import block_attention, block_attention_backward
 from pretrain.model.kernels.cross_entropy import chunked_cross_entropy
 from pretrain.model.kernels.documents import Documents
@@ -92,13 +92,15 @@ def all_checks(machine: Machine, dtype: torch.dtype) -> Iterator[Check]:
 
     q, k = (F.normalize(x, dim=-1) for x in normals((2, 2, LENGTH, 64), (2, 2, LENGTH, 64)))
     v, g, beta = normals((2, 4, LENGTH, 64), (2, 4, LENGTH), (2, 4, LENGTH))
-    rule = partial(gated_delta_rule, documents=there)
-    yield Check(
-        "gated delta rule, documents",
-        autograd(lambda *inputs: rule(*inputs)[0]),
-        lambda *inputs: gated_delta_recurrent(*inputs, documents=documents)[0],
-        [q, k, v, -0.1 * F.softplus(g), beta.sigmoid()],
-    )
+    chosen = choose_rule(Setting.here(machine.device, dtype, q.shape[-1]))
+    for backend in dict.fromkeys(["torch", chosen]):
+        rule = partial(gated_delta_rule, documents=there, backend=backend)
+        yield Check(
+            f"gated delta rule {backend}, documents",
+            autograd(partial(first_of, rule)),
+            partial(first_of, partial(gated_delta_recurrent, documents=documents)),
+            [q, k, v, -0.1 * F.softplus(g), beta.sigmoid()],
+        )
     yield Check("experts", autograd(experts), experts, normals(*EXPERTS_SHAPES))
     yield Check(
         "short convolution",
@@ -133,6 +135,10 @@ def autograd(compute: Compute) -> Differentiated:
         return [out.detach(), *torch.autograd.grad(out, inputs, d_out.to(out.dtype))]
 
     return differentiated
+
+
+def first_of(compute: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor) -> Tensor:
+    return compute(*inputs)[0]
 
 
 def attention_in_blocks(backend: str, inputs: list[Tensor], d_out: Tensor) -> list[Tensor]:

@@ -13,6 +13,7 @@ from bench.gated_delta import mended_fallback, transformers_rule
 from bench.gpu_tools import Machine, print_table
 from bench.peers import transformers_block
 from pretrain.model.config import MoEConfig
+from pretrain.model.kernels.backends import Setting, choose_rule
 from pretrain.model.kernels.gated_delta import gated_delta_rule
 from pretrain.model.moe import MoE
 
@@ -30,12 +31,19 @@ def gated_delta(machine: Machine) -> bool:
     g, beta = (machine.random(1, heads, length, dtype=torch.float32).detach() for _ in range(2))
     inputs = [q, k, v, (-0.1 * F.softplus(g)).requires_grad_(), beta.sigmoid().requires_grad_()]
     peer, rule = peer_rule()
-    rules = {peer: transformers_rule(rule), "farspan": gated_delta_rule}
-    seconds = machine.compare(
-        {name: partial(differentiate, rule, inputs, d_out) for name, rule in rules.items()}
-    )
-    print_ratio(peer, seconds, length)
+    rules = {peer: transformers_rule(rule), "torch": partial(gated_delta_rule, backend="torch")}
+    if choose_rule(Setting.here(machine.device, v.dtype, dim)) == "fla":
+        rules["fla"] = partial(gated_delta_rule, backend="fla")
+    sides = {name: partial(differentiate, rule, inputs, d_out) for name, rule in rules.items()}
+    if machine.device.type == "cuda":
+        sides["torch, not compiled"] = partial(uncompiled, sides["torch"])
+    print_ratios(peer, machine.compare(sides), length)
     return True
+
+
+def uncompiled(run: Callable[[], None]) -> None:
+    with torch.compiler.set_stance("force_eager"):
+        run()
 
 
 def peer_rule() -> tuple[str, Callable[..., tuple[Tensor, Tensor | None]]]:
@@ -75,7 +83,7 @@ def moe(machine: Machine) -> bool:
     seconds = machine.compare(
         {name: partial(train_layer, layer, x, d_out) for name, layer in layers.items()}
     )
-    print_ratio("transformers", seconds, tokens)
+    print_ratios("transformers", seconds, tokens)
     return True
 
 
@@ -84,8 +92,9 @@ def train_layer(layer: Callable[[Tensor], Tensor], x: Tensor, d_out: Tensor) -> 
     layer(x).backward(d_out)
 
 
-def print_ratio(peer: str, seconds: dict[str, float], tokens: int) -> None:
-    ours, theirs = seconds["farspan"], seconds[peer]
-    rate = f"{tokens / ours:.3g}"
-    row = [str(tokens), f"{1e3 * theirs:.2f}", f"{1e3 * ours:.2f}", rate, f"{theirs / ours:.2f}"]
-    print_table(["tokens", f"{peer}, ms", "farspan, ms", "tokens/s", "ratio"], [row])
+def print_ratios(peer: str, seconds: dict[str, float], tokens: int) -> None:
+    rows = [
+        [name, f"{1e3 * s:.2f}", f"{tokens / s:.3g}", f"{seconds[peer] / s:.2f}"]
+        for name, s in seconds.items()
+    ]
+    print_table(["", "ms", "tokens/s", "ratio"], rows)

@@ -40,7 +40,7 @@ SMOKE_MODEL = ModelConfig(
 )
 LOSS_CHUNK = 4096
 # With the search for the longest context.
-PATIENCE_S = 45.0
+PATIENCE_S = 30.0
 
 
 def step(machine: Machine) -> bool:

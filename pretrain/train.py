@@ -38,8 +38,8 @@ def train(config: Config, run: RunDirectory) -> int:
             )
         metrics = open_metrics(config, run, trainer.progress) if dist.get_rank() == 0 else None
         if metrics:
-            dtype = getattr(torch, config.train.dtype)
-            kernels = kernels_in_use(device, dtype, config.model.attention.head_dim)
+            model, dtype = config.model, getattr(torch, config.train.dtype)
+            kernels = kernels_in_use(device, dtype, model.attention.head_dim, model.linear.key_dim)
             print(f"kernels: {kernels}", flush=True)
         run_steps(trainer, stop, metrics, monitor)
         if metrics:

@@ -11,8 +11,12 @@ import torch
 HALF = (torch.float16, torch.bfloat16)
 HOPPER = (9, 0)
 
-# Backend -> the compiled module without which it is nothing.
-_COMPILED = {"flash_attn_2": "flash_attn_2_cuda", "flash_attn_3": "flash_attn_3._C"}
+# Backend -> the module without which it is nothing.
+_MODULES = {
+    "flash_attn_2": "flash_attn_2_cuda",
+    "flash_attn_3": "flash_attn_3._C",
+    "fla": "fla.ops.gated_delta_rule",
+}
 
 
 class Setting(NamedTuple):
@@ -78,12 +82,27 @@ def choose_backend(setting: Setting) -> str:
     return usable_backends(setting)[0]
 
 
-def kernels_in_use(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """What a run computes with, for people to read."""
+def choose_rule(setting: Setting) -> str:
+    """What computes the gated delta rule with keys of `head_dim`: `fla` or `torch`."""
+    s = setting
+    takes_fla = s.dtype in HALF and s.capability >= (8, 0) and s.head_dim <= 256
+    return "fla" if takes_fla and "fla" in s.installed else "torch"
+
+
+def kernels_in_use(device: torch.device, dtype: torch.dtype, head_dim: int, key_dim: int) -> str:
+    """What a run computes with, for people to read.
+
+    Args:
+        head_dim: of softmax attention.
+        key_dim: of the gated delta net.
+    """
     attention = choose_backend(Setting.here(device, dtype, head_dim))
     if attention == "reference":
         attention += " (slow, memory quadratic in the length)"
-    return f"attention {attention}, gated delta rule torch"
+    rule = choose_rule(Setting.here(device, dtype, key_dim))
+    if rule == "torch" and device.type == "cuda":
+        rule += ", compiled"
+    return f"attention {attention}, gated delta rule {rule}"
 
 
 @cache
@@ -93,18 +112,27 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 @cache
 def _installed() -> frozenset[str]:
-    return frozenset(backend for backend, module in _COMPILED.items() if _loads(module))
+    return frozenset(backend for backend, module in _MODULES.items() if _loads(module))
 
 
 def _loads(module: str) -> bool:
-    """Whether a compiled module is there and fits this torch; warns of one that does not."""
-    if find_spec(module.partition(".")[0]) is None:
+    """Whether a module is there and fits this torch and us; warns of one that does not."""
+    package = module.partition(".")[0]
+    if find_spec(package) is None:
         return False
     try:
         import_module(module)
     except ImportError as error:
-        warnings.warn(
-            f"{module} is installed but does not load, and is not used: {error}", stacklevel=2
-        )
-        return False
-    return True
+        problem = f"does not load: {error}"
+    else:
+        if package != "fla" or _is_recent(import_module(package).__version__):
+            return True
+        # Older ones take as many value heads as key heads, and do not check.
+        problem = "is older than 0.5"
+    warnings.warn(f"{module} is installed but not used: it {problem}", stacklevel=2)
+    return False
+
+
+def _is_recent(version: str) -> bool:
+    major, minor = version.split(".")[:2]
+    return (int(major), int(minor)) >= (0, 5)

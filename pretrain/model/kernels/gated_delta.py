@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pretrain.model.kernels import gated_delta_fla
+from pretrain.model.kernels.backends import Setting, choose_rule
 from pretrain.model.kernels.documents import Documents
 from pretrain.model.kernels.gated_delta_scan import (
     CHUNK_TOKENS,
@@ -31,6 +33,7 @@ def gated_delta_rule(
     initial_state: Tensor | None = None,
     scale: float | None = None,
     chunk_size: int = CHUNK_TOKENS,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Linear attention whose state forgets by exp(g) and is corrected by the delta rule.
 
@@ -44,13 +47,18 @@ def gated_delta_rule(
         initial_state: [B, Hv, D, E] for the first document of each row; zeros by default.
         scale: multiplies q; D ** -0.5 by default.
         chunk_size: tokens per chunk; T need not be a multiple of it.
+        backend: `torch` or `fla`; by default the one that `choose_rule` prefers.
 
     Returns:
         out [B, Hv, T, E] in v's dtype, and the last document's final state [B, Hv, D, E]. The
-        state and all arithmetic are float32, or float64 for float64 inputs.
+        state and all arithmetic are float32, or float64 for float64 inputs; with `fla` what is
+        multiplied is rounded to v's dtype.
     """
     check_shapes(q, k, v, g, beta, initial_state, documents)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    backend = backend or choose_rule(Setting.here(v.device, v.dtype, q.shape[-1]))
+    if backend == "fla":
+        return gated_delta_fla.rule(q, k, v, g, beta, documents, initial_state, scale)
     if initial_state is None:
         B, Hv, _, E = v.shape
         initial_state = v.new_zeros(B, Hv, q.shape[-1], E, dtype=compute_dtype(v))

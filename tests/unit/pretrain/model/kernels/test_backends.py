@@ -12,6 +12,7 @@ from pretrain.model.kernels import backends
 from pretrain.model.kernels.backends import (
     Setting,
     choose_backend,
+    choose_rule,
     kernels_in_use,
     usable_backends,
 )
@@ -25,6 +26,7 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 VOLTA, AMPERE, HOPPER, BLACKWELL = (7, 0), (8, 0), (9, 0), (10, 0)
 BOTH = frozenset({"flash_attn_2", "flash_attn_3"})
 NONE: frozenset[str] = frozenset()
+FLA = frozenset({"fla"})
 ONLY_2 = frozenset({"flash_attn_2"})
 
 
@@ -69,6 +71,23 @@ def test_choice(setting: Setting, backend: str) -> None:
     assert choose_backend(setting) == backend
 
 
+@pytest.mark.parametrize(
+    ("setting", "rule"),
+    [
+        (on_gpu(HOPPER, installed=FLA), "fla"),
+        (on_gpu(AMPERE, FP16, installed=FLA), "fla"),
+        (on_gpu(HOPPER, head_dim=264, installed=FLA), "torch"),
+        (on_gpu(HOPPER, FP32, installed=FLA), "torch"),
+        (on_gpu(VOLTA, FP16, installed=FLA), "torch"),
+        (on_gpu(HOPPER), "torch"),
+        (Setting("cpu", (0, 0), BF16, 128, FLA, False), "torch"),
+    ],
+    ids=str,
+)
+def test_choice_of_the_gated_delta_rule(setting: Setting, rule: str) -> None:
+    assert choose_rule(setting) == rule
+
+
 def test_cudnn_is_there_to_be_asked_for_but_never_chosen() -> None:
     usable = usable_backends(on_gpu(HOPPER, installed=NONE))
     assert usable == ("torch_flash", "torch_cudnn", "torch_efficient", "reference")
@@ -84,11 +103,14 @@ def test_a_package_that_does_not_load_is_named_and_not_used(
         UserWarning, match=r"flash_attn_2_cuda is installed but .*: undefined symbol"
     ):
         assert not backends._loads("flash_attn_2_cuda")
+    for module in [name for name in sys.modules if name.startswith("fla.") or name == "fla"]:
+        monkeypatch.delitem(sys.modules, module)
     assert not backends._loads("flash_attn_3_that_is_not_there._C")
 
 
 def test_what_a_run_prints() -> None:
-    assert "attention cpu_flash" in kernels_in_use(torch.device("cpu"), BF16, 64)
+    printed = kernels_in_use(torch.device("cpu"), BF16, 64, 64)
+    assert printed == "attention cpu_flash, gated delta rule torch"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
