@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from parallel.comm import Communicator
 from parallel.context.documents import SplitDocuments
 from parallel.layout import RowLayout
 
@@ -85,27 +84,3 @@ def plan_route(
         [sum(len(tokens) for _, tokens in from_rank) for from_rank in coming],
         arrivals,
     )
-
-
-def fetch(x: Tensor, route: Route, comm: Communicator) -> tuple[Tensor, Tensor]:
-    """`x` [B * t, ...] and the tokens that come here by a route, [arrived, ...]; differentiable."""
-    x, arrived = _Fetch.apply(x, route, comm)
-    return x, arrived
-
-
-class _Fetch(torch.autograd.Function):
-    """Passes x on, so that the gradient of what was sent is added to x's where that is whole."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, route: Route, comm: Communicator) -> tuple[Tensor, Tensor]:
-        ctx.route, ctx.comm = route, comm
-        leaving = x.index_select(0, route.leaving)
-        return x.view_as(x), comm.exchange(leaving, route.received, route.sent)
-
-    @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None, None]:
-        dx, d_arrived = grad
-        route = ctx.route
-        returned = ctx.comm.exchange(d_arrived, route.sent, route.received)
-        # A token may go to several ranks.
-        return dx.clone().index_add_(0, route.leaving, returned), None, None

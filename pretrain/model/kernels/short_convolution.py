@@ -39,70 +39,87 @@ def short_convolution(x: Tensor, weight: Tensor, documents: Documents | None = N
             f"belong to x {tuple(x.shape)}"
         )
     position = documents.position if documents is not None and documents.is_packed else None
-    return _ShortConvolution.apply(*as_inner_nodes(x, weight), position, 0)
-
-
-def continued_convolution(
-    before: Tensor, x: Tensor, weight: Tensor, position: Tensor | None
-) -> Tensor:
-    """`short_convolution` of tokens that come after others of their rows.
-
-    Args:
-        before: [B, W - 1, C], the tokens just before x, zeros where there are none.
-        x: [B, T, C].
-        weight: [C, W].
-        position: [B, T] of x in its documents; None where `before` and x hold one document.
-
-    Returns:
-        y [B, T, C].
-    """
-    seen = before.shape[1]
-    if position is not None:
-        position = F.pad(position, (seen, 0))
-    x = torch.cat([before, x], dim=1)
-    return _ShortConvolution.apply(*as_inner_nodes(x, weight), position, seen)
+    return _ShortConvolution.apply(*as_inner_nodes(x, weight), position)
 
 
 class _ShortConvolution(torch.autograd.Function):
-    """Saves the input only: the backward pass computes the sums again for the slope of SiLU.
-
-    The first `skip` tokens of a row are read, and have no output.
-    """
+    """Saves the input only: the backward pass computes the sums again for the slope of SiLU."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, position: Tensor | None, skip: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, position: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, position)
-        ctx.skip = skip
-        taps = _taps(weight, x)
-        past = len(taps) - 1
-        B, T, C = x.shape
-        y = torch.empty(B, T - skip, C, dtype=x.dtype, device=x.device)
-        for start, stop in _blocks(skip, T):
-            x_block = _window(x, start - past, stop)
-            sums = _sum_over_lags(x_block, taps, position, start)
-            y[:, start - skip : stop - skip] = F.silu(sums, inplace=True)
+        y = empty_like_rows(x)
+        convolve(y, x, None, weight, position)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, position = ctx.saved_tensors
-        taps = _taps(weight, x)
-        past = len(taps) - 1
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if is_needed(ctx, 0) else None
-        d_taps = torch.zeros_like(taps) if is_needed(ctx, 1) else None
-        for start, stop in _blocks(0, x.shape[1]):
-            # What reads the block's tokens are these and the `past` tokens after them.
-            x_block = _window(x, start - past, stop + past)
-            sums = _sum_over_lags(x_block, taps, position, start)
-            dy_block = _window(dy, start - ctx.skip, stop + past - ctx.skip)
-            d_sums = torch.ops.aten.silu_backward(dy_block, sums)
-            if dx is not None:
-                dx[:, start:stop] = _gradient_of_x(d_sums, taps, position, start)
-            if d_taps is not None:
-                d_sums = d_sums[:, : stop - start]
-                _add_gradient_of_taps(d_taps, d_sums, x_block, position, start)
-        return dx, None if d_taps is None else d_taps.flip(0).T.to(weight.dtype), None, None
+        dx = empty_like_rows(x) if is_needed(ctx, 0) else None
+        d_taps = empty_taps(weight, x) if is_needed(ctx, 1) else None
+        convolve_backward(dx, None, d_taps, dy, x, None, weight, position)
+        return dx, None if d_taps is None else weight_of_taps(d_taps, weight), None
+
+
+def convolve(
+    y: Tensor, x: Tensor, before: Tensor | None, weight: Tensor, position: Tensor | None
+) -> None:
+    """Write `short_convolution` of tokens that come after others to `y`.
+
+    Args:
+        y, x: [B, T, C].
+        before: [B, W - 1, C], the tokens just before x; None is zeros.
+        weight: [C, W].
+        position: [B, T], of x's tokens in their documents; None where all are of one document.
+    """
+    taps = _taps(weight, x)
+    for start, stop in _blocks(x.shape[1]):
+        x_block = _window(x, start - len(taps) + 1, stop, before)
+        sums = _sum_over_lags(x_block, taps, position, start)
+        y[:, start:stop] = F.silu(sums, inplace=True)
+
+
+def convolve_backward(
+    dx: Tensor | None,
+    d_before: Tensor | None,
+    d_taps: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    before: Tensor | None,
+    weight: Tensor,
+    position: Tensor | None,
+) -> None:
+    """Write the gradients of x and `before`, and add to those of the taps [W, C], as wanted."""
+    taps = _taps(weight, x)
+    past = len(taps) - 1
+    for start, stop in _blocks(x.shape[1]):
+        # What reads the block's tokens are these and the `past` tokens after them.
+        x_block = _window(x, start - past, stop + past, before)
+        sums = _sum_over_lags(x_block, taps, position, start)
+        d_sums = torch.ops.aten.silu_backward(_window(dy, start, stop + past), sums)
+        if dx is not None:
+            dx[:, start:stop] = _gradient_of_x(d_sums, taps, position, start)
+        if d_before is not None and start == 0:
+            first = F.pad(d_sums[:, :past], (0, 0, past, max(past - d_sums.shape[1], 0)))
+            d_before.copy_(_gradient_of_x(first, taps, position, -past))
+        if d_taps is not None:
+            _add_gradient_of_taps(d_taps, d_sums[:, : stop - start], x_block, position, start)
+
+
+def empty_like_rows(x: Tensor) -> Tensor:
+    """[B, T, C], contiguous."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def empty_taps(weight: Tensor, x: Tensor) -> Tensor:
+    """Zeros to add the gradient of the taps to: [W, C], in the dtype of the sums."""
+    return torch.zeros_like(_taps(weight, x))
+
+
+def weight_of_taps(d_taps: Tensor, weight: Tensor) -> Tensor:
+    """[W, C], indexed by the lag -> the gradient of weight [C, W]."""
+    return d_taps.flip(0).T.to(weight.dtype)
 
 
 def _sum_over_lags(x_block: Tensor, taps: Tensor, position: Tensor | None, start: int) -> Tensor:
@@ -134,8 +151,8 @@ def _add_gradient_of_taps(
         d_taps[lag] += (d_sums * _visible(x_lagged, position, start, lag)).sum((0, 1))
 
 
-def _blocks(first: int, length: int) -> Iterator[tuple[int, int]]:
-    for start in range(first, length, BLOCK_TOKENS):
+def _blocks(length: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, length, BLOCK_TOKENS):
         yield start, min(start + BLOCK_TOKENS, length)
 
 
@@ -144,19 +161,22 @@ def _taps(weight: Tensor, x: Tensor) -> Tensor:
     return weight.T.flip(0).to(_sum_dtype(x))
 
 
-def _window(x: Tensor, start: int, stop: int) -> Tensor:
-    """The tokens start..stop of every row, zeros outside the row, in the dtype of the sums."""
-    before, after = max(-start, 0), max(stop - x.shape[1], 0)
-    inside = x[:, start + before : stop - after]
-    return F.pad(inside, (0, 0, before, after)).to(_sum_dtype(x))
+def _window(x: Tensor, start: int, stop: int, before: Tensor | None = None) -> Tensor:
+    """The tokens start..stop of every row in the dtype of the sums, zeros where there are none."""
+    n_before, n_after = max(-start, 0), max(stop - x.shape[1], 0)
+    inside = x[:, start + n_before : stop - n_after]
+    if n_before and before is not None:
+        inside, n_before = torch.cat([before[:, -n_before:], inside], dim=1), 0
+    return F.pad(inside, (0, 0, n_before, n_after)).to(_sum_dtype(x))
 
 
 def _visible(x: Tensor, position: Tensor | None, start: int, lag: int) -> Tensor:
     """x with zeros where the token start + i and the one `lag` before differ in document."""
     if position is None:
         return x
-    window = position[:, start : start + x.shape[1]]
-    window = F.pad(window, (0, x.shape[1] - window.shape[1]))
+    n_before = max(-start, 0)
+    window = position[:, start + n_before : max(start + x.shape[1], 0)]
+    window = F.pad(window, (n_before, x.shape[1] - n_before - window.shape[1]))
     return x * (window >= lag).unsqueeze(-1)
 
 
