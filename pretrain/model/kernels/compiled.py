@@ -12,11 +12,12 @@ Result = TypeVar("Result")
 
 
 def compiled(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """`function`, compiled at its first call for any size; where that fails, as it is.
+    """`function`, compiled when it is called: for the sizes it meets, then for any; where that
+    fails, as it is.
 
     It fails where Triton or its C compiler is missing.
     """
-    fast: Callable[Arguments, Result] = torch.compile(function, dynamic=True)
+    fast: Callable[Arguments, Result] = torch.compile(function)
     broken = False
 
     @wraps(function)

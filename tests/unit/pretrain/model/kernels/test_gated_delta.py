@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -143,6 +144,21 @@ def test_lower_precision_stays_close(dtype, tolerance, decay):
     assert actual[0].dtype == dtype
     assert actual[1].dtype == torch.float32
     assert_close(actual, results(gated_delta_recurrent, exact, documents), tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [None, [[100, 600], [700]]], ids=str)
+def test_the_compiled_form_of_gpus_equals_the_recurrence(rows, monkeypatch):
+    compiled_form = gated_delta_forms.form_on(torch.device("cuda"))
+    monkeypatch.setattr(gated_delta_scan, "form_on", lambda _: compiled_form)
+    inputs = random_inputs(700, torch.float32)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    documents = None if rows is None else Documents.from_lengths(rows)
+    with warnings.catch_warnings():
+        # It warns where it runs uncompiled.
+        warnings.simplefilter("error", UserWarning)
+        actual = results(gated_delta_rule, inputs, documents)
+    assert_close(actual, results(gated_delta_recurrent, exact, documents), 2e-5)
 
 
 def test_other_chunk_sizes_and_scales_agree():
