@@ -40,6 +40,8 @@ def run_cases(run_case: Callable[[str, Config, torch.device], dict[str, Any]]) -
         result = run_case(name, config, device)
         if dist.get_rank() == 0:
             torch.save(result, results / f"{name}.pt")
+    # gloo may abort a rank that leaves while another still works.
+    dist.barrier()
     dist.destroy_process_group()
 
 
