@@ -120,4 +120,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads of gloo may still free tensors, and abort a process whose interpreter ends meanwhile.
+    os._exit(code)
