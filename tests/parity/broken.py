@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from parallel.comm import Pending
+from parallel.context import convolution, linear, ring
 from parallel.replicas import Replicas, TiedCopy
 from parallel.stage import Stage
 from pretrain.trainer import Trainer
@@ -94,6 +96,54 @@ def stale_gradients(trainer: Trainer) -> None:
     Stage.forward = forward_to_stale
 
 
+def forgotten_halo(trainer: Trainer) -> None:
+    """cp: a block's convolution begins with zeros."""
+    rows = convolution._rows
+    convolution._rows = lambda halo, block: torch.zeros_like(rows(halo, block))
+
+
+def state_not_reset(trainer: Trainer) -> None:
+    """cp: a document that starts in a block reads the state of the one before."""
+    make = linear.StatePlan.__init__
+
+    def make_without_resets(plan: linear.StatePlan, *options: Any) -> None:
+        make(plan, *options)
+        plan.groups = [group._replace(resets=None) for group in plan.groups]
+
+    linear.StatePlan.__init__ = make_without_resets
+
+
+def state_of_the_wrong_block(trainer: Trainer) -> None:
+    """cp: states are chained in the order of the ranks, not of the row."""
+    make = linear.StatePlan.__init__
+
+    def make_in_the_wrong_order(plan: linear.StatePlan, *options: Any) -> None:
+        make(plan, *options)
+        plan.groups = [group._replace(chain=sorted(group.chain)) for group in plan.groups]
+
+    linear.StatePlan.__init__ = make_in_the_wrong_order
+
+
+def lse_not_merged(trainer: Trainer) -> None:
+    """cp: what is read of further keys is weighted by the first ones alone."""
+    attend = ring.attend
+
+    def attend_without_merging(
+        q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *more: Any
+    ) -> None:
+        before = lse.clone()
+        attend(q, k, v, out, lse, *more)
+        if more[0].mask != "causal":
+            lse.copy_(before)
+
+    ring.attend = attend_without_merging
+
+
+def keys_that_do_not_travel(trainer: Trainer) -> None:
+    """cp: a rank sees its own keys again in every step of the ring."""
+    _change_results("send", lambda pending: pending.source)
+
+
 def own_gradients_of_tied_copies(trainer: Trainer) -> None:
     """pp: the two ends of the pipeline each update the embedding with their own gradient."""
     TiedCopy.sum_gradients = lambda tied: None
@@ -122,6 +172,11 @@ BREAKS: dict[str, Callable[[Trainer], None]] = {
         shards_in_the_wrong_order,
         own_gradients_of_replicas,
         rows_of_other_tokens,
+        forgotten_halo,
+        state_not_reset,
+        state_of_the_wrong_block,
+        lse_not_merged,
+        keys_that_do_not_travel,
         stale_activations,
         stale_gradients,
         own_gradients_of_tied_copies,

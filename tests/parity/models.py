@@ -95,10 +95,11 @@ def schedule(name: str) -> str:
 def layouts(ranks: int) -> Iterator[tuple[str, tuple[str, ...]]]:
     """All layouts of `ranks` ranks, a power of 2, with the schedules that suit 4 layers."""
     powers = [2**n for n in range(ranks.bit_length())]
-    for pp, replicate, shard, tp, ep in product(powers, repeat=5):
-        if pp * replicate * shard * tp != ranks or (shard * tp) % ep:
+    for pp, replicate, shard, cp, tp, ep in product(powers, repeat=6):
+        if pp * replicate * shard * cp * tp != ranks or (shard * cp * tp) % ep:
             continue
-        sizes = {"pp": pp, "dp_replicate": replicate, "dp_shard": shard, "ep": ep, "tp": tp}
+        axes = ("pp", "dp_replicate", "dp_shard", "cp", "ep", "tp")
+        sizes = dict(zip(axes, (pp, replicate, shard, cp, ep, tp), strict=True))
         layout = " ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
         suitable = {1: (), 2: SCHEDULES, 4: SCHEDULES[:2]}[pp]
         yield from ((layout, (schedule(name),)) for name in suitable)

@@ -3,6 +3,7 @@
 import json
 import random
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from tests.parity.conftest import STEPS, TOLERANCE
 from tests.parity.matrix import Ranks, difference
 from tests.parity.models import SCHEDULES, SIZES
 
-AXES = ("pp", "dp_replicate", "dp_shard", "ep", "tp")
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "ulysses", "ep", "tp")
+# They arrange ranks that other axes have.
+FOLDED = ("ulysses", "ep")
 # The same examples in every run: without `derandomize`, pytest meets new ones.
 SETTINGS = settings(
     derandomize=True,
@@ -40,9 +43,14 @@ def has_router_gradient(mixture: dict[str, Any]) -> bool:
 
 HEADS = st.builds(multiple_of, st.sampled_from([2, 1, 4, 3]), st.sampled_from([2, 1, 4]))
 DIMS = st.sampled_from([8, 16])
-KINDS = st.lists(st.sampled_from(["linear", "softmax"]), min_size=1, max_size=3)
+KINDS = st.lists(st.sampled_from(["linear", "softmax", "sliding"]), min_size=1, max_size=3)
 ATTENTION = st.fixed_dictionaries(
-    {"head_dim": DIMS, "output_gate": st.booleans(), "rope_fraction": st.sampled_from([0.5, 1.0])}
+    {
+        "head_dim": DIMS,
+        "output_gate": st.booleans(),
+        "rope_fraction": st.sampled_from([0.5, 1.0]),
+        "window": st.sampled_from([3, 20, 100]),
+    }
 )
 LINEAR = st.fixed_dictionaries(
     {"key_dim": DIMS, "value_dim": DIMS, "conv_width": st.sampled_from([2, 4])}
@@ -99,7 +107,10 @@ def accepted_layouts(model: list[str], ranks: int) -> list[list[str]]:
     """The overrides of all layouts that the configuration does not refuse."""
     powers = [n for n in (1, 2, 4) if n <= ranks]
     accepted = []
-    for sizes in product(powers, repeat=5):
+    for sizes in product(powers, repeat=len(AXES)):
+        own_ranks = [n for axis, n in zip(AXES, sizes, strict=True) if axis not in FOLDED]
+        if prod(own_ranks) != ranks:
+            continue
         layout = [f"parallel.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True)]
         for name in SCHEDULES if sizes[0] > 1 else SCHEDULES[:1]:
             overrides = [*layout, f"parallel.pipeline.schedule={name}", "train.microbatch=1"]

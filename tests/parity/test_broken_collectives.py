@@ -7,6 +7,7 @@ from tests.parity.models import Setting, schedule
 
 PIPELINE = Setting("tied-moe", "packed", "pp=2", (schedule("1f1b"),))
 TENSOR = Setting("linear-moe", "packed", "tp=2")
+CONTEXT = Setting("hybrid-moe", "packed", "cp=2")
 BROKEN = {
     "own_gradients_in_fsdp": Setting("hybrid-moe", "packed", "dp_shard=2"),
     "own_gradients_in_hsdp": Setting("tied", "whole", "dp_replicate=2"),
@@ -14,6 +15,11 @@ BROKEN = {
     "shards_in_the_wrong_order": TENSOR,
     "own_gradients_of_replicas": TENSOR,
     "rows_of_other_tokens": Setting("linear-moe", "packed", "dp_shard=2 ep=2"),
+    "forgotten_halo": CONTEXT,
+    "state_not_reset": CONTEXT,
+    "state_of_the_wrong_block": Setting("linear", "whole", "cp=4"),
+    "lse_not_merged": CONTEXT,
+    "keys_that_do_not_travel": CONTEXT,
     "stale_activations": PIPELINE,
     "stale_gradients": PIPELINE,
     "own_gradients_of_tied_copies": PIPELINE,

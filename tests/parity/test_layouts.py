@@ -84,8 +84,23 @@ EVERYTHING = [
 ]
 
 
+EIGHT_RANKS = [
+    Setting("hybrid-moe", "packed", "dp_shard=2 cp=2 tp=2"),
+    Setting("hybrid-moe", "packed", "pp=2 cp=2 dp_shard=2 ep=2", (schedule("1f1b"),)),
+    Setting("sliding", "packed", "cp=8", ("parallel.ulysses=4",)),
+    Setting("linear-moe", "packed", "cp=4 tp=2 ep=2"),
+]
+
+
 @pytest.mark.parametrize("setting", ONE_AXIS + TWO_AXES + THREE_AXES + CONTEXT + OPTIONS, ids=str)
 def test_a_layout_equals_one_rank(setting: Setting, compare: Compare) -> None:
+    worst = compare(setting)
+    assert worst.error <= TOLERANCE, worst
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", EIGHT_RANKS, ids=str)
+def test_a_layout_of_eight_ranks_equals_one_rank(setting: Setting, compare: Compare) -> None:
     worst = compare(setting)
     assert worst.error <= TOLERANCE, worst
 

@@ -12,8 +12,25 @@ PIPELINE = "parallel.pipeline"
 REFUSALS = [
     (6, ["parallel.tp=4"], "pp x dp_replicate x cp x tp = 4 does not divide the number of ranks"),
     (4, ["parallel.dp_shard=2"], "x tp = 2, but there are 4 ranks"),
-    (2, ["parallel.cp=2"], "parallel.cp = 2, and farspan does not split a sequence"),
-    (4, ["parallel.tp=4", "data.seq_len=254"], "tp = 4 does not divide data.seq_len = 254"),
+    (2, ["parallel.cp=2", "data.seq_len=255"], "cp x tp = 2 x 1 does not divide data.seq_len"),
+    (4, ["parallel.tp=4", "data.seq_len=254"], "x tp = 1 x 4 does not divide data.seq_len = 254"),
+    (2, ["parallel.ulysses=2"], "ulysses = 2 does not divide parallel.cp = 1"),
+    (
+        16,
+        ["parallel.cp=8", "parallel.tp=2", "parallel.ulysses=4"],
+        "ulysses = 4 does not divide the 2 heads of a rank of tp",
+    ),
+    (
+        6,
+        [
+            "parallel.cp=6",
+            "parallel.ulysses=3",
+            "data.seq_len=264",
+            "model.attention.n_heads=6",
+            "model.attention.n_kv_heads=2",
+        ],
+        "ulysses = 3 is neither a divisor nor a multiple of the 2 key heads",
+    ),
     (2, ["parallel.tp=2", "model.vocab_size=2049"], "tp = 2 does not divide model.vocab_size"),
     (8, ["parallel.tp=8"], "tp = 8 does not divide model.attention.n_heads = 4"),
     (
