@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 # torch 2.13 deprecates the old names, 2.11 has only those.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -26,7 +27,7 @@ class CollectiveResults:
 
     def __init__(self) -> None:
         self.replays = False
-        self._kept: list[Tensor] = []
+        self._kept: list[Any] = []
         self._next = 0
 
     @contextmanager
@@ -40,13 +41,12 @@ class CollectiveResults:
         with self._in_use():
             yield
 
-    def keep(self, result: Tensor) -> None:
-        # Autograd writes into the tensors that an operation returns: keep aliases.
-        self._kept.append(result.detach())
+    def keep(self, result: Any) -> None:
+        self._kept.append(aliases(result))
 
-    def next(self) -> Tensor:
+    def next(self) -> Any:
         self._next += 1
-        return self._kept[self._next - 1].detach()
+        return aliases(self._kept[self._next - 1])
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
@@ -58,6 +58,37 @@ class CollectiveResults:
 
 
 _results: ContextVar[CollectiveResults | None] = ContextVar("_results", default=None)
+
+
+def aliases(result: Any) -> Any:
+    """Autograd writes into the tensors that an operation returns: keep, and hand out, aliases."""
+    return tree_map_only(Tensor, lambda x: x.detach(), result)
+
+
+def is_recording() -> bool:
+    """Whether what is computed now is wanted again in a second forward pass."""
+    results = _results.get()
+    return results is not None and not results.replays
+
+
+def keep_as_one(compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """`compute()`; where a second forward pass takes results from the first, that takes these.
+
+    What `compute` makes and receives on the way is not kept, and neither is sent again.
+    """
+    results = _results.get()
+    if results is None:
+        return compute()
+    if results.replays:
+        kept: tuple[Tensor, ...] = results.next()
+        return kept
+    token = _results.set(None)
+    try:
+        made = compute()
+    finally:
+        _results.reset(token)
+    results.keep(made)
+    return made
 
 
 class CollectiveError(RuntimeError):

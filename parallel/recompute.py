@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from parallel.comm import CollectiveResults
+from parallel.comm import CollectiveResults, aliases, is_recording
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -75,8 +74,8 @@ class _Keep(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if _is_expensive(func, args):
-            self.results.append(_detach(result))
+        if _is_expensive(func, args) and is_recording():
+            self.results.append(aliases(result))
         return result
 
 
@@ -89,13 +88,8 @@ class _Replay(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _is_expensive(func, args):
-            return _detach(next(self.results))
+            return aliases(next(self.results))
         return func(*args, **(kwargs or {}))
-
-
-def _detach(result: Any) -> Any:
-    """Autograd writes into the tensors an operation returns: keep, and hand out, aliases."""
-    return tree_map_only(Tensor, lambda x: x.detach(), result)
 
 
 aten = torch.ops.aten
@@ -114,10 +108,13 @@ ATTENTION = {
     aten._scaled_dot_product_cudnn_attention.default,
 }
 
+# Ours, and those of flash-attn 2 and 3.
+KERNEL_NAMESPACES = {"farspan", "flash_attn", "flash_attn_3"}
+
 
 def _is_expensive(func: Any, args: tuple[Any, ...]) -> bool:
     if func in MATRIX_PRODUCTS:
         # In a kernel's own autograd function, where gradients are off, products are details.
         summed = args[MATRIX_PRODUCTS[func]].shape[-1]
         return torch.is_grad_enabled() and summed >= SHORTEST_KEPT_SUM
-    return func in ATTENTION or func.namespace == "farspan"
+    return func in ATTENTION or func.namespace in KERNEL_NAMESPACES

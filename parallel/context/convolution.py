@@ -108,13 +108,13 @@ class HaloPlan:
                 at = (rows, slice(place, place + len(block)))
                 place += len(block)
                 position = documents.position[at] if len(layout.lengths) > 1 else None
-                places = _places(self.route.arrivals, rows, block.start, past)
-                into = (places >= 0).flatten().nonzero().flatten()
-                arrived = places.flatten()[into]
-                n_before = (len(places), past)
-                self.blocks.append(
-                    HaloBlock(at, position, n_before, into.to(device), arrived.to(device))
+                places = _arrived(self.route.arrivals, rows, block.start, past)
+                into, arrived = (
+                    torch.tensor(list(x), dtype=torch.int64).to(device)
+                    for x in (places, places.values())
                 )
+                n_before = (rows.stop - rows.start, past)
+                self.blocks.append(HaloBlock(at, position, n_before, into, arrived))
 
 
 def tokens_before(layout: RowLayout, rank: int, past: int) -> Iterator[range]:
@@ -131,13 +131,12 @@ def _rows(halo: Tensor, block: HaloBlock) -> Tensor:
     return before
 
 
-def _places(arrivals: list[Arrival], rows: slice, start: int, past: int) -> Tensor:
-    """[rows, past], where the tokens before `start` have arrived; -1 where there are none."""
-    row_numbers = range(rows.start or 0, rows.stop)
-    places = torch.full((len(row_numbers), past), -1)
+def _arrived(arrivals: list[Arrival], rows: slice, start: int, past: int) -> dict[int, int]:
+    """Where in [rows * past] the tokens before `start` belong, and where they have arrived."""
+    places = {}
     for row, tokens, place in arrivals:
-        if row in row_numbers:
+        if rows.start <= row < rows.stop:
             for token in range(max(tokens.start, start - past), min(tokens.stop, start)):
-                at = row - row_numbers.start, token - start + past
-                places[at] = place + token - tokens.start
+                into = (row - rows.start) * past + token - start + past
+                places[into] = place + token - tokens.start
     return places

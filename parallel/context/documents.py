@@ -54,7 +54,7 @@ class SplitDocuments(Documents):
     def groups(self) -> list[Rows]:
         """The rows, those with one layout together."""
         if len(set(self.layouts)) == 1:
-            return [Rows(slice(len(self.layouts)), self.layouts[0])]
+            return [Rows(slice(0, len(self.layouts)), self.layouts[0])]
         return [Rows(slice(row, row + 1), layout) for row, layout in enumerate(self.layouts)]
 
     def plan(self, make: Callable[..., Any], *options: Any) -> Any:

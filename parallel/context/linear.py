@@ -9,13 +9,14 @@ document starts in a block, M is zero.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from parallel.comm import Communicator
+from parallel.comm import Communicator, keep_as_one
 from parallel.context.documents import SplitDocuments
 from parallel.layout import RowLayout
 from pretrain.model.kernels.gated_delta import check_shapes
@@ -133,34 +134,11 @@ class _ContextScan(torch.autograd.Function):
         plan: StatePlan,
         comm: Communicator,
     ) -> tuple[Tensor, Tensor]:
-        scale, (D, E) = q.shape[-1] ** -0.5, initial_state.shape[-2:]
-        initial = initial_state.to(compute_dtype(v))
-        told = _Told(plan, initial, E + D)
-        scanned = []
-        for number, (rows, sizes, n_open, resets, _) in enumerate(plan.groups):
-            inputs = (x[rows] for x in (q, k, v, g, beta, initial))
-            of_rows = Scan(*scan(*inputs, resets, sizes, n_open, scale, CHUNK_TOKENS))
-            told.tensor[number, : len(sizes), ..., :E] = of_rows.states
-            told.tensor[number, : len(sizes), ..., E:] = of_rows.transfers
-            scanned.append(of_rows)
-        B, M = told.gather(comm).split([E, D], dim=-1)
-
-        outs, borders, finals = [], [], []
-        for number, (blocks, of_rows) in enumerate(zip(plan.groups, scanned, strict=True)):
-            S, incoming = initial[blocks.rows], []
-            for rank, block in blocks.chain:
-                if rank == comm.rank:
-                    incoming.append(S)
-                S = B[rank, number, block] + M[rank, number, block] @ S
-            out, of_borders = close(of_rows, incoming, blocks.sizes, blocks.open_tokens)
-            outs.append(out)
-            borders.append(of_borders)
-            finals.append(S)
-        reads = [of_rows.read for of_rows in scanned]
-        saved = (q, k, v, g, beta, initial_state, M.contiguous())
-        ctx.save_for_backward(*saved, *borders, *reads)
+        inputs = (q, k, v, g, beta)
+        out, final, M, *saved = keep_as_one(partial(_scan, inputs, initial_state, plan, comm))
+        ctx.save_for_backward(*inputs, initial_state, M, *saved)
         ctx.plan, ctx.comm = plan, comm
-        return _joined(outs).to(v.dtype), _joined(finals)
+        return out, final
 
     @staticmethod
     @once_differentiable
@@ -191,6 +169,40 @@ class _ContextScan(torch.autograd.Function):
             d_initials.append(dS)
         d_initial = _joined(d_initials).to(initial_state.dtype)
         return *map(_joined, zip(*gradients, strict=True)), d_initial, None, None
+
+
+def _scan(
+    inputs: tuple[Tensor, ...], initial_state: Tensor, plan: StatePlan, comm: Communicator
+) -> tuple[Tensor, ...]:
+    """The output, the final state, M of all blocks, and for each group of rows the states at its
+    segments' borders, then what its tokens read of incoming states.
+    """
+    v = inputs[2]
+    (D, E), scale = initial_state.shape[-2:], inputs[0].shape[-1] ** -0.5
+    initial = initial_state.to(compute_dtype(v))
+    told = _Told(plan, initial, E + D)
+    scanned = []
+    for number, (rows, sizes, n_open, resets, _) in enumerate(plan.groups):
+        of_inputs = (x[rows] for x in (*inputs, initial))
+        of_rows = Scan(*scan(*of_inputs, resets, sizes, n_open, scale, CHUNK_TOKENS))
+        told.tensor[number, : len(sizes), ..., :E] = of_rows.states
+        told.tensor[number, : len(sizes), ..., E:] = of_rows.transfers
+        scanned.append(of_rows)
+    B, M = told.gather(comm).split([E, D], dim=-1)
+
+    finals = []
+    for number, (blocks, of_rows) in enumerate(zip(plan.groups, scanned, strict=True)):
+        S, incoming = initial[blocks.rows], []
+        for rank, block in blocks.chain:
+            if rank == comm.rank:
+                incoming.append(S)
+            S = B[rank, number, block] + M[rank, number, block] @ S
+        close(of_rows, incoming, blocks.sizes, blocks.open_tokens)
+        finals.append(S)
+    out = _joined([of_rows.out for of_rows in scanned]).to(v.dtype)
+    borders = [of_rows.borders for of_rows in scanned]
+    reads = [of_rows.read for of_rows in scanned]
+    return out, _joined(finals), M.contiguous(), *borders, *reads
 
 
 def _gradients_of_incoming(blocks: Blocks, read: Tensor, d_out: Tensor) -> Iterator[Tensor]:

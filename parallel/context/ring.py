@@ -4,13 +4,14 @@ Liu et al. 2023, arXiv:2310.01889. The blocks that a rank's queries see of each 
 come from the layout, so that packed documents and layouts other than zigzag are the same code.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from parallel.comm import Communicator, Pending
+from parallel.comm import Communicator, Pending, keep_as_one
 from parallel.context.blocks import last_ring_step, ring_blocks
 from parallel.context.documents import SplitDocuments
 from pretrain.model.kernels.attention import Block, attend, attend_backward, lse_like
@@ -57,18 +58,7 @@ class _RingAttention(torch.autograd.Function):
         comm: Communicator,
         scale: float,
     ) -> Tensor:
-        lse = lse_like(q)
-        merged = torch.empty(q.shape, dtype=lse.dtype, device=q.device)
-        passing: Pending | None = None
-        kv = torch.stack([k, v])
-        for step, blocks in enumerate(plan.steps):
-            if passing is not None:
-                kv = passing.wait()
-            if step + 1 < len(plan.steps):
-                passing = comm.start_shift(kv)
-            for block in blocks:
-                attend(q, kv[0], kv[1], merged, lse, block, scale)
-        out = merged.to(q.dtype)
+        out, lse = keep_as_one(partial(_attend_around, q, k, v, plan, comm, scale))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan, ctx.comm, ctx.scale = plan, comm, scale
         return out
@@ -101,3 +91,21 @@ class _RingAttention(torch.autograd.Function):
             d_kv = following.wait()
         dk, dv = d_kv.to(k.dtype)
         return dq.to(q.dtype), dk, dv, None, None, None
+
+
+def _attend_around(
+    q: Tensor, k: Tensor, v: Tensor, plan: RingPlan, comm: Communicator, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The output and the log-sum-exp."""
+    lse = lse_like(q)
+    merged = torch.empty(q.shape, dtype=lse.dtype, device=q.device)
+    passing: Pending | None = None
+    kv = torch.stack([k, v])
+    for step, blocks in enumerate(plan.steps):
+        if passing is not None:
+            kv = passing.wait()
+        if step + 1 < len(plan.steps):
+            passing = comm.start_shift(kv)
+        for block in blocks:
+            attend(q, kv[0], kv[1], merged, lse, block, scale)
+    return merged.to(q.dtype), lse

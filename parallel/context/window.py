@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from parallel.comm import Communicator
+from parallel.comm import Communicator, keep_as_one
 from parallel.context.documents import SplitDocuments
 from parallel.context.halo import Route, plan_route
 from parallel.layout import RowLayout, overlap
@@ -83,20 +83,7 @@ class _WindowAttention(torch.autograd.Function):
         comm: Communicator,
         scale: float,
     ) -> Tensor:
-        route = plan.route
-        row, token = route.places(k.shape[2])
-        leaving = torch.stack([k[row, :, token], v[row, :, token]], dim=1)
-        arriving = comm.start_exchange(leaving, route.received, route.sent)
-        lse = lse_like(q)
-        merged = torch.empty(q.shape, dtype=lse.dtype, device=q.device)
-        for block in plan.own:
-            attend(q, k, v, merged, lse, block, scale)
-        kv = _as_one_row(arriving.wait())
-        for number, block in plan.fetched:
-            of_row = (x[number : number + 1] for x in (q, merged, lse))
-            q_row, merged_row, lse_row = of_row
-            attend(q_row, kv[0], kv[1], merged_row, lse_row, block, scale)
-        out = merged.to(q.dtype)
+        out, lse, kv = keep_as_one(partial(_attend_in_window, q, k, v, plan, comm, scale))
         ctx.save_for_backward(q, k, v, kv, out, lse)
         ctx.plan, ctx.comm, ctx.scale = plan, comm, scale
         return out
@@ -124,6 +111,25 @@ class _WindowAttention(torch.autograd.Function):
         dk.transpose(1, 2).index_put_((row, token), of_keys, accumulate=True)
         dv.transpose(1, 2).index_put_((row, token), of_values, accumulate=True)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+def _attend_in_window(
+    q: Tensor, k: Tensor, v: Tensor, plan: WindowPlan, comm: Communicator, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, the log-sum-exp, and the keys and values that were fetched."""
+    route = plan.route
+    row, token = route.places(k.shape[2])
+    leaving = torch.stack([k[row, :, token], v[row, :, token]], dim=1)
+    arriving = comm.start_exchange(leaving, route.received, route.sent)
+    lse = lse_like(q)
+    merged = torch.empty(q.shape, dtype=lse.dtype, device=q.device)
+    for block in plan.own:
+        attend(q, k, v, merged, lse, block, scale)
+    kv = _as_one_row(arriving.wait())
+    for number, block in plan.fetched:
+        q_row, merged_row, lse_row = (x[number : number + 1] for x in (q, merged, lse))
+        attend(q_row, kv[0], kv[1], merged_row, lse_row, block, scale)
+    return merged.to(q.dtype), lse, kv
 
 
 def _as_one_row(kv: Tensor) -> Tensor:

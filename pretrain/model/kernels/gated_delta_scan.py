@@ -145,34 +145,26 @@ def _(
 
 def close(
     scanned: Scan, incoming: Sequence[Tensor], sizes: Sequence[int], open_tokens: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """The output and the borders' states, once the states that come into open blocks are there.
+) -> None:
+    """Complete the output and the borders' states in place, once the incoming states are there.
 
     Args:
         incoming: [B, Hv, D, E] of each block; not looked at where it was known.
     """
-    out, borders = torch.empty_like(scanned.out), scanned.borders.clone()
+    out, borders = scanned.out, scanned.borders
     size = segment_tokens(out)
     n_borders = n_transfers = 0
     for state, block, n_open, of_read in zip(
         incoming, _slices(sizes), open_tokens, _slices(open_tokens), strict=True
     ):
         seen = slice(block.start, block.start + max(n_open, 0))
-        unseen = slice(seen.stop, block.stop)
-        out[:, :, unseen] = scanned.out[:, :, unseen]
         for row, head in product(*map(range, state.shape[:2])):
-            torch.addmm(
-                scanned.out[row, head, seen],
-                scanned.read[row, head, of_read],
-                state[row, head],
-                out=out[row, head, seen],
-            )
+            out[row, head, seen].addmm_(scanned.read[row, head, of_read], state[row, head])
         n = _n_segments([n_open], size)
         of_borders = scanned.border_transfers[n_transfers : n_transfers + n]
         borders[n_borders : n_borders + n] += of_borders @ state.flatten(0, 1)
         n_borders += _n_segments([block.stop - block.start], size)
         n_transfers += n
-    return out, borders
 
 
 @torch.library.custom_op("farspan::gated_delta_scan_backward", mutates_args=())
