@@ -83,12 +83,15 @@ def evaluate(
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens seen at most [default: data.seq_len].")
     ] = None,
+    nproc: Annotated[
+        int, typer.Option(min=1, help="Processes that share each window of the text.")
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Mean cross-entropy of a text, in nats per predicted token."""
     from launch.inference import evaluate_text
 
-    evaluate_text(run, text, context, as_json)
+    evaluate_text(run, text, context, nproc, as_json)
 
 
 @app.command()

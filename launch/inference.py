@@ -1,41 +1,90 @@
 """`farspan eval`, `generate` and `export`: what is done with a trained model."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import typer
 from rich.console import Console
 
+from launch.local import free_port, rank_environment
 from launch.progress import show_progress
+from pretrain.config import read_run_config
 from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory
 
+POLL_S = 0.1
 
-def evaluate_text(directory: Path, text: Path, context: int | None, as_json: bool) -> None:
-    """Print the mean cross-entropy of a text file under the model of a run."""
+
+def evaluate_text(
+    directory: Path, text: Path, context: int | None, nproc: int, as_json: bool
+) -> None:
+    """Print the mean cross-entropy of a text file under the model of a run.
+
+    Args:
+        nproc: processes that share each window.
+    """
+    run = RunDirectory(directory)
+    context = context or read_run_config(run).data.seq_len
+    content = _read_text(text)
+    result = (
+        _evaluate_here(run, content, context)
+        if nproc == 1
+        else _evaluate_on_ranks(run, text, context, nproc)
+    )
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print(
+            f"{result['loss']:.4f} nats per token over {result['tokens']} predicted tokens, "
+            f"context {result['context']}"
+        )
+
+
+def _evaluate_here(run: RunDirectory, text: str, context: int) -> dict[str, Any]:
     from data_pipeline.stream import load_tokenizer
     from pretrain.checkpoint.trained import load_trained
     from pretrain.evals.perplexity import perplexity
 
-    run = RunDirectory(directory)
-    config, model = load_trained(run)
-    token_ids = load_tokenizer(run.tokenizer).encode(_read_text(text))
+    _, model = load_trained(run)
+    token_ids = load_tokenizer(run.tokenizer).encode(text)
     # The result alone goes to standard output.
     with show_progress(Console(stderr=True)) as show:
-        result = perplexity(
-            model,
-            token_ids,
-            context or config.data.seq_len,
-            progress=partial(show, "tokens predicted"),
+        progress = partial(show, "tokens predicted")
+        return asdict(perplexity(model, token_ids, context, progress=progress))
+
+
+def _evaluate_on_ranks(run: RunDirectory, text: Path, context: int, nproc: int) -> dict[str, Any]:
+    port = free_port()
+    command = [sys.executable, "-m", "pretrain.evals.shared", str(run.root), str(text)]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(context)],
+            env=os.environ | rank_environment(rank, nproc, port),
+            stdout=subprocess.PIPE,
+            # All ranks say the same.
+            stderr=None if rank == 0 else subprocess.DEVNULL,
         )
-    if as_json:
-        print(json.dumps(asdict(result)))
-    else:
-        print(
-            f"{result.loss:.4f} nats per token over {result.tokens} predicted tokens, "
-            f"context {result.context}"
-        )
+        for rank in range(nproc)
+    ]
+    try:
+        # One that fails would be waited for by the others.
+        while None in (codes := [rank.poll() for rank in ranks]) and not any(codes):
+            time.sleep(POLL_S)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    if failed := [code for code in codes if code]:
+        raise typer.Exit(max(failed[0], 1))
+    printed, _ = ranks[0].communicate()
+    result: dict[str, Any] = json.loads(printed)
+    return result
 
 
 def _read_text(path: Path) -> str:

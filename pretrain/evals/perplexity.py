@@ -5,10 +5,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from parallel.comm import Communicator
+from parallel.context.documents import SplitDocuments
+from parallel.layout import split_row
 from pretrain.errors import UserError
-from pretrain.model.kernels.cross_entropy import chunked_cross_entropy
+from pretrain.model.kernels.cross_entropy import IGNORED, chunked_cross_entropy
 from pretrain.model.transformer import Transformer
 
 LOGITS_BYTES = 64 << 20
@@ -36,6 +40,7 @@ def perplexity(
     context: int,
     *,
     batch: int = 1,
+    cp: Communicator | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Perplexity:
     """The mean cross-entropy of `token_ids` [n], each token but the first predicted once.
@@ -46,6 +51,8 @@ def perplexity(
 
     Args:
         batch: windows per forward pass; the result does not depend on it.
+        cp: the ranks that share each window, where `split_sequence` has prepared the model for
+            them. All of them call this and get the result.
         progress: called with the tokens predicted so far, and all that will be.
 
     Raises:
@@ -59,7 +66,7 @@ def perplexity(
     total = len(ids) - 1
     predicted, sums = 0, []
     for windows in _windows(ids, context, batch):
-        sums.append(_summed_cross_entropy(model, windows.to(device)))
+        sums.append(_summed_cross_entropy(model, windows, device, cp))
         predicted += windows[:, 1:].numel()
         progress(predicted, total)
     return Perplexity(math.fsum(sums) / total, total, context)
@@ -84,11 +91,23 @@ def _windows(ids: Tensor, context: int, batch: int) -> Iterator[Tensor]:
         yield ids[whole * context :].unsqueeze(0)
 
 
-def _summed_cross_entropy(model: Transformer, windows: Tensor) -> float:
-    labels = windows[:, 1:]
+def _summed_cross_entropy(
+    model: Transformer, windows: Tensor, device: torch.device, cp: Communicator | None
+) -> float:
+    tokens, labels, documents = windows[:, :-1], windows[:, 1:], None
+    if cp is not None:
+        # What follows a token does not change its prediction, so that a window may be filled up.
+        padding = (0, -tokens.shape[1] % cp.size)
+        tokens, labels = F.pad(tokens, padding), F.pad(labels, padding, value=IGNORED)
+        layout = split_row([tokens.shape[1]], cp.size)
+        mine = torch.from_numpy(layout.tokens_of(cp.rank))
+        tokens, labels = tokens[:, mine], labels[:, mine]
+        documents = SplitDocuments.of_rank([layout] * len(tokens), cp.rank).to(device)
+    labels = labels.to(device)
 
     def summed(hidden: Tensor, weight: Tensor) -> Tensor:
         chunk = max(1, LOGITS_BYTES // (4 * weight.shape[0]))
         return chunked_cross_entropy(hidden, weight, labels, chunk)
 
-    return float(model(windows[:, :-1], output=summed).value)
+    total = model(tokens.to(device), documents, output=summed).value.double()
+    return float(total if cp is None else cp.all_reduce(total))

@@ -80,6 +80,16 @@ def test_a_run_directory_holds_the_whole_run(run: Path) -> None:
     assert (run / "attempts" / "0001" / "rank-0.log").read_text()
 
 
+def test_processes_that_share_a_text_find_the_same_loss(run: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    # Windows of 51 tokens: two processes cannot halve them without filling them up.
+    command = ("eval", str(run), "--text", str(text), "--context", "51", "--json")
+    alone, shared = json.loads(succeed(*command)), json.loads(succeed(*command, "--nproc", "2"))
+    assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+    assert shared | {"loss": 0} == alone | {"loss": 0}
+
+
 def test_the_exported_model_has_the_same_loss_in_transformers(run: Path, tmp_path: Path) -> None:
     import transformers
 

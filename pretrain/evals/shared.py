@@ -1,0 +1,54 @@
+"""Perplexity by ranks that share each window. Every rank runs `python -m pretrain.evals.shared`.
+
+Arguments: the run directory, the text, the context.
+"""
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from data_pipeline.stream import load_tokenizer
+from parallel.context.split import split_sequence
+from parallel.mesh import Mesh, join_ranks
+from pretrain.checkpoint.trained import load_trained
+from pretrain.errors import UserError
+from pretrain.evals.perplexity import Perplexity, perplexity
+from pretrain.run_dir import RunDirectory
+
+TIMEOUT = timedelta(minutes=30)
+
+
+def evaluate(run: RunDirectory, text: Path, context: int) -> Perplexity:
+    """The perplexity of a text, in windows that all ranks share. Collective."""
+    device = join_ranks(TIMEOUT)
+    _, model = load_trained(run)
+    model.to(device)
+    mesh = Mesh.build(device, cp=dist.get_world_size())
+    traffic = split_sequence(model.layers.values(), mesh)
+    token_ids = load_tokenizer(run.tokenizer).encode(text.read_text(encoding="utf-8"))
+    return perplexity(model, token_ids, context, cp=traffic["cp"])
+
+
+def main() -> int:
+    directory, text, context = sys.argv[1:]
+    try:
+        result = evaluate(RunDirectory(Path(directory)), Path(text), int(context))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    if dist.get_rank() == 0:
+        print(json.dumps(asdict(result)))
+    dist.barrier()
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    # Threads of gloo may still free tensors, and abort a process whose interpreter ends meanwhile.
+    os._exit(code)
