@@ -39,6 +39,7 @@ MODEL = [
     "model.moe={n_experts: 8, top_k: 2, d_expert: 128, d_shared_expert: 128}",
     f"data.seq_len={TOKENS}",
     "train.global_batch=1",
+    "train.microbatch=1",
     "train.dtype=float32",
     "parallel.recompute=full",
 ]
