@@ -21,12 +21,18 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor, nn
 
+from parallel.comm import Communicator
+from parallel.context.attention import ContextAttention
+from parallel.context.documents import SplitDocuments
+from parallel.layout import RowLayout, zigzag
 from pretrain.config import Config
 from pretrain.data import open_stream
 from pretrain.model.init import initialize
 from pretrain.model.kernels.cross_entropy import IGNORED
+from pretrain.model.kernels.documents import Documents
 from pretrain.model.transformer import Transformer
 from tests.oracle.cases import Microbatch, read_microbatches, run_cases
 from tests.oracle.megatron_cpu import cuda_is_cpu
@@ -42,6 +48,24 @@ class Norm(nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> None:
         super().__init__(hidden_size, eps)
         self.weight.sequence_parallel = config.sequence_parallel
+
+
+class Ring(nn.Module):
+    """Our ring in place of megatron-core's attention, which refuses to share a sequence."""
+
+    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+        super().__init__()
+        self.scale = config.kv_channels**-0.5
+        ring = Communicator(parallel_state.get_context_parallel_group(), "cp")
+        self.attention = ContextAttention(ring)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: SplitDocuments, **_: Any
+    ) -> Tensor:
+        """[t, B, heads, D] each -> [t, B, heads * D]; `documents` came as the mask."""
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+        out = self.attention(q, k, v, documents, scale=self.scale, window=None)
+        return out.permute(2, 0, 1, 3).flatten(2)
 
 
 def transformer_config(config: Config) -> TransformerConfig:
@@ -79,6 +103,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         tensor_model_parallel_size=parallel.tp,
         sequence_parallel=parallel.tp > 1,
         pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
         pipeline_dtype=torch.float32,
         batch_p2p_sync=False,
         # The sum over tokens, divided by their number in the global batch.
@@ -97,6 +122,8 @@ def layer_specs(config: TransformerConfig) -> TransformerBlockSubmodules:
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
         attention = layer.submodules.self_attention.submodules
         attention.q_layernorm = attention.k_layernorm = Norm
+        if config.context_parallel_size > 1:
+            attention.core_attention = Ring
     return spec
 
 
@@ -137,18 +164,29 @@ def part_of_this_rank(config: Config) -> Part:
     )
 
 
-def hidden_from(position: Tensor) -> Tensor:
-    """[B, T] -> [B, 1, T, T], true where a token must not attend: what is later, or elsewhere."""
+def mask_of(position: Tensor) -> Tensor | SplitDocuments:
+    """What the attention of this layout reads of the documents' positions [B, T].
+
+    For megatron-core's own this is [B, 1, T, T], true where a token must not attend: what is later,
+    or elsewhere.
+    """
+    ranks = parallel_state.get_context_parallel_world_size()
+    if ranks > 1:
+        blocks = zigzag(position.shape[1], ranks)
+        rows = [RowLayout(row, blocks) for row in Documents.from_position(position).lengths]
+        return SplitDocuments.of_rank(rows, parallel_state.get_context_parallel_rank())
     document = (position == 0).cumsum(1)
     same = document[:, :, None] == document[:, None, :]
     return ~same.tril()[:, None]
 
 
 def forward_step(batches: Iterator[Microbatch], model: nn.Module) -> tuple[Tensor, Any]:
-    tokens, labels, position = next(batches)
+    batch = next(batches)
     # Rotations are relative, so that positions may go on from document to document.
-    row = torch.arange(tokens.shape[1]).expand_as(tokens)
-    losses = model(tokens, row, hidden_from(position), labels=labels.clamp_min(0))
+    row = torch.arange(batch.tokens.shape[1]).expand_as(batch.tokens)
+    mine = get_batch_on_this_cp_rank({"tokens": batch.tokens, "labels": batch.labels, "row": row})
+    tokens, labels, row = mine.values()
+    losses = model(tokens, row, mask_of(batch.position), labels=labels.clamp_min(0))
     return losses, partial(loss_sum, labels != IGNORED)
 
 
@@ -163,6 +201,7 @@ def run_case(_: str, config: Config, __: torch.device) -> dict[str, Any]:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=1,
     )
@@ -188,8 +227,11 @@ def run_case(_: str, config: Config, __: torch.device) -> dict[str, Any]:
     gradients = {name: weight.main_grad for name, weight in model.module.named_parameters()}
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, (part, from_megatron(gradients, part, config.model.attention)))
+    rows: list[Any] = [None] * dist.get_world_size()
+    row = torch.arange(config.data.seq_len)[None]
+    dist.all_gather_object(rows, get_batch_on_this_cp_rank({"row": row})["row"][0])
     parallel_state.destroy_model_parallel()
-    return {"loss": loss / tokens, "gradients": whole(parts)}
+    return {"loss": loss / tokens, "gradients": whole(parts), "tokens_of_ranks": rows}
 
 
 if __name__ == "__main__":

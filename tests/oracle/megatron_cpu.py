@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class CudaIsCpu(TorchFunctionMode):
-    """Leaves on the CPU what is asked for with device="cuda" or moved by `cuda()`."""
+    """Leaves on the CPU, unpinned, what is asked for with device="cuda" or moved by `cuda()`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.cuda:
@@ -25,6 +25,7 @@ class CudaIsCpu(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if kwargs.get("device") == "cuda":
             kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
         return func(*args, **kwargs)
 
 
