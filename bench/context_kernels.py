@@ -12,7 +12,6 @@ required.
 
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,8 +25,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.context_traffic import pareto_lengths
 from bench.gated_delta import cpu_model
-from launch.local import free_port, rank_environment
+from bench.ranks import run_on_ranks
 from parallel.comm import Communicator
 from parallel.context.attention import ContextAttention
 from parallel.context.convolution import ContextConvolution
@@ -43,7 +43,7 @@ from pretrain.model.kernels.gated_delta import gated_delta_rule
 
 RANKS, TOKENS, REPEATS = 2, 16_384, 7
 HEADS, KEY_HEADS, HEAD_DIM, D_MODEL = 8, 2, 64, 512
-PARETO_SHAPE, SHORTEST_DOCUMENT, SEED = 1.1, 64, 0
+PARETO_SHAPE = 1.1
 REQUIRED = 1.8
 LINEAR = LinearAttentionConfig(HEADS, HEADS, HEAD_DIM, HEAD_DIM)
 
@@ -73,19 +73,7 @@ def main() -> int:
         f"{RANKS} ranks, {TOKENS} tokens, float32, forward + backward, one thread per rank, median "
         f"of {REPEATS}, CPU seconds\n"
     )
-    port = free_port()
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "bench.context_kernels", "rank"],
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | rank_environment(rank, RANKS, port),
-        )
-        for rank in range(RANKS)
-    ]
-    try:
-        return max(abs(rank.wait()) for rank in ranks)
-    finally:
-        for rank in ranks:
-            rank.kill()
+    return run_on_ranks(RANKS, "bench.context_kernels", "rank")
 
 
 def run_rank() -> int:
@@ -98,7 +86,8 @@ def run_rank() -> int:
         print("| kernel | documents | one rank | two ranks | ratio | required | clock |")
         print("|---|---|---:|---:|---:|---:|---:|", flush=True)
     is_slow = False
-    for documents, lengths in {"one": [TOKENS], "packed": pareto_lengths()}.items():
+    packed = pareto_lengths(np.random.default_rng(0), TOKENS, PARETO_SHAPE)
+    for documents, lengths in {"one": [TOKENS], "packed": packed}.items():
         layout = split_row(lengths, RANKS)
         for kernel in kernels(layout, comm):
             ratio, row = measure(kernel, layout, comm)
@@ -108,14 +97,6 @@ def run_rank() -> int:
     dist.barrier()
     sys.stdout.flush()
     os._exit(int(is_slow))
-
-
-def pareto_lengths() -> list[int]:
-    draw, lengths, room = np.random.default_rng(SEED), [], TOKENS
-    while room:
-        lengths.append(min(room, int(SHORTEST_DOCUMENT * (1 + draw.pareto(PARETO_SHAPE)))))
-        room -= lengths[-1]
-    return lengths
 
 
 def kernels(layout: RowLayout, comm: Communicator) -> list[Kernel]:

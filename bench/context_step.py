@@ -10,7 +10,6 @@ what is required.
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ import torch
 
 from bench.gated_delta import cpu_model
 from bench.parallel_step import write_documents
-from launch.local import free_port, rank_environment
+from bench.ranks import run_on_ranks
 from parallel.mesh import join_ranks
 from pretrain.config import load_config
 from pretrain.run_dir import RunDirectory
@@ -72,20 +71,8 @@ def main() -> int:
 
 def run(ranks: int, shards: Path, folder: Path) -> list[dict[str, Any]]:
     """What each of so many processes measured."""
-    port = free_port()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "bench.context_step", str(ranks), str(shards), str(folder)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | rank_environment(rank, ranks, port),
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        if any(process.wait() for process in processes):
-            sys.exit("a process failed")
-    finally:
-        for process in processes:
-            process.kill()
+    if run_on_ranks(ranks, "bench.context_step", str(ranks), str(shards), str(folder)):
+        sys.exit("a process failed")
     files = (folder / f"{ranks}-{rank}.json" for rank in range(ranks))
     return [json.loads(file.read_text()) for file in files]
 

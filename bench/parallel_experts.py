@@ -15,9 +15,7 @@ it means something only where nothing else runs. Exit code 1: a ratio or the sha
 required.
 """
 
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -31,7 +29,7 @@ from torch import Tensor, nn
 
 from bench.gated_delta import cpu_model
 from bench.peers import transformers_block
-from launch.local import free_port, rank_environment
+from bench.ranks import run_on_ranks
 from parallel import comm, overlap
 from parallel.expert import dispatch
 from parallel.expert.shard import shard_experts
@@ -54,15 +52,7 @@ def main() -> int:
         f"backward, one thread per rank, median of {REPEATS}, seconds\n"
     )
     is_slow = compare_with_transformers()
-    port = free_port()
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "bench.parallel_experts"],
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | rank_environment(rank, RANKS, port),
-        )
-        for rank in range(RANKS)
-    ]
-    return max(is_slow, *(abs(rank.wait()) for rank in ranks))
+    return max(is_slow, run_on_ranks(RANKS, "bench.parallel_experts"))
 
 
 def compare_with_transformers() -> bool:

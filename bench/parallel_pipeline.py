@@ -15,7 +15,6 @@ The column "by the clock" has the bubble as it was, with sending and whatever el
 
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bench.gated_delta import cpu_model
-from launch.local import free_port, rank_environment
+from bench.ranks import run_on_ranks
 from parallel.mesh import join_ranks
 from parallel.pipeline.plan import Action, Schedule, consecutive, stages_of_rank
 from parallel.pipeline.schedule import Pipeline, PipelineShape
@@ -81,19 +80,7 @@ Step = list[list[Computation]]  # of each rank
 def main() -> int:
     print(f"{cpu_model()}; torch {torch.__version__}")
     print(f"p={PP}, m={MICROBATCHES}, T={SEQ_LEN}, float32, median of {REPEATS} steps\n")
-    port = free_port()
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "bench.parallel_pipeline", "rank"],
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | rank_environment(rank, PP, port),
-        )
-        for rank in range(PP)
-    ]
-    try:
-        return max(abs(rank.wait()) for rank in ranks)
-    finally:
-        for rank in ranks:
-            rank.kill()
+    return run_on_ranks(PP, "bench.parallel_pipeline", "rank")
 
 
 def run_rank() -> int:
