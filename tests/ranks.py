@@ -8,6 +8,7 @@ from pathlib import Path
 from launch.local import free_port, rank_environment
 
 ROOT = Path(__file__).resolve().parents[1]
+RUN_RANK = Path(__file__).with_name("run_rank.py")
 TIMEOUT_S = 300
 
 
@@ -16,7 +17,7 @@ def run_on_ranks(nproc: int, script: Path, *arguments: str) -> None:
     port = free_port()
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(script), *arguments],
+            [sys.executable, str(RUN_RANK), str(script), *arguments],
             env=os.environ | rank_environment(rank, nproc, port) | {"PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -3,7 +3,6 @@
 Arguments: folders of exported models. Each gets a file `shared.pt`: logits and gradients.
 """
 
-import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -46,9 +45,7 @@ def main() -> None:
     device = join_ranks(timedelta(minutes=1))
     for folder in sys.argv[1:]:
         run(Path(folder), device)
-    dist.barrier()
-    # Threads of gloo may still free tensors, and abort a process whose interpreter ends meanwhile.
-    os._exit(0)
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

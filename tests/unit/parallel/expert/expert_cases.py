@@ -21,6 +21,7 @@ from parallel.expert.shard import shard_experts
 from parallel.mesh import Mesh, join_ranks
 from parallel.recompute import Recompute, recompute_layers
 from pretrain.model.config import MoEConfig
+from pretrain.model.kernels.documents import Documents
 from pretrain.model.moe import MoE, Routing
 
 D_MODEL, N_EXPERTS = 16, 8
@@ -42,7 +43,7 @@ def make_moe(**settings: Any) -> MoE:
 def run(moe: MoE, x: Tensor, d_out: Tensor) -> tuple[Tensor, Routing, Tensor]:
     """The output, what the router tells, and the gradient of x."""
     x = x.clone().requires_grad_()
-    out, routing = moe(x)
+    out, routing = moe(x, Documents.whole_rows(BATCH, LENGTH))
     loss = (out * d_out).sum() + 0.3 * routing.balance + 0.1 * routing.z
     loss.backward()
     assert x.grad is not None
@@ -146,7 +147,7 @@ def main() -> None:
         spread = copy.deepcopy(moe)
         shard_experts([spread], mesh)
         if split is part_of_rows:
-            split_rows([spread], comm)
+            split_rows([spread], tp=comm, cp=None)
         recompute_layers({"0": spread}, [recompute])
         compare(name, moe, spread, split, tolerance)
 
