@@ -145,8 +145,11 @@ class Archive:
         """Reject the record that cannot be read, or the one before it whose length was a lie."""
         archive = ArchiveBytes(self.path)
         if last is None:
-            yield self._damaged(start, "damaged", f"no readable record: {error}")
-            return archive.next_record(start + 1)
+            resume = archive.next_record(start + 1)
+            begins_well = archive.next_record(start) == start
+            reason = "truncated" if begins_well and resume is None else "damaged"
+            yield self._damaged(start, reason, f"no readable record: {error}")
+            return resume
         end = archive.record_end(last.offset, last.content_length)
         if end is None:
             return (yield from self._reject(last))

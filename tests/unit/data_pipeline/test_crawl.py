@@ -31,7 +31,12 @@ def record(
     writer = WARCWriter(out, gzip=compressed)
     headers = StatusAndHeaders(status, list(http), protocol="HTTP/1.1")
     has_http = kind in ("response", "revisit")
-    warc_headers = {"WARC-Record-ID": f"<urn:uuid:{number}>", "X-Doc-Id": f"doc-{number}"}
+    warc_headers = {
+        "WARC-Record-ID": f"<urn:uuid:{number}>",
+        "X-Doc-Id": f"doc-{number}",
+        # With the time of the run its compressed bytes would be others each time.
+        "WARC-Date": "2026-01-01T00:00:00Z",
+    }
     if kind == "conversion":
         warc_headers["Content-Type"] = "text/plain"
     writer.write_record(
