@@ -91,7 +91,7 @@ def resolve_layout(config: Config, world_size: int) -> Layout:
 
 def _problem(config: Config, layout: Layout) -> str | None:
     """Why the model cannot run on `layout`; None if it can."""
-    checks = (_tensor_problem, _context_problem, _expert_problem, _stages_problem)
+    checks = (_context_problem, _tensor_problem, _expert_problem, _stages_problem)
     return next((problem for check in checks if (problem := check(config, layout))), None)
 
 

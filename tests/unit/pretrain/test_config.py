@@ -123,20 +123,20 @@ def test_auto_fills_dp_shard(ranks, overrides, layout) -> None:
     ("ranks", "overrides", "words"),
     [
         (4, ["parallel.ep=3"], ["ep = 3", "dp_shard x cp x tp = 4", "ep=4"]),
-        (3, ["parallel.ep=3", "train.global_batch=6"], ["n_experts = 8", "dp_shard=3 cp=1 ep=1"]),
+        (3, ["parallel.ep=3", "train.global_batch=6"], ["n_experts = 8", "dp_shard=3 cp=1 ulysses=1 ep=1"]),
         (4, ["parallel.dp_shard=3"], ["4 ranks", "dp_shard=4"]),
         (
             4,
             ["parallel.dp_replicate=3"],
             ["dp_replicate x cp x tp = 3", "dp_replicate=4 dp_shard=1"],
         ),
-        (2, ["parallel.cp=2"], ["parallel.cp = 2", "dp_shard=2"]),
+        (3, ["parallel.cp=3", "train.global_batch=6"], ["cp x tp = 3 x 1", "dp_shard=3 cp=1"]),
         (3, ["parallel.tp=3", "train.global_batch=6"], ["seq_len = 256", "dp_shard=3"]),
         (4, ["train.global_batch=6"], ["train.global_batch = 6", "train.global_batch=8"]),
         (
             24,
             ["parallel.ep=2", "model.d_model=104", "train.global_batch=48"],
-            ["12 ranks share each expert", "model.d_model = 104", "dp_shard=8 cp=1 ep=2"],
+            ["12 ranks share each expert", "model.d_model = 104", "dp_shard=8 cp=1 ulysses=1 ep=2"],
         ),
         (2, ["model.moe.n_experts=0", "parallel.ep=2"], ["dense", "ep=1"]),
         (2, ["parallel.tp=2", "model.vocab_size=2047"], ["model.vocab_size = 2047", "tp=1"]),
