@@ -123,7 +123,11 @@ def test_auto_fills_dp_shard(ranks, overrides, layout) -> None:
     ("ranks", "overrides", "words"),
     [
         (4, ["parallel.ep=3"], ["ep = 3", "dp_shard x cp x tp = 4", "ep=4"]),
-        (3, ["parallel.ep=3", "train.global_batch=6"], ["n_experts = 8", "dp_shard=3 cp=1 ulysses=1 ep=1"]),
+        (
+            3,
+            ["parallel.ep=3", "train.global_batch=6"],
+            ["n_experts = 8", "dp_shard=3 cp=1 ulysses=1 ep=1"],
+        ),
         (4, ["parallel.dp_shard=3"], ["4 ranks", "dp_shard=4"]),
         (
             4,
