@@ -41,6 +41,13 @@ def has_router_gradient(mixture: dict[str, Any]) -> bool:
     return mixture["top_k"] > 1 or not mixture["renormalise_top_k"]
 
 
+def has_more_than_one_gate(heads: dict[str, int]) -> bool:
+    """The gradient of one number, A_log or dt_bias, may be a sum that cancels: with chunks of 16
+    tokens instead of 64, one rank alone differs from itself by more than the tolerance.
+    """
+    return heads["many"] > 1
+
+
 HEADS = st.builds(multiple_of, st.sampled_from([2, 1, 4, 3]), st.sampled_from([2, 1, 4]))
 DIMS = st.sampled_from([8, 16])
 KINDS = st.lists(st.sampled_from(["linear", "softmax", "sliding"]), min_size=1, max_size=3)
@@ -73,7 +80,7 @@ MIXTURE = st.fixed_dictionaries(
 @st.composite
 def models(draw: st.DrawFn) -> list[str]:
     """Overrides that describe a model and its batches."""
-    queries, keys = draw(HEADS), draw(HEADS)
+    queries, keys = draw(HEADS), draw(HEADS.filter(has_more_than_one_gate))
     model = {
         "vocab_size": draw(st.sampled_from([512, 512, 512, 509])),
         "d_model": draw(st.sampled_from([32, 40, 64])),
