@@ -23,6 +23,7 @@ from parallel.context.documents import SplitDocuments
 from parallel.context.linear import ContextScan
 from parallel.layout import RowLayout, split_row
 from parallel.mesh import join_ranks
+from pretrain.model.kernels import gated_delta_forms
 from pretrain.model.kernels.attention import documents_attention
 from pretrain.model.kernels.documents import Documents
 from pretrain.model.kernels.gated_delta import gated_delta_rule
@@ -36,6 +37,11 @@ ROWS: dict[str, list[list[int]]] = {
     "several": [[3, 10, 20, 15], [1, 1, 40, 6]],
     "at borders": [[24, 24], [12, 36]],
     "many": [[5] * 9 + [3], [1] * T],
+}
+# Of several chunks, and more segments than one in a block.
+LONG_ROWS = {
+    "long": [[1800], [1800]],
+    "long and packed": [[30, 900, 140, 730], [1, 1, 1300, 498]],
 }
 SETTINGS = settings(
     derandomize=True,
@@ -124,8 +130,9 @@ def attention_error(split: Split, attention: ContextAttention, window: int | Non
 
 
 def scan_error(split: Split, has_initial_state: bool) -> float:
+    T = split.whole.position.shape[1]
     q, k = (F.normalize(random(2, 2, T, D, seed=seed), dim=-1) for seed in range(2))
-    g = -0.05 * F.softplus(random(2, H, T))
+    g = -0.02 * F.softplus(random(2, H, T))
     sharded = [q, k, random(2, H, T, E), g, random(2, H, T, seed=1).sigmoid()]
     common = [random(2, H, D, E)] if has_initial_state else []
     scan = ContextScan(split.comm)
@@ -251,6 +258,7 @@ def main() -> None:
     group = dist.group.WORLD
     assert group is not None
     comm = Communicator(group, "cp")
+    gated_delta_forms.CPU_SEGMENT = 128
     ways = attentions(comm)
     errors = {
         f"{case}: {name}": error
@@ -258,6 +266,10 @@ def main() -> None:
         for case, error in errors_of(rows, ways, comm).items()
     }
     errors |= {f"{case}: drawn": error for case, error in drawn_errors(ways, comm).items()}
+    for name, rows in LONG_ROWS.items():
+        split = Split(rows, comm)
+        errors[f"scan: {name}"] = scan_error(split, has_initial_state=False)
+        errors[f"scan from a state: {name}"] = scan_error(split, has_initial_state=True)
     of_ranks: list[Any] = [None] * comm.size
     dist.all_gather_object(of_ranks, (errors, {n: bytes_sent(comm, n) for n in (48, 96)}))
     if comm.rank == 0:
