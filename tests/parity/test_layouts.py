@@ -129,10 +129,11 @@ def test_rows_are_whole_or_packed(ranks: Ranks, parity_shards: Path) -> None:
     assert min(documents("packed")) > 16
 
 
+@pytest.mark.parametrize("layout", ["dp_shard=2 ep=2", "cp=2"])
 def test_bf16_computes_on_float32_weights_and_stays_close(
-    ranks: Ranks, parity_shards: Path, one_rank: dict[str, Any]
+    layout: str, ranks: Ranks, parity_shards: Path, one_rank: dict[str, Any]
 ) -> None:
-    setting = Setting("hybrid-moe", "packed", "dp_shard=2 ep=2", ("train.dtype=bfloat16",))
+    setting = Setting("hybrid-moe", "packed", layout, ("train.dtype=bfloat16",))
     ours, _ = ranks.run(2, setting.overrides(parity_shards), STEPS).ranks
     assert ours["dtypes"] == {torch.float32}
     losses, expected = ours["series"]["loss"], one_rank["series"]["loss"]

@@ -18,12 +18,14 @@ DENSE = [
     Setting("tied", "packed", "dp_replicate=2 tp=2"),
     slow(Setting("tied", "packed", "pp=2 tp=2", (schedule("zbv"),))),
     slow(Setting("hybrid", "packed", "dp_replicate=2 dp_shard=2")),
+    slow(Setting("sliding", "packed", "cp=2 tp=2")),
     slow(Setting("softmax", "whole", "tp=4", ("parallel.recompute=selective",))),
 ]
 MIXTURES = [
     Setting("hybrid-moe", "packed", "dp_shard=2 tp=2 ep=2"),
     slow(Setting("softmax-moe", "packed", "pp=2 dp_shard=2 ep=2", (schedule("interleaved"),))),
     slow(Setting("tied-moe", "whole", "dp_replicate=2 tp=2 ep=2")),
+    slow(Setting("hybrid-moe", "packed", "dp_shard=2 cp=2 ep=2")),
 ]
 REPLAYED = [
     Setting(
@@ -33,6 +35,7 @@ REPLAYED = [
         ("train.microbatch=4", "parallel.recompute=[full, selective]"),
     ),
     slow(Setting("hybrid-moe", "packed", "dp_shard=2 tp=2 ep=4")),
+    slow(Setting("hybrid-moe", "packed", "cp=4 ep=2")),
     slow(Setting("linear-moe", "packed", "pp=2 dp_shard=2 ep=2", (schedule("dualpipev"),))),
 ]
 

@@ -158,7 +158,8 @@ def close(
         incoming, _slices(sizes), open_tokens, _slices(open_tokens), strict=True
     ):
         seen = slice(block.start, block.start + max(n_open, 0))
-        for row, head in product(*map(range, state.shape[:2])):
+        heads = product(*map(range, state.shape[:2])) if n_open > 0 else ()
+        for row, head in heads:
             out[row, head, seen].addmm_(scanned.read[row, head, of_read], state[row, head])
         n = _n_segments([n_open], size)
         of_borders = scanned.border_transfers[n_transfers : n_transfers + n]
