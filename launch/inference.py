@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from launch.local import free_port, rank_environment
+from launch.local import free_port, rank_environment, signal_when_parent_dies
 from launch.progress import show_progress
 from pretrain.config import read_run_config
 from pretrain.errors import UserError
@@ -70,6 +71,7 @@ def _evaluate_on_ranks(run: RunDirectory, text: Path, context: int, nproc: int) 
             stdout=subprocess.PIPE,
             # All ranks say the same.
             stderr=None if rank == 0 else subprocess.DEVNULL,
+            preexec_fn=partial(signal_when_parent_dies, signal.SIGKILL),
         )
         for rank in range(nproc)
     ]

@@ -104,10 +104,15 @@ def _start_rank(run: RunDirectory, rank: int, nproc: int, port: int, log: Path) 
 def _in_rank_before_it_starts() -> None:
     # A request to stop waits until the rank can answer it (pretrain.signals).
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    # A rank whose launcher was killed saves and stops.
+    signal_when_parent_dies(signal.SIGTERM)
+
+
+def signal_when_parent_dies(number: signal.Signals) -> None:
+    """Have the kernel send this process a signal when the one that started it is gone."""
     if sys.platform == "linux":
-        # A rank whose launcher was killed saves and stops.
         pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
 
 
 @contextmanager

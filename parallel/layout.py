@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # A share is first tried at this many places, then at every token near the best.
-PLACES = 16_384
+PLACES = 2_048
 # As good as even: fewer blocks matter more.
 NEGLIGIBLE_IMBALANCE = 0.005
 

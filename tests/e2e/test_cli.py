@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,35 @@ def test_processes_that_share_a_text_find_the_same_loss(run: Path, tmp_path: Pat
     alone, shared = json.loads(succeed(*command)), json.loads(succeed(*command, "--nproc", "2"))
     assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-6)
     assert shared | {"loss": 0} == alone | {"loss": 0}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends the processes")
+def test_processes_that_share_a_text_end_with_the_command(run: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 1000)
+    command = ("eval", str(run), "--text", str(text), "--nproc", "2")
+    with subprocess.Popen([sys.executable, "-m", "launch.cli", *command], cwd=ROOT) as process:
+        while len(children := children_of(process.pid)) < 2:
+            time.sleep(0.02)
+        process.terminate()
+    deadline = time.monotonic() + TIMEOUT_S
+    while any(is_running(child) for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def children_of(pid: int) -> list[int]:
+    of_threads = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for children in of_threads for child in children.read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    # Where nobody collects orphans, what is left of one stays.
+    return state != "Z"
 
 
 def test_the_exported_model_has_the_same_loss_in_transformers(run: Path, tmp_path: Path) -> None:
