@@ -1,5 +1,6 @@
 """Every layout gives the losses, the gradients and the weights of one rank."""
 
+from collections.abc import Iterable
 from itertools import count, cycle
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,11 @@ EVERYTHING = [
 ]
 
 
+HALF = [
+    Setting("hybrid-moe", "packed", "dp_shard=2 ep=2"),
+    Setting("sliding", "packed", "cp=4", ("parallel.recompute=selective",)),
+    *(pytest.param(setting, marks=pytest.mark.slow) for setting in CONTEXT),
+]
 EIGHT_RANKS = [
     Setting("hybrid-moe", "packed", "dp_shard=2 cp=2 tp=2"),
     Setting("hybrid-moe", "packed", "pp=2 cp=2 dp_shard=2 ep=2", (schedule("1f1b"),)),
@@ -129,16 +135,28 @@ def test_rows_are_whole_or_packed(ranks: Ranks, parity_shards: Path) -> None:
     assert min(documents("packed")) > 16
 
 
-@pytest.mark.parametrize("layout", ["dp_shard=2 ep=2", "cp=2"])
-def test_bf16_computes_on_float32_weights_and_stays_close(
-    layout: str, ranks: Ranks, parity_shards: Path, one_rank: dict[str, Any]
+@pytest.mark.parametrize("setting", HALF, ids=str)
+def test_bf16_is_as_close_to_float32_as_on_one_rank(
+    setting: Setting, ranks: Ranks, parity_shards: Path
 ) -> None:
-    setting = Setting("hybrid-moe", "packed", layout, ("train.dtype=bfloat16",))
-    ours, _ = ranks.run(2, setting.overrides(parity_shards), STEPS).ranks
-    assert ours["dtypes"] == {torch.float32}
-    losses, expected = ours["series"]["loss"], one_rank["series"]["loss"]
-    assert losses != expected
-    assert losses == pytest.approx(expected, rel=1e-3)
+    half = "train.dtype=bfloat16"
+    one_rank, overrides = setting.of_one_rank(parity_shards), setting.overrides(parity_shards)
+    (exact,) = ranks.run(1, one_rank, STEPS).ranks
+    (rounded,) = ranks.run(1, [*one_rank, half], STEPS).ranks
+    for ours in ranks.run(setting.ranks, [*overrides, half], STEPS).ranks:
+        assert ours["dtypes"] == {torch.float32}, "weights are float32"
+        assert ours["series"]["loss"] != exact["series"]["loss"]
+        assert ours["series"]["loss"] == pytest.approx(exact["series"]["loss"], rel=1e-4)
+        names = ours["gradients"].keys()
+        error, rounding = (distance(of, exact, names) for of in (ours, rounded))
+        # Rounded scores choose other experts now and then, and not the same in every layout.
+        assert error <= (2 if setting.model.endswith("moe") else 1.2) * rounding
+
+
+def distance(ours: dict[str, Any], exact: dict[str, Any], names: Iterable[str]) -> float:
+    """Of the gradients of these weights, taken as one vector."""
+    norms = [(ours["gradients"][name] - exact["gradients"][name]).norm() for name in names]
+    return float(torch.stack(norms).norm())
 
 
 def test_experts_are_reached_by_all_to_all_only_where_they_are_spread(
