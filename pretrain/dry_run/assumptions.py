@@ -107,9 +107,9 @@ def _even_counts(config: Config, layout: Layout) -> Callable[..., Any]:
     return counts_on_host
 
 
-def _first_and_last(blocks: Callable[[int], Iterator[Any]]) -> Callable[[int], list[Any]]:
-    def first_and_last(length: int) -> list[Any]:
-        every = list(blocks(length))
+def _first_and_last(blocks: Callable[[Tensor], Iterator[Any]]) -> Callable[[Tensor], list[Any]]:
+    def first_and_last(x: Tensor) -> list[Any]:
+        every = list(blocks(x))
         return every[:1] + every[1:][-1:]
 
     return first_and_last

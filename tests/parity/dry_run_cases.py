@@ -25,6 +25,8 @@ from pretrain.dry_run.tracker import StepTracker
 from pretrain.run_dir import RunDirectory
 from pretrain.trainer import Trainer
 
+STEPS = 4
+
 
 def whole_rows(trainer: Trainer) -> Batch:
     """Random tokens; every row is one document."""
@@ -52,7 +54,8 @@ def run_case(shards: Path, overrides: list[str], device: torch.device) -> dict[s
         tracker.axes = axis_names(trainer.mesh)
         step = Step(config, trainer.layout, trainer.mesh, trainer.parallelised, tracker)
         batch = whole_rows(trainer)
-        for _ in range(2):
+        measurements = []
+        for _ in range(STEPS):
             tracker.reset()
             counted = Counter(sent_by_communicators(trainer))
             measured = trainer.backward(batch)
@@ -62,14 +65,19 @@ def run_case(shards: Path, overrides: list[str], device: torch.device) -> dict[s
             trainer.finish_step(measured.expert_counts)
             sent = Counter(sent_by_communicators(trainer))
             sent.subtract(counted)
+            memory = step.activations_at_peak(step.microbatches), tracker.peak
+            measurements.append((*memory, tracker.gathered_at_peak))
+    # The optimizer's state is there from the second step on. A thread of gloo may still hold a
+    # tensor that has been sent, which would be counted, too.
+    activations, peak, gathered = map(min, zip(*measurements[1:], strict=True))
     moments = [x for state in trainer.optimizer.state.values() for x in state.values()]
     return {
         "parameters": sum(local_tensor(w).numel() for w in trainer.weights.parameters()),
         "optimizer": sum(local_tensor(x).nbytes for x in moments),
         "gradients": gradient_bytes,
-        "activations": step.activations_at_peak(step.microbatches),
-        "gathered": tracker.gathered_at_peak,
-        "peak": tracker.peak,
+        "activations": activations,
+        "gathered": gathered,
+        "peak": peak,
         "traffic": [[*key, t.calls, t.bytes] for key, t in tracker.traffic.items()],
         "sent": [[*key, n_bytes] for key, n_bytes in sent.items()],
     }

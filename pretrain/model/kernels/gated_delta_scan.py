@@ -5,7 +5,7 @@ the backward recomputes the rest, one segment at a time.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, pairwise, product
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -158,9 +158,8 @@ def close(
         incoming, _slices(sizes), open_tokens, _slices(open_tokens), strict=True
     ):
         seen = slice(block.start, block.start + max(n_open, 0))
-        heads = product(*map(range, state.shape[:2])) if n_open > 0 else ()
-        for row, head in heads:
-            out[row, head, seen].addmm_(scanned.read[row, head, of_read], state[row, head])
+        for row in range(len(state) if n_open > 0 else 0):
+            out[row, :, seen].baddbmm_(scanned.read[row, :, of_read], state[row])
         n = _n_segments([n_open], size)
         of_borders = scanned.border_transfers[n_transfers : n_transfers + n]
         borders[n_borders : n_borders + n] += of_borders @ state.flatten(0, 1)

@@ -15,6 +15,8 @@ from pretrain.model.kernels.documents import Documents
 from pretrain.model.kernels.needed import as_inner_nodes, is_needed
 
 BLOCK_TOKENS = 128
+# A block in float32 is what a GPU holds beside x.
+BLOCK_TOKENS_ON_GPU = 8192
 
 
 def short_convolution(x: Tensor, weight: Tensor, documents: Documents | None = None) -> Tensor:
@@ -74,7 +76,7 @@ def convolve(
         position: [B, T], of x's tokens in their documents; None where all are of one document.
     """
     taps = _taps(weight, x)
-    for start, stop in _blocks(x.shape[1]):
+    for start, stop in _blocks(x):
         x_block = _window(x, start - len(taps) + 1, stop, before)
         sums = _sum_over_lags(x_block, taps, position, start)
         y[:, start:stop] = F.silu(sums, inplace=True)
@@ -93,7 +95,7 @@ def convolve_backward(
     """Write the gradients of x and `before`, and add to those of the taps [W, C], as wanted."""
     taps = _taps(weight, x)
     past = len(taps) - 1
-    for start, stop in _blocks(x.shape[1]):
+    for start, stop in _blocks(x):
         # What reads the block's tokens are these and the `past` tokens after them.
         x_block = _window(x, start - past, stop + past, before)
         sums = _sum_over_lags(x_block, taps, position, start)
@@ -151,9 +153,10 @@ def _add_gradient_of_taps(
         d_taps[lag] += (d_sums * _visible(x_lagged, position, start, lag)).sum((0, 1))
 
 
-def _blocks(length: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, length, BLOCK_TOKENS):
-        yield start, min(start + BLOCK_TOKENS, length)
+def _blocks(x: Tensor) -> Iterator[tuple[int, int]]:
+    size, length = BLOCK_TOKENS if x.device.type == "cpu" else BLOCK_TOKENS_ON_GPU, x.shape[1]
+    for start in range(0, length, size):
+        yield start, min(start + size, length)
 
 
 def _taps(weight: Tensor, x: Tensor) -> Tensor:
