@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from pretrain.errors import LOST_RANK, STOPPED_ON_REQUEST
-from pretrain.run_dir import RunDirectory
+from pretrain.run_dir import ATTEMPT_VARIABLE, RunDirectory
 
 PIDS = "pids.json"
 POLL_S = 0.1
@@ -43,11 +43,13 @@ def run_ranks(run: RunDirectory, nproc: int) -> int:
     Returns:
         The exit code: 0, or that of the rank that failed first (1 if it was killed).
     """
-    attempt = run.new_attempt()
+    number = run.new_attempt()
+    attempt = run.folder_of(number)
     logs = [attempt / f"rank-{rank}.log" for rank in range(nproc)]
     port = free_port()
     ranks: list[Rank] = []
     with _passing_on_stop_signals(ranks):
+        os.environ[ATTEMPT_VARIABLE] = str(number)
         ranks += [_start_rank(run, rank, nproc, port, log) for rank, log in enumerate(logs)]
         (attempt / PIDS).write_text(json.dumps([rank.pid for rank in ranks]) + "\n")
         with _Screen(logs[0]) as screen:

@@ -19,3 +19,7 @@ class TrainingError(Exception):
     """Training cannot go on, and a person has to look: told without a traceback."""
 
     exit_code = 1
+
+
+class FencedError(TrainingError):
+    """A newer attempt of the run has begun: this one must not change the run directory any more."""

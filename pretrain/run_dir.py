@@ -3,18 +3,26 @@
 import fcntl
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
-from pretrain.errors import UserError
+from pretrain.errors import FencedError, TrainingError, UserError
+
+# The number of the attempt that a launcher has made, in the environment of its ranks.
+ATTEMPT_VARIABLE = "FARSPAN_ATTEMPT"
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace `path` with `text`: a reader sees the old file or the new one, never a half."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    _put_into_place(path.with_name(f".{path.name}.{os.getpid()}"), path, text)
+
+
+def _put_into_place(aside: Path, path: Path, text: str) -> None:
     with aside.open("w") as file:
         file.write(text)
         file.flush()
@@ -24,7 +32,19 @@ def write_atomically(path: Path, text: str) -> None:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Paths of a run: resolved configuration, metrics, checkpoints, per-attempt logs, report."""
+    """Paths of a run: resolved configuration, metrics, checkpoints, per-attempt logs, report.
+
+    A run is trained in attempts, numbered from 1, of which one at a time may change the directory:
+
+    - Rank 0 holds the lock file as long as it lives (`exclusive`). Where `flock` works, which it
+      does on one machine and on most network file systems, nobody else gets further than that.
+    - Where it does not, or where a machine that was cut off has lost its lock, an old attempt may
+      live on beside a newer one. `begin_attempt` fences it off: whoever commits something calls
+      `check_attempt` right before. What is renamed into place from a folder of the attempt's own
+      (`aside`, as `commit` does) is safe even between check and rename: the newer attempt has
+      removed that folder, and the rename fails. What goes elsewhere, such as to an object store,
+      can still arrive if the newer attempt begins within that moment.
+    """
 
     root: Path
 
@@ -67,18 +87,41 @@ class RunDirectory:
         return self.root / "done.json"
 
     @property
+    def stopped(self) -> Path:
+        """Where and why the newest attempt stopped on request; gone once another one begins."""
+        return self.root / "stopped.json"
+
+    @property
+    def attempt(self) -> Path:
+        """The number of the attempt that may change the run directory."""
+        return self.root / "attempt.json"
+
+    @property
     def data(self) -> Path:
         """What the run knows of its data: hashes, unigram entropy, why documents were dropped."""
         return self.root / "data.json"
+
+    def folder_of(self, attempt: int) -> Path:
+        """Where the logs of an attempt lie."""
+        return self.attempts / f"{attempt:04d}"
+
+    def aside(self, attempt: int) -> Path:
+        """Where an attempt writes what it then renames into place; gone once another begins."""
+        return self.root / "aside" / f"{attempt:04d}"
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Hold the run directory: one process at a time may change it.
 
         Raises:
-            UserError: another process holds it; the message says which.
+            UserError: another process holds it, and the message says which; or it is read-only.
         """
-        with (self.root / "lock").open("a+") as file:
+        path = self.root / "lock"
+        try:
+            file = path.open("a+")
+        except OSError as error:
+            raise UserError(self.explain(error)) from None
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -92,19 +135,99 @@ class RunDirectory:
             file.flush()
             yield
 
-    def new_attempt(self) -> Path:
-        """Make the folder of the next attempt, which holds one log per rank."""
-        self.attempts.mkdir(parents=True, exist_ok=True)
+    def new_attempt(self) -> int:
+        """Make the folder of the next attempt, for its logs; it has not begun yet."""
+        self.attempts.mkdir(exist_ok=True)
         number = 1 + max((int(path.name) for path in self.attempts.iterdir()), default=0)
         while True:
-            attempt = self.attempts / f"{number:04d}"
             try:
-                attempt.mkdir()
+                self.folder_of(number).mkdir()
             except FileExistsError:
                 number += 1
             else:
-                return attempt
+                return number
 
-    def mark_done(self, step: int) -> None:
+    def begin_attempt(self, number: int | None = None) -> int:
+        """Begin an attempt and fence off those before it; called with the directory held.
+
+        Args:
+            number: of an attempt that `new_attempt` has made; None makes the next one.
+
+        Raises:
+            FencedError: a newer attempt has begun already.
+        """
+        number = number or self.new_attempt()
+        if self.current_attempt() > number:
+            self.check_attempt(number)
+        write_atomically(self.attempt, json.dumps({"attempt": number}) + "\n")
+        shutil.rmtree(self.aside(number).parent, ignore_errors=True)
+        self.aside(number).mkdir(parents=True)
+        self.stopped.unlink(missing_ok=True)
+        return number
+
+    def current_attempt(self) -> int:
+        """The attempt that has begun last, 0 before the first."""
+        try:
+            return int(json.loads(self.attempt.read_text())["attempt"])
+        except FileNotFoundError:
+            return 0
+
+    def check_attempt(self, attempt: int) -> None:
+        """Make sure that `attempt` may still change the run directory.
+
+        Raises:
+            FencedError: another attempt has begun.
+            TrainingError: the run directory is gone.
+        """
+        current = self.current_attempt()
+        if not current:
+            raise TrainingError(self._gone())
+        if current != attempt:
+            raise FencedError(
+                f"attempt {current} of {self.root} has begun; this one, attempt {attempt}, has "
+                "ended without changing anything more"
+            )
+
+    def commit(self, attempt: int, path: Path, text: str) -> None:
+        """Replace `path` with `text`, as `write_atomically` does, on behalf of `attempt`.
+
+        Raises: as `check_attempt`, even if another attempt begins in the middle.
+        """
+        self.check_attempt(attempt)
+        try:
+            _put_into_place(self.aside(attempt) / path.name, path, text)
+        except FileNotFoundError:
+            self.check_attempt(attempt)
+            raise
+
+    def mark_done(self, step: int, attempt: int) -> None:
         """Write the success marker for a run that has finished `step` steps."""
-        write_atomically(self.done, json.dumps({"step": step}) + "\n")
+        self.commit(attempt, self.done, json.dumps({"step": step, "attempt": attempt}) + "\n")
+
+    def mark_stopped(self, step: int, attempt: int, reason: str) -> None:
+        """Write down that the run has stopped on request, with everything saved."""
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        marker = {"step": step, "attempt": attempt, "reason": reason, "time": time}
+        self.commit(attempt, self.stopped, json.dumps(marker) + "\n")
+
+    def explain(self, error: OSError) -> str:
+        """What to tell about an operation on the run directory that has failed."""
+        if not self.root.is_dir():
+            return self._gone()
+        return (
+            f"{error.filename or self.root} cannot be written: {error.strerror}. The run directory "
+            "has to be on a writable file system, with room left and owned by you; or choose "
+            "another one"
+        )
+
+    def _gone(self) -> str:
+        if not self.root.is_dir():
+            return (
+                f"the run directory {self.root} is gone: removed, renamed, or on a file system "
+                "that is no longer there. Bring it back, and the same command goes on from its "
+                "newest checkpoint"
+            )
+        return (
+            f"{self.attempt} is gone, which says who may change the run directory; the same "
+            "command goes on from the newest checkpoint"
+        )

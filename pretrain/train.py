@@ -5,6 +5,7 @@ import sys
 import time
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from pretrain.errors import LOST_RANK, STOPPED_ON_REQUEST, UserError
 from pretrain.metrics.expert_load import summarise_load
 from pretrain.metrics.sinks import JsonlSink, MetricsWriter, WandbSink, step_line
 from pretrain.model.kernels.backends import kernels_in_use
-from pretrain.run_dir import RunDirectory
+from pretrain.run_dir import ATTEMPT_VARIABLE, RunDirectory
 from pretrain.signals import StopRequest
 from pretrain.trainer import StepResult, Trainer
 
@@ -30,13 +31,15 @@ def train(config: Config, run: RunDirectory) -> int:
     timeout = timedelta(seconds=config.train.collective_timeout_s)
     device = join_ranks(timeout)
     with RankMonitor() as monitor, run.exclusive() if dist.get_rank() == 0 else nullcontext():
+        attempt = begin_attempt(run)
         trainer = Trainer(config, run, device)
         if trainer.progress.step > config.train.steps:
             raise UserError(
                 f"train.steps = {config.train.steps}, but {run.root} is at step "
                 f"{trainer.progress.step} already: it can only be raised"
             )
-        metrics = open_metrics(config, run, trainer.progress) if dist.get_rank() == 0 else None
+        is_first = dist.get_rank() == 0
+        metrics = open_metrics(config, run, attempt, trainer.progress) if is_first else None
         if metrics:
             model, dtype = config.model, getattr(torch, config.train.dtype)
             kernels = kernels_in_use(device, dtype, model.attention.head_dim, model.linear.key_dim)
@@ -45,11 +48,23 @@ def train(config: Config, run: RunDirectory) -> int:
         if metrics:
             metrics.close()
         is_done = trainer.progress.step == config.train.steps
-        if is_done and dist.get_rank() == 0:
-            run.mark_done(config.train.steps)
+        if is_first and is_done:
+            run.mark_done(config.train.steps, attempt)
+        elif is_first:
+            run.mark_stopped(trainer.progress.step, attempt, stop.reason)
         # Nobody leaves while rank 0 still writes: some launchers end the job with its first rank.
         dist.barrier()
     return 0 if is_done else STOPPED_ON_REQUEST
+
+
+def begin_attempt(run: RunDirectory) -> int:
+    """Let rank 0 begin the attempt that its launcher has made, or the next one. Collective."""
+    number = [0]
+    if dist.get_rank() == 0:
+        made = os.environ.get(ATTEMPT_VARIABLE)
+        number = [run.begin_attempt(int(made) if made else None)]
+    dist.broadcast_object_list(number, src=0)
+    return number[0]
 
 
 def run_steps(
@@ -70,15 +85,17 @@ def run_steps(
             metrics.log(row)
             print(step_line(row, config.train.steps), flush=True)
         if is_last or progress.step % config.checkpoint.every == 0:
-            trainer.save()
+            trainer.save(is_last=is_last)
 
 
-def open_metrics(config: Config, run: RunDirectory, progress: Progress) -> MetricsWriter:
+def open_metrics(
+    config: Config, run: RunDirectory, attempt: int, progress: Progress
+) -> MetricsWriter:
     truth = JsonlSink(run.metrics)
-    truth.cut_back(progress.step)
+    truth.cut_back(progress.step, run.aside(attempt))
     settings = config.model_dump(mode="json")
     mirror = WandbSink(run, config.wandb.mode, config.wandb.project, run.root.name, settings)
-    return MetricsWriter([truth, mirror])
+    return MetricsWriter([truth, mirror], partial(run.check_attempt, attempt))
 
 
 def metrics_row(trainer: Trainer, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:

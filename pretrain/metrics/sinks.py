@@ -29,16 +29,24 @@ class Sink(Protocol):
 
 
 class MetricsWriter:
-    """Sends each row to every sink, after checking its names against the registry."""
+    """Sends each row to every sink, after checking its names against the registry.
 
-    def __init__(self, sinks: Sequence[Sink]) -> None:
+    Args:
+        check_attempt: raises if rows may no longer be written (`RunDirectory.check_attempt`).
+    """
+
+    def __init__(
+        self, sinks: Sequence[Sink], check_attempt: Callable[[], None] = lambda: None
+    ) -> None:
         self.sinks = sinks
+        self.check_attempt = check_attempt
 
     def log(self, row: Row) -> None:
         """Write one row; ValueError if a name is not registered or `train/step` is missing."""
         check_names(row)
         if "train/step" not in row:
             raise ValueError(f"a row needs train/step, this one has only {sorted(row)}")
+        self.check_attempt()
         for sink in self.sinks:
             sink.write(row)
 
@@ -66,13 +74,16 @@ class JsonlSink:
         self._file.write(line + "\n")
         self._file.flush()
 
-    def cut_back(self, step: int) -> None:
+    def cut_back(self, step: int, folder: Path) -> None:
         """Drop the rows after `step`, the step of the checkpoint that the run resumes from.
 
         A half-written last line goes too. The rows kept always move to a new file, so that a rank
         of an earlier attempt that is still running no longer writes into the run's metrics.
+
+        Args:
+            folder: where to write that file, which is then renamed into place.
         """
-        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        aside = folder / self.path.name
         with aside.open("w") as kept:
             for line in _complete_lines(self.path):
                 if _parse(line, self.path)["train/step"] <= step:

@@ -78,8 +78,8 @@ def rows() -> list[dict]:
 def page(tmp_path_factory, rows) -> Path:
     run = make_run(tmp_path_factory.mktemp("report") / "my-run", rows)
     for last_line in ("step 250/500", "<script>alert(1)</script>"):
-        (run.new_attempt() / "rank-0.log").write_text(f"step 1/500\n{last_line}\n")
-    run.mark_done(STEPS)
+        (run.folder_of(run.begin_attempt()) / "rank-0.log").write_text(f"step 1/500\n{last_line}\n")
+    run.mark_done(STEPS, run.current_attempt())
     return write_report(run, [MANIFEST])
 
 

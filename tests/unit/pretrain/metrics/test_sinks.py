@@ -12,6 +12,13 @@ from pretrain.metrics.sinks import JsonlSink, MetricsWriter, WandbSink, read_met
 from pretrain.run_dir import RunDirectory
 
 
+@pytest.fixture
+def aside(tmp_path: Path) -> Path:
+    folder = tmp_path / "aside"
+    folder.mkdir()
+    return folder
+
+
 def write_steps(path: Path, steps: range) -> None:
     sink = JsonlSink(path)
     for step in steps:
@@ -50,20 +57,20 @@ def test_numbers_that_are_not_finite_stay_json_and_come_back(tmp_path):
     assert row["moe/load"] == [[-math.inf]]
 
 
-def test_cut_back_keeps_each_step_once(tmp_path):
+def test_cut_back_keeps_each_step_once(tmp_path, aside):
     path = tmp_path / "metrics.jsonl"
     write_steps(path, range(1, 8))
     before = path.read_text().splitlines()[:4]
     resumed = JsonlSink(path)
-    resumed.cut_back(4)
+    resumed.cut_back(4, aside)
     resumed.write({"train/step": 5})
     resumed.close()
     assert path.read_text().splitlines()[:4] == before
     assert steps_in(path) == [1, 2, 3, 4, 5]
-    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+    assert os.listdir(aside) == []
 
 
-def test_half_written_last_line_is_left_out_and_cut(tmp_path):
+def test_half_written_last_line_is_left_out_and_cut(tmp_path, aside):
     path = tmp_path / "metrics.jsonl"
     write_steps(path, range(1, 4))
     whole = path.read_bytes()
@@ -71,18 +78,18 @@ def test_half_written_last_line_is_left_out_and_cut(tmp_path):
         path.write_bytes(whole[:length])
         assert steps_in(path) == [1, 2]
         sink = JsonlSink(path)
-        sink.cut_back(10)
+        sink.cut_back(10, aside)
         sink.write({"train/step": 3})
         sink.close()
         assert steps_in(path) == [1, 2, 3]
 
 
-def test_earlier_attempt_still_running_does_not_write_into_the_resumed_run(tmp_path):
+def test_earlier_attempt_still_running_does_not_write_into_the_resumed_run(tmp_path, aside):
     path = tmp_path / "metrics.jsonl"
     earlier = JsonlSink(path)
     earlier.write({"train/step": 1})
     resumed = JsonlSink(path)
-    resumed.cut_back(1)
+    resumed.cut_back(1, aside)
     earlier.write({"train/step": 2, "train/loss": 9.0})
     resumed.write({"train/step": 2, "train/loss": 1.0})
     assert [row.get("train/loss") for row in read_metrics(path)] == [None, 1.0]

@@ -1,0 +1,101 @@
+"""One attempt at a time changes a run directory."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain import run_dir
+from pretrain.errors import FencedError, TrainingError, UserError
+from pretrain.run_dir import RunDirectory
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    root = tmp_path / "run"
+    root.mkdir()
+    return RunDirectory(root)
+
+
+def test_attempts_are_counted_and_each_fences_off_those_before(run: RunDirectory) -> None:
+    assert run.current_attempt() == 0
+    first = run.begin_attempt()
+    run.check_attempt(first)
+    run.mark_stopped(3, first, "SIGTERM")
+    stopped = json.loads(run.stopped.read_text())
+    assert (stopped["step"], stopped["attempt"], stopped["reason"]) == (3, 1, "SIGTERM")
+
+    second = run.begin_attempt()
+    assert (first, second, run.current_attempt()) == (1, 2, 2)
+    assert not run.stopped.exists()
+    for change in (
+        lambda: run.check_attempt(first),
+        lambda: run.mark_done(9, first),
+        lambda: run.mark_stopped(9, first, "SIGTERM"),
+    ):
+        with pytest.raises(FencedError, match=r"attempt 2 of .*/run has begun.*attempt 1"):
+            change()
+    assert not run.done.exists()
+    assert not run.stopped.exists()
+    run.mark_done(9, second)
+    assert json.loads(run.done.read_text()) == {"step": 9, "attempt": 2}
+
+
+def test_an_attempt_whose_launcher_was_overtaken_does_not_begin(run: RunDirectory) -> None:
+    slow, fast = run.new_attempt(), run.new_attempt()
+    assert run.current_attempt() == 0
+    run.begin_attempt(fast)
+    with pytest.raises(FencedError, match=r"attempt 2 of .* has begun"):
+        run.begin_attempt(slow)
+    run.check_attempt(fast)
+
+
+def test_an_attempt_that_began_between_check_and_rename_keeps_the_file_as_it_is(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run.begin_attempt()
+    rename = run_dir._put_into_place
+
+    def after_the_check(aside: Path, path: Path, text: str) -> None:
+        if path == run.done:
+            monkeypatch.setattr(run_dir, "_put_into_place", rename)
+            run.begin_attempt()
+        rename(aside, path, text)
+
+    monkeypatch.setattr(run_dir, "_put_into_place", after_the_check)
+    with pytest.raises(FencedError):
+        run.mark_done(9, first)
+    assert not run.done.exists()
+
+
+def test_a_directory_that_has_vanished_is_named(run: RunDirectory) -> None:
+    attempt = run.begin_attempt()
+    shutil.rmtree(run.root)
+    with pytest.raises(TrainingError, match=r"the run directory .*/run is gone"):
+        run.check_attempt(attempt)
+    with pytest.raises(TrainingError, match=r"the run directory .*/run is gone"):
+        run.mark_done(9, attempt)
+    assert not run.root.exists()
+
+
+def test_who_holds_the_directory_is_named(run: RunDirectory) -> None:
+    hold = (
+        "import sys; from pathlib import Path; from pretrain.run_dir import RunDirectory\n"
+        "with RunDirectory(Path(sys.argv[1])).exclusive():\n"
+        "    print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", hold, str(run.root)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with (
+            pytest.raises(UserError, match=f"is in use by process {holder.pid} on"),
+            run.exclusive(),
+        ):
+            pass
+        holder.communicate()
+    with run.exclusive():
+        pass
