@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -57,6 +57,11 @@ class RunDirectory:
         return self.root / "metrics.jsonl"
 
     @property
+    def ledger(self) -> Path:
+        """Which tokens were trained at which step, over all attempts."""
+        return self.root / "ledger.bin"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
@@ -97,6 +102,11 @@ class RunDirectory:
         return self.root / "attempt.json"
 
     @property
+    def changes(self) -> Path:
+        """Settings that changed since the attempt before; an attempt that begins takes it along."""
+        return self.root / "changes.jsonl"
+
+    @property
     def data(self) -> Path:
         """What the run knows of its data: hashes, unigram entropy, why documents were dropped."""
         return self.root / "data.json"
@@ -109,16 +119,22 @@ class RunDirectory:
         """Where an attempt writes what it then renames into place; gone once another begins."""
         return self.root / "aside" / f"{attempt:04d}"
 
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
+    def exclusive(self) -> AbstractContextManager[None]:
         """Hold the run directory: one process at a time may change it.
 
         Raises:
             UserError: another process holds it, and the message says which; or it is read-only.
         """
-        path = self.root / "lock"
+        return self._hold("lock")
+
+    def launching(self) -> AbstractContextManager[None]:
+        """Hold the right to start attempts, also between two of them; raises as `exclusive`."""
+        return self._hold("launcher.lock")
+
+    @contextmanager
+    def _hold(self, name: str) -> Iterator[None]:
         try:
-            file = path.open("a+")
+            file = (self.root / name).open("a+")
         except OSError as error:
             raise UserError(self.explain(error)) from None
         with file:
@@ -163,6 +179,8 @@ class RunDirectory:
         shutil.rmtree(self.aside(number).parent, ignore_errors=True)
         self.aside(number).mkdir(parents=True)
         self.stopped.unlink(missing_ok=True)
+        if self.changes.exists():
+            self.changes.rename(self.folder_of(number) / self.changes.name)
         return number
 
     def current_attempt(self) -> int:
@@ -209,6 +227,10 @@ class RunDirectory:
         time = datetime.now(UTC).isoformat(timespec="seconds")
         marker = {"step": step, "attempt": attempt, "reason": reason, "time": time}
         self.commit(attempt, self.stopped, json.dumps(marker) + "\n")
+
+    def is_cause_of(self, error: OSError) -> bool:
+        """Whether an operation on the run directory has failed."""
+        return not self.root.is_dir() or str(error.filename).startswith(f"{self.root}{os.sep}")
 
     def explain(self, error: OSError) -> str:
         """What to tell about an operation on the run directory that has failed."""

@@ -1,0 +1,393 @@
+"""RUN/ledger.bin: which tokens were trained at which step, over all attempts of a run.
+
+Rank 0 appends a record for each attempt that begins, each global batch that is trained or skipped,
+and each rollback; nothing is ever rewritten. The file is one line that names the format, and then
+records: a frame of 12 bytes (length of the payload, its crc32, the crc32 of these 8 bytes) and the
+payload. So the end of a file whose writer was killed cannot be taken for damage, nor the reverse.
+
+A batch is kept piece by piece, as it was planned: 6.4 bytes per document where batches of
+4M tokens are drawn from 10M documents, 5.2 for 1M tokens from 3.5M documents, and about 90 bytes
+per step.
+"""
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.stream import BatchPlan
+from pretrain.errors import TrainingError
+
+MAGIC = b"farspan ledger 1\n"
+_FRAME = struct.Struct("<III")
+_FRAME_CHECKED = _FRAME.size - 4
+# Kind, attempt, step, first token, rows, seq_len, loss, gradient norm, bytes of the reason.
+_BATCH = struct.Struct("<BIQQIIddH")
+_ATTEMPT_BEGUN, _TRAINED, _SKIPPED, _ROLLED_BACK = range(1, 5)
+_ZEROS_AT_A_TIME = 1 << 20
+
+
+class LedgerError(TrainingError):
+    """The ledger is damaged, or cannot be written: told without a traceback."""
+
+
+@dataclass(frozen=True)
+class LedgerSource:
+    """What an attempt reads as one source: the hash of its shards, and its weight."""
+
+    sha256: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class AttemptBegun:
+    """An attempt goes on after `step` steps: later ones of earlier attempts no longer count.
+
+    Attributes:
+        first_token: how many tokens the stream has delivered up to there.
+        seed: of the order of documents.
+    """
+
+    attempt: int
+    step: int
+    first_token: int
+    seed: int
+    sources: tuple[LedgerSource, ...]
+
+
+@dataclass(frozen=True)
+class RolledBack:
+    """Within an attempt, the run went back from after `from_step` to after `to_step`.
+
+    Attributes:
+        first_token: how many tokens the stream has delivered up to `to_step`.
+    """
+
+    attempt: int
+    from_step: int
+    to_step: int
+    first_token: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """A global batch that the stream delivered.
+
+    Attributes:
+        first_token: how many tokens the stream had delivered before it.
+        packed: what fills its rows; `plan` unpacks it.
+    """
+
+    attempt: int
+    step: int
+    first_token: int
+    rows: int
+    seq_len: int
+    loss: float
+    grad_norm: float
+    packed: bytes = field(repr=False)
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.seq_len
+
+    @property
+    def stop_token(self) -> int:
+        return self.first_token + self.tokens
+
+    def plan(self) -> BatchPlan:
+        pieces = _unpack(self.packed)
+        return BatchPlan(pieces, _row_starts(pieces, self.rows, self.seq_len))
+
+
+class Trained(Delivered):
+    """A global batch whose gradient went into the weights, as step `step`."""
+
+
+@dataclass(frozen=True)
+class Skipped(Delivered):
+    """A global batch that left the weights as they were, and why; loss and gradient norm are NaN
+    where they were not computed. Whether it takes a step number of its own is the trainer's choice.
+    """
+
+    reason: str
+
+
+Record = AttemptBegun | Trained | Skipped | RolledBack
+
+
+class Ledger:
+    """Appends to a ledger. One process, rank 0's, has it open.
+
+    A record goes straight to the file: a killed process loses at most the one it was writing. A
+    machine that fails loses what came after the last `sync`.
+    """
+
+    def __init__(self, path: Path, attempt: int, fence: Callable[[], None]) -> None:
+        self.path = path
+        self._attempt = attempt
+        self._fence = fence
+        try:
+            self._end = _end_of_whole_records(path, attempt)
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            os.ftruncate(self._descriptor, self._end)
+        except OSError as error:
+            raise LedgerError(f"{path}: cannot be opened: {error.strerror}") from error
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        attempt: int,
+        step: int,
+        first_token: int,
+        *,
+        seed: int,
+        sources: Sequence[LedgerSource],
+        fence: Callable[[], None],
+    ) -> "Ledger":
+        """Cut off a torn last record, and record that `attempt` goes on after `step` steps.
+
+        All records are read and verified, 0.6 GB/s on one core.
+
+        Args:
+            first_token: how many tokens the stream has delivered up to `step`.
+            fence: raises if `attempt` may no longer write; called before each change of the file.
+
+        Raises:
+            LedgerError: the file is damaged, of a newer attempt, or cannot be written.
+        """
+        fence()
+        ledger = cls(path, attempt, fence)
+        if ledger._end == 0:
+            ledger._write(MAGIC)
+            _sync_folder(path.parent)
+        begun = AttemptBegun(attempt, step, first_token, seed, tuple(sources))
+        ledger._append(_json_payload(_ATTEMPT_BEGUN, begun))
+        return ledger
+
+    def train(
+        self,
+        step: int,
+        plan: BatchPlan,
+        seq_len: int,
+        first_token: int,
+        loss: float,
+        grad_norm: float,
+    ) -> None:
+        """Record that `plan` was trained as step `step`."""
+        self._batch(_TRAINED, step, plan, seq_len, first_token, loss, grad_norm, "")
+
+    def skip(
+        self,
+        step: int,
+        plan: BatchPlan,
+        seq_len: int,
+        first_token: int,
+        reason: str,
+        loss: float,
+        grad_norm: float,
+    ) -> None:
+        """Record that `plan`, which would have been step `step`, left the weights as they were."""
+        self._batch(_SKIPPED, step, plan, seq_len, first_token, loss, grad_norm, reason)
+
+    def roll_back(self, from_step: int, to_step: int, first_token: int, reason: str) -> None:
+        """Record that the steps after `to_step` no longer count.
+
+        Args:
+            first_token: how many tokens the stream has delivered up to `to_step`.
+        """
+        record = RolledBack(self._attempt, from_step, to_step, first_token, reason)
+        self._append(_json_payload(_ROLLED_BACK, record))
+
+    def sync(self) -> None:
+        """Make all records durable; a checkpoint may be committed only after that."""
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise LedgerError(f"{self.path}: cannot be made durable: {error.strerror}") from error
+
+    def _batch(
+        self,
+        kind: int,
+        step: int,
+        plan: BatchPlan,
+        seq_len: int,
+        first_token: int,
+        loss: float,
+        grad_norm: float,
+        reason: str,
+    ) -> None:
+        rows = len(plan.row_starts) - 1
+        ends = np.cumsum(plan.pieces[:, 3] - plan.pieces[:, 2])
+        ends_of_rows = seq_len * np.arange(1, rows + 1)
+        if not np.array_equal(ends[plan.row_starts[1:] - 1], ends_of_rows):
+            raise ValueError(f"step {step}: the pieces do not fill {rows} rows of {seq_len} tokens")
+        words = reason.encode()
+        numbers = step, first_token, rows, seq_len, loss, grad_norm
+        head = _BATCH.pack(kind, self._attempt, *numbers, len(words))
+        self._append(head + words + _pack(plan.pieces))
+
+    def _append(self, payload: bytes) -> None:
+        self._fence()
+        self._write(_framed(payload))
+
+    def _write(self, content: bytes) -> None:
+        written = 0
+        try:
+            while written < len(content):
+                written += os.write(self._descriptor, content[written:])
+        except OSError as error:
+            raise self._cut_back(error, written, len(content)) from error
+        self._end += len(content)
+
+    def _cut_back(self, error: OSError, written: int, wanted: int) -> LedgerError:
+        """Remove the half-written record, and say what happened."""
+        try:
+            os.ftruncate(self._descriptor, self._end)
+            state = f"it ends with its last whole record again, at byte {self._end}"
+        except OSError as second:
+            state = f"its half-written end could not be cut off ({second.strerror})"
+        return LedgerError(
+            f"{self.path}: only {written} of {wanted} bytes of a record could be written "
+            f"({error.strerror}); {state}. Make room; the same command goes on from the newest "
+            "checkpoint"
+        )
+
+
+def read_ledger(path: Path) -> Iterator[Record]:
+    """All records in the order in which they were written; a torn last one is left out.
+
+    Raises:
+        LedgerError: a byte is damaged; names the file and the offset of the record.
+    """
+    for offset, payload in _payloads(path):
+        try:
+            yield _decode(payload)
+        except (struct.error, ValueError, LookupError, TypeError) as error:
+            raise LedgerError(
+                f"{path}: the record at byte {offset} is none that this farspan knows ({error!r}); "
+                "read it with the version that wrote it"
+            ) from error
+
+
+def _payloads(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Offset and payload of each whole record."""
+    with path.open("rb") as file:
+        magic = file.read(len(MAGIC))
+        if magic != MAGIC:
+            if not MAGIC.startswith(magic):
+                raise LedgerError(
+                    f"{path}: damaged at byte 0, or no ledger of this version of farspan: it "
+                    f"begins with {magic!r}, not with {MAGIC!r}. Restore it from a copy"
+                )
+            return
+        offset = len(MAGIC)
+        while len(frame := file.read(_FRAME.size)) == _FRAME.size:
+            length, payload_crc, frame_crc = _FRAME.unpack(frame)
+            if zlib.crc32(frame[:_FRAME_CHECKED]) != frame_crc:
+                # A machine that fails may leave a file longer than what was written to it.
+                if not any(frame) and _is_zero_to_the_end(file):
+                    return
+                raise _damaged(path, offset)
+            payload = file.read(length)
+            if len(payload) < length:
+                return
+            if zlib.crc32(payload) != payload_crc:
+                raise _damaged(path, offset)
+            yield offset, payload
+            offset += _FRAME.size + length
+
+
+def _is_zero_to_the_end(file: BinaryIO) -> bool:
+    return not any(any(part) for part in iter(lambda: file.read(_ZEROS_AT_A_TIME), b""))
+
+
+def _damaged(path: Path, offset: int) -> LedgerError:
+    return LedgerError(
+        f"{path}: the record at byte {offset} is damaged: its checksum does not match. Restore the "
+        f"file from a copy. If the machine failed while it was the last one being written, "
+        f"`truncate -s {offset} {path}` removes it and all that follows"
+    )
+
+
+def _end_of_whole_records(path: Path, attempt: int) -> int:
+    """Where the next record goes: 0 in a file without a first line."""
+    if not path.exists():
+        return 0
+    end = len(MAGIC) if path.stat().st_size >= len(MAGIC) else 0
+    for offset, payload in _payloads(path):
+        end = offset + _FRAME.size + len(payload)
+        if payload[0] == _ATTEMPT_BEGUN and (newer := _decode(payload).attempt) > attempt:
+            raise LedgerError(
+                f"{path}: attempt {newer} has begun there already, and attempt {attempt} may not "
+                "write to it any more; start the run again, as a new attempt"
+            )
+    return end
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _framed(payload: bytes) -> bytes:
+    checked = struct.pack("<II", len(payload), zlib.crc32(payload))
+    return checked + struct.pack("<I", zlib.crc32(checked)) + payload
+
+
+def _json_payload(kind: int, record: AttemptBegun | RolledBack) -> bytes:
+    return bytes([kind]) + json.dumps(asdict(record), separators=(",", ":")).encode()
+
+
+def _decode(payload: bytes) -> Record:
+    kind = payload[0]
+    if kind == _ATTEMPT_BEGUN:
+        fields = json.loads(payload[1:])
+        sources = tuple(LedgerSource(**source) for source in fields.pop("sources"))
+        return AttemptBegun(**fields, sources=sources)
+    if kind == _ROLLED_BACK:
+        return RolledBack(**json.loads(payload[1:]))
+    if kind not in (_TRAINED, _SKIPPED):
+        raise ValueError(f"kind {kind}")
+    *numbers, reason_bytes = _BATCH.unpack_from(payload)[1:]
+    end_of_reason = _BATCH.size + reason_bytes
+    values = [*numbers, payload[end_of_reason:]]
+    if kind == _TRAINED:
+        return Trained(*values)
+    values.append(payload[_BATCH.size : end_of_reason].decode())
+    return Skipped(*values)
+
+
+def _pack(pieces: NDArray[np.int64]) -> bytes:
+    """Column by column and, within one, all lowest bytes first: what is left are runs of zeros."""
+    columns = pieces.T.astype("<i8", order="C")
+    columns[3] -= columns[2]
+    planes = columns.view(np.uint8).reshape(4, -1, 8).transpose(0, 2, 1)
+    return zlib.compress(planes.tobytes())
+
+
+def _unpack(packed: bytes) -> NDArray[np.int64]:
+    planes = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(4, 8, -1)
+    columns = planes.transpose(0, 2, 1).copy(order="C").view("<i8").reshape(4, -1)
+    columns[3] += columns[2]
+    return np.ascontiguousarray(columns.T, np.int64)
+
+
+def _row_starts(pieces: NDArray[np.int64], rows: int, seq_len: int) -> NDArray[np.int64]:
+    """Where rows begin among pieces that fill them one after the other."""
+    ends = np.cumsum(pieces[:, 3] - pieces[:, 2])
+    ends_of_rows = seq_len * np.arange(1, rows + 1)
+    return np.concatenate([[0], np.searchsorted(ends, ends_of_rows) + 1]).astype(np.int64)
