@@ -1,0 +1,414 @@
+"""What an audit checks, batch by batch, in the order of the stream.
+
+Each check sees all batches that count, and then tells what does not hold.
+"""
+
+from array import array
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.mixture import Mixture
+from data_pipeline.pack import plan_rows
+from data_pipeline.shards import Manifest
+from data_pipeline.stream import BatchPlan
+from pretrain.ledger import AttemptBegun, Skipped, Trained
+from pretrain.metrics.sinks import read_metrics
+
+Batch = Trained | Skipped
+Ints = NDArray[np.int64]
+
+TOLD_AT_MOST = 5
+
+
+def data_problems(attempts: Sequence[AttemptBegun], manifests: Sequence[Manifest]) -> list[str]:
+    """Whether the data is still what every attempt has read, in the same order."""
+    if not attempts:
+        return ["the ledger has no attempt in it"]
+    hashes = [manifest.sha256 for manifest in manifests]
+    problems = []
+    for attempt in attempts:
+        read = [source.sha256 for source in attempt.sources]
+        if read != hashes:
+            folders = ", ".join(str(manifest.root) for manifest in manifests)
+            problems.append(
+                f"attempt {attempt.attempt} has read other shards than those of {folders} (sha256 "
+                f"{read} instead of {hashes}): restore them to audit the run"
+            )
+        if attempt.seed != attempts[0].seed:
+            problems.append(
+                f"attempt {attempt.attempt} has used data.seed={attempt.seed}, and attempt "
+                f"{attempts[0].attempt} data.seed={attempts[0].seed}: the orders do not go together"
+            )
+    return problems
+
+
+class StepsCheck:
+    """Steps are consecutive. A skipped batch may have a number of its own or that of the next.
+
+    Attributes:
+        last: the last step.
+    """
+
+    def __init__(self) -> None:
+        self.last = 0
+        self._was_skipped = False
+        self._found: list[str] = []
+
+    def see(self, attempt: AttemptBegun, batch: Batch, pieces: Ints) -> None:
+        if batch.step > self.last + 1:
+            first, last = self.last + 1, batch.step - 1
+            self._found.append(
+                f"step {first} has no record"
+                if first == last
+                else f"steps {first} to {last} have no record"
+            )
+        elif batch.step < self.last + (not self._was_skipped):
+            self._found.append(f"step {batch.step} stands again behind step {self.last}")
+        self.last = batch.step
+        self._was_skipped = isinstance(batch, Skipped)
+
+    def problems(self) -> list[str]:
+        return _first(self._found)
+
+
+class OrderCheck:
+    """The batches are those that the mixture delivers, piece by piece.
+
+    The mixture is computed again from the beginning, with the weights of each attempt; no cursor
+    that was saved is used.
+    """
+
+    def __init__(self, paths: Sequence[str], lengths: Sequence[Ints]) -> None:
+        self._paths = paths
+        self._lengths = lengths
+        self._mixture: Mixture | None = None
+        self._attempt: AttemptBegun | None = None
+        self._tokens = 0
+        self._difference: str | None = None
+
+    def see(self, attempt: AttemptBegun, batch: Batch, pieces: Ints) -> None:
+        if self._difference:
+            return
+        if batch.first_token != self._tokens:
+            between = batch.first_token - self._tokens
+            self._difference = (
+                f"step {batch.step} begins at token {batch.first_token:,} of the "
+                + (
+                    f"stream: the {between:,} tokens before it have no record"
+                    if between > 0
+                    else f"stream, {-between:,} tokens before the end of the step before it"
+                )
+            )
+            return
+        expected = plan_rows(self._mixture_of(attempt), batch.rows, batch.seq_len)
+        self._difference = self._compare(batch.step, expected, pieces)
+        self._tokens = batch.stop_token
+
+    def problems(self) -> list[str]:
+        return [self._difference] if self._difference else []
+
+    def _mixture_of(self, attempt: AttemptBegun) -> Mixture:
+        if attempt is not self._attempt:
+            weights = [source.weight for source in attempt.sources]
+            mixture = Mixture(self._lengths, weights, attempt.seed)
+            if self._mixture:
+                mixture.load_state_dict(self._mixture.state_dict())
+            self._mixture, self._attempt = mixture, attempt
+        assert self._mixture
+        return self._mixture
+
+    def _compare(self, step: int, expected: BatchPlan, found: Ints) -> str | None:
+        if np.array_equal(expected.pieces, found):
+            return None
+        both = min(len(expected.pieces), len(found))
+        differs = (expected.pieces[:both] != found[:both]).any(axis=1)
+        place = int(differs.argmax()) if differs.any() else both
+        row = int(np.searchsorted(expected.row_starts, place, side="right")) - 1
+        return (
+            f"step {step}, row {row}: the mixture has {self._name(expected.pieces, place)}; the "
+            f"ledger has {self._name(found, place)}"
+        )
+
+    def _name(self, pieces: Ints, place: int) -> str:
+        if place >= len(pieces):
+            return "nothing more"
+        source, document, start, stop = pieces[place].tolist()
+        known = 0 <= source < len(self._paths)
+        path = self._paths[source] if known else f"number {source}, which is not there"
+        return f"tokens {start} to {stop} of document {document} of source {path}"
+
+
+@dataclass(frozen=True)
+class SourceUse:
+    """How a source was used.
+
+    Attributes:
+        weight_share: its part of the weights of all sources, as they are configured now.
+        share: its part of the tokens delivered.
+        skipped_tokens: by reason.
+        documents: begun, in all epochs.
+        epochs: tokens delivered / tokens of the source.
+        least_used: how often the token was delivered that was delivered least often.
+        most_used: the same of the one that was delivered most often.
+    """
+
+    path: str
+    weight_share: float
+    share: float
+    trained_tokens: int
+    skipped_tokens: dict[str, int]
+    documents: int
+    epochs: float
+    least_used: int
+    most_used: int
+
+
+class UseCheck:
+    """Each source delivers each of its tokens once per epoch, whatever the mixture's order.
+
+    Within its document, a piece has to begin where the last one ended. So a document's tokens were
+    used as often as it was finished, and those before its last piece's end once more.
+    """
+
+    def __init__(self, paths: Sequence[str], lengths: Sequence[Ints]) -> None:
+        self._sources = [_Use(path, of) for path, of in zip(paths, lengths, strict=True)]
+
+    def see(self, attempt: AttemptBegun, batch: Batch, pieces: Ints) -> None:
+        reason = batch.reason if isinstance(batch, Skipped) else None
+        for number, use in enumerate(self._sources):
+            mine = pieces[pieces[:, 0] == number]
+            if len(mine):
+                use.add(batch.step, reason, *mine[:, 1:].T)
+
+    def problems(self) -> list[str]:
+        return [problem for use in self._sources for problem in use.problems()]
+
+    def of_sources(self, weights: Sequence[float]) -> tuple[SourceUse, ...]:
+        """The use of each source, of these weights."""
+        delivered = max(1, sum(use.delivered for use in self._sources))
+        return tuple(
+            SourceUse(
+                path=use.path,
+                weight_share=weight / sum(weights),
+                share=use.delivered / delivered,
+                trained_tokens=use.trained,
+                skipped_tokens=dict(use.skipped),
+                documents=use.begun,
+                epochs=use.delivered / use.size,
+                least_used=use.least,
+                most_used=use.most,
+            )
+            for use, weight in zip(self._sources, weights, strict=True)
+        )
+
+
+class _Use:
+    """Of one source. 12 bytes of memory per document."""
+
+    def __init__(self, path: str, lengths: Ints) -> None:
+        self.path = path
+        self.size = int(lengths.sum())
+        self.trained = 0
+        self.skipped: Counter[str] = Counter()
+        self.begun = 0
+        self._lengths = lengths
+        self._finished = np.zeros(len(lengths), np.int32)
+        self._offset = np.zeros(len(lengths), np.int64)
+        self._wrong: list[str] = []
+
+    @property
+    def delivered(self) -> int:
+        return self.trained + self.skipped.total()
+
+    @property
+    def least(self) -> int:
+        return int(self._finished.min())
+
+    @property
+    def most(self) -> int:
+        return int((self._finished + (self._offset > 0)).max())
+
+    def add(self, step: int, reason: str | None, document: Ints, start: Ints, stop: Ints) -> None:
+        """Add pieces of this source, [n] each."""
+        possible = (document >= 0) & (document < len(self._lengths)) & (start < stop)
+        possible[possible] = stop[possible] <= self._lengths[document[possible]]
+        if not possible.all():
+            at = int(possible.argmin())
+            self._wrong.append(
+                f"step {step}: source {self.path} has no tokens {start[at]} to {stop[at]} of "
+                f"document {document[at]}"
+            )
+            document, start, stop = document[possible], start[possible], stop[possible]
+            if not len(document):
+                return
+        tokens = int((stop - start).sum())
+        if reason is None:
+            self.trained += tokens
+        else:
+            self.skipped[reason] += tokens
+        self.begun += int((start == 0).sum())
+        self._follow(step, document, start, stop)
+
+    def _follow(self, step: int, document: Ints, start: Ints, stop: Ints) -> None:
+        by_document = np.argsort(document, kind="stable")
+        document, start, stop = document[by_document], start[by_document], stop[by_document]
+        is_first = np.append(True, document[1:] != document[:-1])
+        is_last = np.append(is_first[1:], True)
+        is_end = stop == self._lengths[document]
+        goes_on_at = np.where(is_end, 0, stop)
+        expected = np.where(is_first, self._offset[document], np.append(0, goes_on_at[:-1]))
+        if (start != expected).any():
+            at = int((start != expected).argmax())
+            self._wrong.append(
+                f"step {step}: document {document[at]} of source {self.path} goes on at token "
+                f"{start[at]}, after it was used up to token {expected[at]}"
+            )
+        np.add.at(self._finished, document[is_end], 1)
+        self._offset[document[is_last]] = goes_on_at[is_last]
+
+    def problems(self) -> list[str]:
+        least, most = self.delivered // self.size, -(-self.delivered // self.size)
+        if (self.least, self.most) != (least, most):
+            self._wrong.append(
+                f"source {self.path}: tokens were used between {self.least} and {self.most} times; "
+                f"in {self.delivered / self.size:.3f} epochs it should be {least} to {most}"
+            )
+        return _first(self._wrong)
+
+
+class SharesCheck:
+    """Each source has delivered its weight's share of the tokens, up to a document per other one.
+
+    Only where no attempt has changed the weights: after a change, shares approach the new ones.
+    """
+
+    def __init__(self, paths: Sequence[str], lengths: Sequence[Ints]) -> None:
+        self._paths = paths
+        self._longest = max(int(of.max()) for of in lengths)
+        self._delivered = np.zeros(len(paths), np.int64)
+        self._weights: set[tuple[float, ...]] = set()
+
+    def see(self, attempt: AttemptBegun, batch: Batch, pieces: Ints) -> None:
+        source, tokens = pieces[:, 0], pieces[:, 3] - pieces[:, 2]
+        known = (source >= 0) & (source < len(self._paths))
+        np.add.at(self._delivered, source[known], tokens[known])
+        self._weights.add(tuple(source.weight for source in attempt.sources))
+
+    def problems(self) -> list[str]:
+        if len(self._weights) != 1:
+            return []
+        (weights,) = self._weights
+        wanted = np.array(weights) / sum(weights) * self._delivered.sum()
+        allowed = self._longest * max(1, len(weights) - 1)
+        return [
+            f"source {path} has delivered {delivered:,} tokens; by its weight it should be "
+            f"{due:,.0f}, give or take {allowed:,}"
+            for path, delivered, due in zip(self._paths, self._delivered, wanted, strict=True)
+            if abs(delivered - due) > allowed
+        ]
+
+
+class CheckpointCheck:
+    """A resumed run goes on right behind a batch of the ledger: none lost, none again.
+
+    Args:
+        progress: that of the newest checkpoint, if there is one.
+    """
+
+    def __init__(self, progress: Mapping[str, Any] | None) -> None:
+        self._progress = progress
+        self._delivered: Ints | None = None
+        self._last = 0
+        self._tokens = 0
+        self._is_found = progress is None or progress["step"] == 0
+        if progress:
+            cursors = progress["stream"]["cursors"]
+            self._cursors = np.array([cursor["tokens"] for cursor in cursors], np.int64)
+
+    def see(self, attempt: AttemptBegun, batch: Batch, pieces: Ints) -> None:
+        self._last = batch.step
+        if self._progress is None or self._is_found:
+            return
+        if self._delivered is None:
+            self._delivered = np.zeros_like(self._cursors)
+        tokens = pieces[:, 3] - pieces[:, 2]
+        known = (pieces[:, 0] >= 0) & (pieces[:, 0] < len(self._cursors))
+        np.add.at(self._delivered, pieces[known, 0], tokens[known])
+        if np.array_equal(self._delivered, self._cursors):
+            steps = {batch.step, batch.step - isinstance(batch, Skipped)}
+            self._is_found = self._progress["step"] in steps
+
+    def problems(self) -> list[str]:
+        if self._progress is None or self._is_found:
+            return []
+        step = self._progress["step"]
+        if step > self._last:
+            return [
+                f"the newest checkpoint is that of step {step}, and the ledger ends with step "
+                f"{self._last}: its last records are lost"
+            ]
+        return [
+            f"the newest checkpoint, of step {step}, goes on after {self._cursors.tolist()} tokens "
+            "of the sources; by the ledger, that is not where the step has ended"
+        ]
+
+
+class MetricsCheck:
+    """metrics.jsonl has the losses and gradient norms of the ledger, bit for bit."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._logged = _Numbers()
+        self._recorded = _Numbers()
+        for row in read_metrics(path) if path.is_file() else ():
+            loss, grad_norm = row["train/loss"], row["train/grad_norm"]
+            self._logged.add(row["train/step"], loss, grad_norm)
+
+    def see(self, attempt: AttemptBegun, batch: Batch, pieces: Ints) -> None:
+        self._recorded.add(batch.step, batch.loss, batch.grad_norm)
+
+    def problems(self) -> list[str]:
+        logged, recorded = self._logged, self._recorded
+        steps, logged_steps = np.asarray(recorded.step), np.asarray(logged.step)
+        # Of records of one step the last: it is the one that was trained.
+        place = np.searchsorted(steps, logged_steps, side="right") - 1
+        found = []
+        for row, at in enumerate(place.tolist()):
+            step = logged.step[row]
+            if at < 0 or recorded.step[at] != step:
+                found.append(f"{self._path}: step {step} is not in the ledger")
+                continue
+            for name in ("loss", "grad_norm"):
+                ours, theirs = getattr(logged, name)[row], getattr(recorded, name)[at]
+                # NaN, which has many bit patterns and one name in JSON, differs from itself.
+                if ours != theirs and not (ours != ours and theirs != theirs):
+                    found.append(
+                        f"{self._path}: train/{name} of step {step} is {ours!r}, in the ledger "
+                        f"{theirs!r}"
+                    )
+        return _first(found)
+
+
+class _Numbers:
+    """Loss and gradient norm by step, 24 bytes each."""
+
+    def __init__(self) -> None:
+        self.step = array("q")
+        self.loss = array("d")
+        self.grad_norm = array("d")
+
+    def add(self, step: int, loss: float, grad_norm: float) -> None:
+        self.step.append(step)
+        self.loss.append(loss)
+        self.grad_norm.append(grad_norm)
+
+
+def _first(problems: list[str]) -> list[str]:
+    more = len(problems) - TOLD_AT_MOST
+    return problems if more <= 0 else [*problems[:TOLD_AT_MOST], f"and {more:,} more of this kind"]
