@@ -1,5 +1,6 @@
 """Documents laid end to end in rows of equal length."""
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,11 @@ class BatchPlan:
 
     pieces: NDArray[np.int64]
     row_starts: NDArray[np.int64]
+
+    @property
+    def checksum(self) -> int:
+        """The crc32 of it all."""
+        return zlib.crc32(self.row_starts.tobytes(), zlib.crc32(self.pieces.tobytes()))
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,11 @@ class TokenStream:
             seed,
         )
 
+    @property
+    def tokens(self) -> int:
+        """How many were delivered since the start, in all epochs of all sources."""
+        return sum(cursor["tokens"] for cursor in self._mixture.state_dict())
+
     def next_batch(self, sequences: int) -> BatchPlan:
         """Plan the next global batch of `sequences` rows and move on past it."""
         return plan_rows(self._mixture, sequences, self.seq_len)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +52,25 @@ def check_same(what: str, settings: Mapping[str, Any]) -> None:
         f"{what} differs between ranks; compared with rank {digests.index(usual)}:\n  "
         + "\n  ".join(lines)
     )
+
+
+def evidence_of(number: int) -> list[float]:
+    """Four numbers whose sums over ranks tell `is_same` whether `number` (32 bits) is the same.
+
+    They ride on a sum of float64 that is taken anyway.
+    """
+    halves = number & 0xFFFF, number >> 16
+    return [float(x) for half in halves for x in (half, half * half)]
+
+
+def is_same(sums: Sequence[float], ranks: int) -> bool:
+    """Whether all ranks had the same number, from the sums of their `evidence_of` it.
+
+    By Cauchy and Schwarz, n times a sum of n squares is the square of the sum if and only if all
+    are equal: no differences cancel. For up to 2^20 ranks the sums are below 2^53, thus exact.
+    """
+    pairs = sums[:2], sums[2:]
+    return all(ranks * int(of_squares) == int(total) ** 2 for total, of_squares in pairs)
 
 
 def replicated(weights: Iterable[tuple[str, Tensor]]) -> Iterator[Copy]:

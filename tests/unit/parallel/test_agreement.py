@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel.agreement import checksum
+from parallel.agreement import checksum, evidence_of, is_same
 from tests.ranks import run_on_ranks
 
 CASES = Path(__file__).with_name("agreement_cases.py")
@@ -63,3 +63,33 @@ def test_the_checksum_sees_each_bit_of_any_type(dtype: torch.dtype) -> None:
             as_bytes.view(-1)[byte] ^= 1 << bit
     assert len(sums) == 1 + 8 * tensor.nbytes
     assert int(checksum(tensor.t())) not in sums
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [
+        ([0, 0, 0], True),
+        ([2**32 - 1] * 2**10, True),
+        ([7], True),
+        # Equal sums, and a mean that is one of the numbers.
+        ([1, 3, 2], False),
+        ([0x10000, 0x30000, 0x20000], False),
+        ([0x00010002, 0x00020001], False),
+        ([*[2**32 - 1] * 2**10, 2**32 - 2], False),
+        ([*[2**32 - 1] * 2**10, 2**32 - 1 - 2**16], False),
+    ],
+)
+def test_sums_tell_whether_all_ranks_have_one_number(numbers: list[int], expected: bool) -> None:
+    evidence = torch.tensor([evidence_of(number) for number in numbers], dtype=torch.float64)
+    assert is_same(evidence.sum(0).tolist(), len(numbers)) is expected
+
+
+def test_the_sums_of_a_million_ranks_are_exact() -> None:
+    ranks, evidence = 2**20, evidence_of(2**32 - 1)
+    sums = [ranks * value for value in evidence]
+    assert max(sums) < 2**53
+    assert is_same(sums, ranks)
+    other = evidence_of(2**32 - 2)
+    assert not is_same(
+        [total - a + b for total, a, b in zip(sums, evidence, other, strict=True)], ranks
+    )
