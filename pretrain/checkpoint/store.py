@@ -1,128 +1,279 @@
 """The checkpoints of a run: each complete or absent, never half."""
 
-import json
-import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from pretrain.checkpoint.manifest import (
-    Entries,
-    describe_files,
-    find_damage,
-    list_files,
-    write_manifest,
+    MANIFEST,
+    SET_ASIDE,
+    DamageError,
+    FileEntry,
+    Manifest,
+    check_files,
 )
-from pretrain.errors import UserError
+from pretrain.checkpoint.reader import read_tensors
+from pretrain.checkpoint.staging import Staging
+from pretrain.checkpoint.target import Target
+from pretrain.errors import TrainingError, UserError
 from pretrain.optim import moments
-from pretrain.run_dir import write_atomically
 
-PROGRESS = "progress.json"
+# A full disk may be emptied by a person while training goes on.
+FAILURES_IN_A_ROW = 3
 
 
 @dataclass
 class Progress:
-    """How far a run has come: everything that is not a weight.
+    """How far a run has come: everything that is not a tensor.
 
     Attributes:
         step: optimizer steps finished.
         tokens: tokens trained on.
         stream: the data stream's state, a few integers per source.
+        loss: mean over the steps since the checkpoint before; None before the first.
     """
 
     step: int
     tokens: int
     stream: dict[str, Any]
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay.
+
+    Attributes:
+        newest: how many of the newest.
+        every: also those of steps that it divides; None for no others.
+        best: also so many of those with the least loss.
+    """
+
+    newest: int
+    every: int | None = None
+    best: int = 0
+
+    def stays(self, losses: Mapping[int, float | None]) -> set[int]:
+        """The steps that stay, of those with these losses."""
+        steps = sorted(losses)
+        every = {step for step in steps if self.every and step % self.every == 0}
+        known = [(loss, step) for step, loss in losses.items() if loss is not None]
+        best = [step for _, step in sorted(known)[: self.best]]
+        return {*steps[-self.newest :], *every, *best}
+
+
+@dataclass
+class _Pending:
+    """A checkpoint whose files are being written."""
+
+    progress: Progress
+    written: Future[FileEntry]
 
 
 class CheckpointStore:
-    """Saves to and loads from `folder`/step-NNNNNNNN, all ranks together."""
+    """Saves to and loads from `target`/step-NNNNNNNN, all ranks together.
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder = folder
-        self.keep = keep
+    Files of a checkpoint are named after the attempt, so that an older one which is still alive
+    writes beside those of a newer, never over them.
+    """
 
-    def save(
+    def __init__(
+        self,
+        target: Target,
+        retention: Retention,
+        attempt: int,
+        check_attempt: Callable[[], None],
+    ) -> None:
+        """
+        Args:
+            check_attempt: raises if another attempt has begun; called by rank 0 before it changes
+                what is saved.
+        """
+        self.target = target
+        self._retention = retention
+        self._attempt = attempt
+        self._check_attempt = check_attempt
+        self._staging: Staging | None = None
+        self._pending: _Pending | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._losses: dict[int, float | None] = {}
+        self._failures = 0
+
+    @property
+    def is_written(self) -> bool:
+        """Whether a checkpoint waits for `finish_save` and this rank has done its part."""
+        return self._pending is not None and self._pending.written.done()
+
+    def start_save(
         self,
         progress: Progress,
         weights: nn.Module,
         optimizer: torch.optim.AdamW,
         routers: Mapping[str, Tensor],
     ) -> None:
-        """Write a checkpoint aside, hash it, and rename it into place. Collective."""
-        final = checkpoint_path(self.folder, progress.step)
-        aside = self.folder / f".{final.name}"
-        if dist.get_rank() == 0:
-            aside.mkdir(parents=True)
-            write_atomically(aside / PROGRESS, json.dumps(vars(progress)) + "\n")
-        dist.barrier()
-        dcp.save(_tensors(weights, optimizer, routers), checkpoint_id=aside)
-        files = _describe_together(aside)
-        if dist.get_rank() == 0:
-            write_manifest(aside, files)
-            aside.rename(final)
-            _sync(self.folder)
-            for old in saved_steps(self.folder)[: -self.keep]:
-                shutil.rmtree(checkpoint_path(self.folder, old))
-        dist.barrier()
+        """Copy what is to be saved, and write it in the background. Collective."""
+        self.finish_save()
+        tensors = _tensors(weights, optimizer, routers)
+        if self._staging is None:
+            self._staging = Staging(tensors, self._attempt)
+        self._staging.copy(tensors)
+        progress = Progress(**asdict(progress))
+        folder = checkpoint_in(self.target, progress.step)
+        self._pending = _Pending(progress, self._writer.submit(self._write, folder))
+
+    def finish_save(self, *, is_last: bool = False) -> bool:
+        """Wait for the files of the checkpoint that is being written, and commit it. Collective.
+
+        A checkpoint that could not be written is told and its files removed; training goes on with
+        the checkpoints from before.
+
+        Returns:
+            Whether one was committed.
+
+        Raises:
+            TrainingError: it was the last chance, or too many in a row could not be written.
+            FencedError: another attempt has begun.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return False
+        step = pending.progress.step
+        results: list[FileEntry | str] = _gather(_outcome(pending.written))
+        problem = next((result for result in results if isinstance(result, str)), None)
+        fenced: Exception | None = None
+        if problem is None and dist.get_rank() == 0:
+            try:
+                self._commit(pending.progress, results)
+            except OSError as error:
+                problem = _describe(error)
+            except Exception as error:
+                fenced = error
+        problem, fenced = _from_rank_0((problem, fenced))
+        if fenced:
+            raise fenced
+        if problem is None:
+            self._failures = 0
+            return True
+        self._failures += 1
+        self._give_up(step, problem)
+        if is_last or self._failures == FAILURES_IN_A_ROW:
+            raise TrainingError(
+                f"the checkpoint of step {step} could not be written: {problem}. The checkpoints "
+                f"before it are whole; the same command goes on from the newest of {self.target}"
+            )
+        return False
 
     def load(
         self,
         weights: nn.Module,
         optimizer: torch.optim.AdamW,
         routers: Mapping[str, Tensor],
+        *,
+        up_to: int | None = None,
     ) -> Progress | None:
         """Load the newest whole checkpoint in place; None if there is no checkpoint. Collective.
 
         The weights may be laid out over the ranks in another way than they were saved in. Newer
-        checkpoints, which are damaged, are set aside as damaged-step-NNNNNNNN.
+        checkpoints, damaged ones among them, are set aside; unfinished ones are removed.
+
+        Args:
+            up_to: the last step that is wanted.
 
         Raises:
-            UserError: there are checkpoints, and all of them are damaged.
+            UserError: there are checkpoints, and all of them are damaged or of another model.
         """
-        steps = _from_rank_0(saved_steps(self.folder))
-        step = newest_whole(self.folder, steps, _find_damage_together)
+        steps = _from_rank_0(saved_steps(self.target))
+        wanted = [step for step in steps if up_to is None or step <= up_to]
+        found = newest_whole(self.target, wanted, _check_together)
+        if found is not None:
+            step, manifest = found
+            into = _tensors(weights, optimizer, routers)
+            read_tensors(checkpoint_in(self.target, step), manifest, into)
         if dist.get_rank() == 0:
-            self._clear_away_newer_than(step)
-        if step is None:
-            return None
-        path = checkpoint_path(self.folder, step)
-        dcp.load(_tensors(weights, optimizer, routers), checkpoint_id=path)
-        return Progress(**json.loads((path / PROGRESS).read_text()))
+            self._clear_away(newer_than=found[0] if found else None, saved=steps)
+        dist.barrier()
+        return Progress(**found[1].progress) if found else None
 
-    def _clear_away_newer_than(self, step: int | None) -> None:
-        for unfinished in self.folder.glob(".step-*"):
-            shutil.rmtree(unfinished)
-        for newer in saved_steps(self.folder):
-            if step is not None and newer > step:
-                path = checkpoint_path(self.folder, newer)
-                damaged = self.folder / f"damaged-{path.name}"
-                shutil.rmtree(damaged, ignore_errors=True)
-                path.rename(damaged)
+    def _write(self, folder: Target) -> FileEntry:
+        assert self._staging is not None
+        folder.make()
+        return self._staging.write(folder)
+
+    def _commit(self, progress: Progress, files: list[Any]) -> None:
+        assert self._staging is not None
+        names = sorted({chunk.file for t in self._staging.tensors.values() for chunk in t.chunks})
+        by_rank = {_rank_of(name): name for name in names}
+        entries = {name: files[rank] for rank, name in by_rank.items()}
+        manifest = Manifest(self._attempt, asdict(progress), entries, self._staging.tensors)
+        folder = checkpoint_in(self.target, progress.step)
+        (folder / MANIFEST).commit(manifest.to_bytes(), self._check_attempt)
+        self._losses[progress.step] = progress.loss
+        for step in self._losses.keys() - self._retention.stays(self._losses):
+            del self._losses[step]
+            _remove(checkpoint_in(self.target, step))
+
+    def _give_up(self, step: int, problem: str) -> None:
+        if dist.get_rank() != 0:
+            return
+        with suppress(OSError):
+            _remove(checkpoint_in(self.target, step))
+        # The log may lie on the same full disk.
+        with suppress(OSError):
+            print(
+                f"warning: the checkpoint of step {step} could not be written: {problem}; "
+                "the checkpoints before it are whole",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _clear_away(self, newer_than: int | None, saved: list[int]) -> None:
+        for step in saved:
+            checkpoint = checkpoint_in(self.target, step)
+            if newer_than is not None and step > newer_than:
+                self._check_attempt()
+                (checkpoint / MANIFEST).rename(SET_ASIDE)
+                self._losses.pop(step, None)
+            elif step not in self._losses:
+                self._losses[step] = _loss_of(checkpoint) if self._retention.best else None
+        for step in _steps_of_folders(self.target):
+            checkpoint = checkpoint_in(self.target, step)
+            if step not in saved and not (checkpoint / SET_ASIDE).exists():
+                self._check_attempt()
+                print(f"warning: {checkpoint} was never finished: removed", file=sys.stderr)
+                _remove(checkpoint)
 
 
-def checkpoint_path(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:08d}"
+def checkpoint_in(target: Target, step: int) -> Target:
+    return target / f"step-{step:08d}"
 
 
-def saved_steps(folder: Path) -> list[int]:
-    """The steps of the checkpoints in `folder`, oldest first."""
-    names = (re.fullmatch(r"step-(\d{8,})", path.name) for path in folder.glob("step-*"))
-    return sorted(int(name[1]) for name in names if name)
+def saved_steps(target: Target) -> list[int]:
+    """The steps of the finished checkpoints, oldest first."""
+    return [
+        step
+        for step in _steps_of_folders(target)
+        if (checkpoint_in(target, step) / MANIFEST).exists()
+    ]
+
+
+def check_alone(checkpoint: Target) -> Manifest:
+    """The manifest of a checkpoint that is whole. Raises DamageError."""
+    manifest = Manifest.read(checkpoint)
+    check_files(checkpoint, manifest)
+    return manifest
 
 
 def newest_whole(
-    folder: Path, steps: list[int], damage_of: Callable[[Path], str | None] = find_damage
-) -> int | None:
+    target: Target, steps: list[int], check: Callable[[Target], Manifest] = check_alone
+) -> tuple[int, Manifest] | None:
     """The newest of `steps` whose checkpoint is whole, None if there are none.
 
     A damaged one is named on stderr and passed over.
@@ -132,31 +283,85 @@ def newest_whole(
     """
     damage = None
     for step in reversed(steps):
-        damage = damage_of(checkpoint_path(folder, step))
-        if not damage:
-            return step
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            print(f"warning: the checkpoint of step {step} is damaged: {damage}", file=sys.stderr)
+        try:
+            return step, check(checkpoint_in(target, step))
+        except DamageError as error:
+            damage = error
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                print(
+                    f"warning: the checkpoint of step {step} is damaged: {damage}", file=sys.stderr
+                )
     if damage:
         raise UserError(
-            f"every checkpoint in {folder} is damaged, the oldest: {damage}. Restore one, or "
+            f"every checkpoint in {target} is damaged, the oldest: {damage}. Restore one, or "
             "remove the folder to begin the run anew"
         )
     return None
 
 
+def _check_together(checkpoint: Target) -> Manifest:
+    """`check_alone`; the ranks share the work and agree."""
+    manifest, damage = None, None
+    try:
+        manifest = Manifest.read(checkpoint)
+        check_files(checkpoint, manifest, dist.get_rank(), dist.get_world_size())
+    except DamageError as error:
+        damage = str(error)
+    found = next((damage for damage in _gather(damage) if damage), None)
+    if found:
+        raise DamageError(found)
+    assert manifest is not None
+    return manifest
+
+
 def _tensors(
     weights: nn.Module, optimizer: torch.optim.AdamW, routers: Mapping[str, Tensor]
-) -> dict[str, Any]:
+) -> dict[str, Tensor]:
     """The tensors themselves, by names that no layout changes: loading fills them in place."""
     named = dict(weights.named_parameters())
     return {
-        "model": {name: weight.detach() for name, weight in named.items()},
-        "optimizer": {
-            "state": {name: moments(optimizer, weight) for name, weight in named.items()}
+        **{f"model.{name}": weight.detach() for name, weight in named.items()},
+        **{
+            f"optimizer.{name}.{moment}": value
+            for name, weight in named.items()
+            for moment, value in moments(optimizer, weight).items()
         },
-        "routers": dict(routers),
+        **{f"routers.{name}": value for name, value in routers.items()},
     }
+
+
+def _steps_of_folders(target: Target) -> list[int]:
+    matches = (re.fullmatch(r"step-(\d{8,})", name) for name in target.names())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def _remove(checkpoint: Target) -> None:
+    """Without its manifest a checkpoint is none: that goes first."""
+    (checkpoint / MANIFEST).remove()
+    checkpoint.remove()
+
+
+def _loss_of(checkpoint: Target) -> float | None:
+    try:
+        loss: float | None = Manifest.read(checkpoint).progress["loss"]
+    except DamageError:
+        return None
+    return loss
+
+
+def _rank_of(file: str) -> int:
+    return int(file.partition("-rank-")[2].partition(".")[0])
+
+
+def _outcome(written: Future[FileEntry]) -> FileEntry | str:
+    try:
+        return written.result()
+    except OSError as error:
+        return f"{_describe(error)} (rank {dist.get_rank()})"
+
+
+def _describe(error: OSError) -> str:
+    return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
 
 
 def _from_rank_0(value: Any) -> Any:
@@ -169,26 +374,3 @@ def _gather(value: Any) -> list[Any]:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def _describe_together(folder: Path) -> Entries:
-    """Size and sha256 of every file; the ranks share the work."""
-    names = _from_rank_0(list_files(folder))
-    mine = names[dist.get_rank() :: dist.get_world_size()]
-    parts: list[Entries] = _gather(describe_files(folder, mine))
-    return {name: entry for part in parts for name, entry in part.items()}
-
-
-def _find_damage_together(folder: Path) -> str | None:
-    """`find_damage`; the ranks share the work and agree."""
-    found = _gather(find_damage(folder, dist.get_rank(), dist.get_world_size()))
-    return next((damage for damage in found if damage), None)
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,16 +2,21 @@
 
 import sys
 import warnings
-from pathlib import Path
-
-import torch.distributed.checkpoint as dcp
 
 from pretrain.balancing import RouterState
-from pretrain.checkpoint.store import checkpoint_path, newest_whole, saved_steps
+from pretrain.checkpoint.manifest import Manifest
+from pretrain.checkpoint.reader import read_tensors
+from pretrain.checkpoint.store import checkpoint_in, newest_whole, saved_steps
+from pretrain.checkpoint.target import Target
 from pretrain.config import Config, read_run_config
 from pretrain.errors import UserError
 from pretrain.model.transformer import Transformer
 from pretrain.run_dir import RunDirectory
+
+
+def checkpoints_of(config: Config, run: RunDirectory) -> Target:
+    """Where the checkpoints of a run lie."""
+    return Target(config.checkpoint.dir or str(run.checkpoints))
 
 
 def load_trained(run: RunDirectory) -> tuple[Config, Transformer]:
@@ -21,26 +26,29 @@ def load_trained(run: RunDirectory) -> tuple[Config, Transformer]:
         UserError: not a run directory, or no checkpoint yet.
     """
     config = read_run_config(run)
-    step = newest_whole(run.checkpoints, saved_steps(run.checkpoints))
-    if step is None:
+    target = checkpoints_of(config, run)
+    found = newest_whole(target, saved_steps(target))
+    if found is None:
         raise UserError(
             f"{run.root} has no checkpoint yet; train to step {config.checkpoint.every} at least "
             "(checkpoint.every)"
         )
+    step, manifest = found
     model = Transformer(config.model)
-    load_weights(model, checkpoint_path(run.checkpoints, step))
+    load_weights(model, checkpoint_in(target, step), manifest)
     print(f"loaded step {step} of {run.root}", file=sys.stderr)
     return config, model.eval()
 
 
-def load_weights(model: Transformer, checkpoint: Path) -> None:
+def load_weights(model: Transformer, checkpoint: Target, manifest: Manifest) -> None:
     """Fill a plain model with the weights of a checkpoint, whatever layout wrote it.
 
     Its routers choose as those that were trained.
     """
     routers = RouterState(model.config.n_layers, model.config.moe)
-    tensors = {"model": model.state_dict(), "routers": routers.state_dict()}
+    tensors = {f"model.{name}": weight for name, weight in model.state_dict().items()}
+    tensors |= {f"routers.{name}": value for name, value in routers.state_dict().items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
+        read_tensors(checkpoint, manifest, tensors, alone=True)
     routers.copy_to(dict(model.layers))

@@ -20,6 +20,10 @@ from pretrain.trainer import Trainer
 def main() -> None:
     shards, run, results, *steps = sys.argv[1:]
     device = join_ranks(timedelta(minutes=2))
+    if dist.get_rank() == 0:
+        Path(run).mkdir()
+        RunDirectory(Path(run)).begin_attempt()
+    dist.barrier()
     trainer, series = None, []
     for layout in steps:
         if trainer is None or layout != "keep":
@@ -29,7 +33,7 @@ def main() -> None:
         result = trainer.step(False)
         series.append([result.measured.loss, result.measured.aux_loss, result.grad_norm])
         if "keep" not in steps:
-            trainer.save()
+            trainer.save(is_last=True)
     if dist.get_rank() == 0:
         Path(results).write_text(json.dumps(series))
     dist.destroy_process_group()

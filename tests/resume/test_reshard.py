@@ -15,7 +15,9 @@ COMMON = (
 )
 LAYOUTS = [
     "parallel.tp=2",
+    "parallel.cp=2,parallel.ep=4",
     "parallel.pp=2,parallel.ep=2",
+    "parallel.cp=4,parallel.ulysses=2",
     "parallel.pp=2,parallel.tp=2,parallel.pipeline.schedule=zbv",
     "parallel.ep=4",
     "parallel.dp_replicate=2,parallel.tp=2",

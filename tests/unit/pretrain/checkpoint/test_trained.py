@@ -1,13 +1,22 @@
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 
 from pretrain.balancing import RouterState
+from pretrain.checkpoint.store import (
+    CheckpointStore,
+    Progress,
+    Retention,
+    check_alone,
+    checkpoint_in,
+)
+from pretrain.checkpoint.target import Target
 from pretrain.checkpoint.trained import load_weights
+from pretrain.config import OptimConfig
 from pretrain.model.config import AttentionConfig, ModelConfig, MoEConfig
 from pretrain.model.init import initialize
 from pretrain.model.transformer import Transformer
+from pretrain.optim import build_optimizer
 
 
 def test_a_loaded_model_chooses_experts_by_the_selection_bias_it_was_trained_to(
@@ -25,12 +34,15 @@ def test_a_loaded_model_chooses_experts_by_the_selection_bias_it_was_trained_to(
     initialize(trained, config, seed=0)
     routers = RouterState(2, config.moe)
     routers.update(torch.tensor([[4, 4, 4, 0], [0, 4, 4, 4]]))
-    dcp.save(
-        {"model": trained.state_dict(), "routers": routers.state_dict()}, checkpoint_id=tmp_path
-    )
+    store = CheckpointStore(Target(str(tmp_path)), Retention(1), 1, lambda: None)
+    optimizer = build_optimizer(trained, OptimConfig())
+    store.start_save(Progress(1, 0, {}), trained, optimizer, routers.state_dict())
+    store.finish_save()
 
     loaded = Transformer(config)
-    load_weights(loaded, tmp_path)
+    checkpoint = checkpoint_in(store.target, 1)
+    load_weights(loaded, checkpoint, check_alone(checkpoint))
+    assert torch.equal(loaded.embedding.weight, trained.embedding.weight)
     counts = loaded(torch.randint(50, (2, 9))).expert_counts
     assert counts.tolist() == [[0, 0, 0, 18], [18, 0, 0, 0]]
     bias = RouterState.selection_bias_of(loaded.layers)

@@ -1,0 +1,151 @@
+"""A folder on any file system that fsspec knows: this machine's, NFS, or an object store."""
+
+import os
+import posixpath
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from pretrain.errors import UserError
+
+READ_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Target:
+    """A folder, named by a path or by a URL such as s3://bucket/folder.
+
+    A file is whole or absent once `commit` has written it; one that is written through `create` is
+    durable once it is closed, and may be there in part before.
+    """
+
+    url: str
+
+    @cached_property
+    def _place(self) -> tuple[Any, str]:
+        protocol = self.url.partition("://")[0]
+        try:
+            file_system, path = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+        except ValueError as error:
+            raise UserError(f"{self.url} is on no file system that is known: {error}") from None
+        except ImportError:
+            raise UserError(
+                f"{self.url}: no package for {protocol}:// is installed; "
+                f"fsspec names it (s3:// needs s3fs: pip install 'farspan[s3]')"
+            ) from None
+        return file_system, path
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self._place[0], LocalFileSystem)
+
+    def __truediv__(self, name: str) -> "Target":
+        return Target(posixpath.join(self.url, name))
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def name(self) -> str:
+        return posixpath.basename(self.url)
+
+    def make(self) -> None:
+        """Make the folder, where a file system has such."""
+        self._place[0].makedirs(self._place[1], exist_ok=True)
+
+    def names(self) -> list[str]:
+        """Of what is in the folder; none if there is no folder."""
+        file_system, path = self._place
+        try:
+            found = file_system.ls(path, detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(posixpath.basename(entry.rstrip("/")) for entry in found)
+
+    def exists(self) -> bool:
+        return bool(self._place[0].exists(self._place[1]))
+
+    def size(self) -> int:
+        """Bytes of the file. Raises FileNotFoundError."""
+        return int(self._place[0].info(self._place[1])["size"])
+
+    def read(self) -> bytes:
+        """The whole file. Raises FileNotFoundError."""
+        content: bytes = self._place[0].cat_file(self._place[1])
+        return content
+
+    def open(self) -> IO[bytes]:
+        """For reading, anywhere in the file."""
+        file: IO[bytes] = self._place[0].open(self._place[1], "rb")
+        return file
+
+    def chunks(self) -> Iterator[bytes]:
+        """The file from its start, piece by piece."""
+        with self.open() as file:
+            while chunk := file.read(READ_BYTES):
+                yield chunk
+
+    def create(self, write: Callable[[IO[bytes]], None]) -> None:
+        """Let `write` fill a new file, and make it durable. What failed is not left behind."""
+        file_system, path = self._place
+        try:
+            with file_system.open(path, "wb") as file:
+                write(file)
+                if self.is_local:
+                    file.flush()
+                    os.fsync(file.fileno())
+        except BaseException:
+            self.remove()
+            raise
+
+    def commit(self, content: bytes, check: Callable[[], None]) -> None:
+        """Replace the file at once: whoever reads sees the old content or the new one.
+
+        Args:
+            check: raises if that must not be done after all; called at the last moment.
+        """
+        if not self.is_local:
+            check()
+            # An object store shows an object once it is whole.
+            self._place[0].pipe_file(self._place[1], content)
+            return
+        path = Path(self._place[1])
+        aside = Target(str(path.with_name(f".{path.name}.{os.getpid()}")))
+        aside.create(lambda file: _write_all(file, content))
+        try:
+            check()
+            os.replace(aside._place[1], path)
+        except BaseException:
+            aside.remove()
+            raise
+        _sync(path.parent)
+
+    def rename(self, name: str) -> None:
+        """Give the file another name in its folder."""
+        file_system, path = self._place
+        file_system.mv(path, posixpath.join(posixpath.dirname(path), name))
+
+    def remove(self) -> None:
+        """Remove a file, or a folder with all that is in it, if it is there."""
+        file_system, path = self._place
+        with suppress(FileNotFoundError):
+            file_system.rm(path, recursive=True)
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(file: IO[bytes], content: bytes) -> None:
+    file.write(content)

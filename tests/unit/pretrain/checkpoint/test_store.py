@@ -1,0 +1,255 @@
+"""A checkpoint is complete or absent, and what is damaged is named and not used."""
+
+import errno
+import re
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from pretrain.checkpoint.manifest import MANIFEST, DamageError, Manifest
+from pretrain.checkpoint.store import Retention, check_alone, checkpoint_in, saved_steps
+from pretrain.checkpoint.target import Target
+from pretrain.errors import TrainingError, UserError
+from tests.unit.pretrain.checkpoint.conftest import Saved
+
+
+def folder(saved: Saved, step: int) -> Path:
+    return Path(str(checkpoint_in(saved.target, step)))
+
+
+def only_file(saved: Saved, step: int) -> Path:
+    (file,) = folder(saved, step).glob("*.safetensors")
+    return file
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(map(torch.equal, a, b))
+
+
+def test_loading_restores_everything_bitwise(saved: Saved) -> None:
+    saved.train()
+    at_save = saved.values()
+    saved.save(3)
+    saved.train()
+    assert not equal(saved.values(), at_save)
+    progress = saved.load()
+    assert equal(saved.values(), at_save)
+    assert progress is not None
+    assert (progress.step, progress.tokens, progress.stream) == (3, 30, {"cursor": 3})
+
+
+def test_what_is_saved_is_what_was_there_when_the_save_began(saved: Saved) -> None:
+    saved.train()
+    at_save = saved.values()
+    saved.begin(1)
+    saved.train()
+    saved.store.finish_save()
+    saved.load()
+    assert equal(saved.values(), at_save)
+
+
+def test_there_is_no_checkpoint_before_the_first(saved: Saved) -> None:
+    assert saved.load() is None
+
+
+def test_safetensors_reads_the_files(saved: Saved) -> None:
+    saved.train()
+    saved.save(1)
+    with safe_open(only_file(saved, 1), "pt") as file:
+        assert torch.equal(file.get_tensor("model.0.weight"), saved.weights[0].weight)
+        assert "optimizer.1.weight.exp_avg_sq" in file.keys()  # noqa: SIM118
+
+
+def test_a_checkpoint_without_manifest_is_none_and_is_cleared_away(
+    saved: Saved, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved.save(1)
+    saved.begin(2)
+    saved.store._pending.written.result()
+    assert saved_steps(saved.target) == [1]
+    assert only_file(saved, 2).exists()
+    successor = Saved(saved.target, attempt=2)
+    assert successor.load().step == 1
+    assert not folder(saved, 2).exists()
+    assert "step-00000002 was never finished" in capsys.readouterr().err
+
+
+def places(saved: Saved, kind: str) -> list[int]:
+    """Bytes of a rank's file that belong to the header, to weights, moments or routers."""
+    if kind == "header":
+        return [0, 9, 40]
+    tensors = Manifest.read(checkpoint_in(saved.target, 2)).tensors
+    return [t.chunks[0].start for name, t in tensors.items() if name.startswith(kind)]
+
+
+@pytest.mark.parametrize("kind", ["header", "model.", "optimizer.", "routers."])
+def test_a_flipped_byte_of_any_kind_is_named_and_the_one_before_is_used(
+    saved: Saved, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved.train()
+    saved.save(1)
+    expected = saved.values()
+    saved.train()
+    saved.save(2)
+    flipped = places(saved, kind)
+    assert flipped
+    whole = only_file(saved, 2).read_bytes()
+    for place in flipped:
+        only_file(saved, 2).write_bytes(whole)
+        flip(only_file(saved, 2), place)
+        with pytest.raises(DamageError, match=rf"{only_file(saved, 2).name} has another sha256"):
+            check_alone(checkpoint_in(saved.target, 2))
+    assert saved.load().step == 1
+    assert equal(saved.values(), expected)
+    told = capsys.readouterr().err
+    assert told.count("warning: the checkpoint of step 2 is damaged") == 1
+    assert saved_steps(saved.target) == [1]
+
+
+def test_every_flipped_byte_of_the_manifest_is_found(saved: Saved) -> None:
+    saved.save(1)
+    manifest = folder(saved, 1) / MANIFEST
+    whole = manifest.read_bytes()
+    for place in range(len(whole)):
+        flip(manifest, place)
+        with pytest.raises(DamageError, match=MANIFEST):
+            Manifest.read(checkpoint_in(saved.target, 1))
+        manifest.write_bytes(whole)
+    Manifest.read(checkpoint_in(saved.target, 1))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "is missing"),
+        (lambda path: path.write_bytes(path.read_bytes()[:100]), r"has 100 bytes, expected \d+"),
+    ],
+)
+def test_a_missing_or_shortened_file_is_named(
+    saved: Saved, damage: Callable[[Path], Any], message: str
+) -> None:
+    saved.save(1)
+    file = only_file(saved, 1)
+    damage(file)
+    before = saved.values()
+    with pytest.raises(UserError, match=rf"every checkpoint .*{file.name} {message}"):
+        saved.load()
+    assert equal(saved.values(), before)
+
+
+def test_a_checkpoint_of_another_model_is_refused_before_anything_changes(saved: Saved) -> None:
+    saved.save(1)
+    other = Saved(saved.target)
+    other.weights = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Linear(9, 4))
+    before = [weight.detach().clone() for weight in other.weights.parameters()]
+    with pytest.raises(UserError, match="another model") as refusal:
+        other.load()
+    assert "model.0.weight is [8, 6] there, [9, 6] here" in str(refusal.value)
+    assert "model.1.bias is not in it" in str(refusal.value)
+    assert equal([*other.weights.parameters()], before)
+
+
+def test_retention_keeps_the_newest_those_of_round_steps_and_the_best(tmp_path: Path) -> None:
+    saved = Saved(Target(str(tmp_path)), Retention(newest=2, every=4, best=1))
+    for step, loss in enumerate([9, 8, 2, 7, 6, 5, 4, 3, 3.5, 3.2], start=1):
+        saved.save(step, loss)
+    assert saved_steps(saved.target) == [3, 4, 8, 9, 10]
+    # The best is known again to the attempt after.
+    successor = Saved(saved.target, Retention(newest=2, every=4, best=1), attempt=2)
+    successor.load()
+    successor.save(11, 3.0)
+    assert saved_steps(saved.target) == [3, 4, 8, 10, 11]
+
+
+@given(st.dictionaries(st.integers(1, 50), st.floats(0, 9) | st.none(), min_size=1), st.data())
+def test_retention_always_keeps_the_newest(losses: dict[int, float | None], data: Any) -> None:
+    retention = Retention(data.draw(st.integers(1, 4)), None, data.draw(st.integers(0, 3)))
+    stays = retention.stays(losses)
+    assert max(losses) in stays
+    assert stays <= losses.keys()
+    assert len(stays) <= retention.newest + retention.best
+
+
+def test_going_back_sets_newer_checkpoints_aside(saved: Saved) -> None:
+    for step in (1, 2, 3):
+        saved.train()
+        saved.save(step)
+    assert saved.load(up_to=2).step == 2
+    assert saved_steps(saved.target) == [2]
+    saved.save(3)
+    assert saved_steps(saved.target) == [2, 3]
+
+
+def test_an_attempt_that_another_has_followed_commits_nothing(saved: Saved) -> None:
+    saved.save(1)
+    saved.begin(2)
+    saved.current_attempt = 2
+    with pytest.raises(RuntimeError, match="another attempt has begun"):
+        saved.store.finish_save()
+    assert saved_steps(saved.target) == [1]
+    assert [path.name for path in folder(saved, 2).iterdir()] == [only_file(saved, 2).name]
+
+
+@pytest.fixture
+def small_disk() -> Any:
+    """Lets no file grow beyond 100 bytes, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def limit(size: int | None) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before if size is None else (size, before[1]))
+
+    yield limit
+    limit(None)
+
+
+def test_a_full_disk_is_told_and_training_may_go_on(
+    saved: Saved, small_disk: Callable[[int | None], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved.save(1)
+    small_disk(100)
+    assert not saved.save(2)
+    small_disk(None)
+    assert re.search("step 2 could not be written: File too large.*rank 0", capsys.readouterr().err)
+    assert not folder(saved, 2).exists()
+    assert saved.save(3)
+    assert saved_steps(saved.target) == [1, 3]
+
+
+def test_a_full_disk_ends_training_at_last(
+    saved: Saved, small_disk: Callable[[int | None], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_disk(100)
+    saved.begin(1)
+    with pytest.raises(TrainingError, match="step 1 could not be written: File too large"):
+        saved.store.finish_save(is_last=True)
+    again = Saved(saved.target)
+    again.save(2)
+    again.save(3)
+    with pytest.raises(TrainingError, match="step 4"):
+        again.save(4)
+
+
+def test_a_disk_that_is_full_at_the_manifest_leaves_no_checkpoint(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Target, content: bytes, check: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(Target, "commit", fail)
+    assert not saved.save(1)
+    assert not folder(saved, 1).exists()

@@ -1,0 +1,109 @@
+"""Folders on this machine and in an object store behave alike."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.checkpoint.manifest import MANIFEST
+from pretrain.checkpoint.store import checkpoint_in, saved_steps
+from pretrain.checkpoint.target import Target
+from pretrain.errors import UserError
+from tests.unit.pretrain.checkpoint.conftest import Saved
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """A bucket of a server on this machine."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    patch = pytest.MonkeyPatch()
+    for name, value in (
+        ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
+        ("AWS_ACCESS_KEY_ID", "key"),
+        ("AWS_SECRET_ACCESS_KEY", "secret"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+    ):
+        patch.setenv(name, value)
+    boto3.client("s3").create_bucket(Bucket="runs")
+    yield "s3://runs"
+    patch.undo()
+    server.stop()
+
+
+@pytest.fixture(params=["local", "s3"])
+def target(request: pytest.FixtureRequest, tmp_path: Path) -> Target:
+    if request.param == "local":
+        return Target(str(tmp_path / "run"))
+    return Target(f"{request.getfixturevalue('bucket')}/{tmp_path.name}")
+
+
+def test_a_file_is_there_once_it_is_committed(target: Target) -> None:
+    file = target / "file"
+    target.make()
+    assert target.names() == []
+    assert not file.exists()
+    file.commit(b"first", lambda: None)
+    file.commit(b"second", lambda: None)
+    assert (file.read(), file.size(), target.names()) == (b"second", 6, ["file"])
+
+
+def test_what_may_not_be_committed_changes_nothing(target: Target) -> None:
+    def refuse() -> None:
+        raise PermissionError
+
+    target.make()
+    (target / "file").commit(b"old", lambda: None)
+    with pytest.raises(PermissionError):
+        (target / "file").commit(b"new", refuse)
+    assert (target / "file").read() == b"old"
+    assert target.names() == ["file"]
+
+
+def test_a_file_that_could_not_be_filled_is_not_there(target: Target) -> None:
+    def fill(file: Any) -> None:
+        file.write(b"half")
+        raise OSError("no more")
+
+    target.make()
+    with pytest.raises(OSError, match="no more"):
+        (target / "file").create(fill)
+    assert not (target / "file").exists()
+
+
+def test_what_is_not_there_is_told_as_such(target: Target) -> None:
+    missing = target / "missing"
+    for ask in (missing.size, missing.read, missing.open):
+        with pytest.raises(FileNotFoundError):
+            ask()
+    assert missing.names() == []
+    missing.remove()
+
+
+def test_checkpoints_are_saved_loaded_retained_and_their_damage_found(target: Target) -> None:
+    saved, values = Saved(target), {}
+    for step in (1, 2, 3):
+        saved.train()
+        saved.save(step)
+        values[step] = saved.values()
+    assert saved_steps(target) == [2, 3]
+    newest = checkpoint_in(target, 3)
+    (file,) = (name for name in newest.names() if name != MANIFEST)
+    content = bytearray((newest / file).read())
+    content[-5] ^= 1
+    (newest / file).commit(bytes(content), lambda: None)
+    successor = Saved(target, attempt=2)
+    assert successor.load().step == 2
+    assert all(map(torch.equal, successor.values(), values[2]))
+    assert saved_steps(target) == [2]
+
+
+def test_a_file_system_that_is_not_known_is_refused() -> None:
+    with pytest.raises(UserError, match="gopher://x is on no file system"):
+        Target("gopher://x").names()
