@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "train.log_every",
     "train.loss_chunk",
     "train.collective_timeout_s",
+    "train.hang_timeout_s",
     "parallel.",
     "checkpoint.",
     "wandb.",

@@ -3,14 +3,16 @@
 import sys
 import threading
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import dropwhile
 from pathlib import Path
 from types import FrameType
 
 import torch.distributed as dist
 
 from parallel.comm import Communicator, Pending
+from parallel.flight_recorder import oldest_pending
 
 PROJECT = str(Path(__file__).parents[1])
 COMMUNICATING = (
@@ -45,13 +47,18 @@ def activity_at_error(error: BaseException) -> Activity:
 
 
 def current_activity() -> Activity:
-    """What this process is doing, in the first of its other threads that is in a collective.
+    """What this process is doing: the collective that it waits in, or where its main thread is.
 
-    Gradients of a GPU are computed in a thread of their own.
+    Gradients of a GPU are computed in a thread of their own, and collectives of NCCL wait in none.
     """
+    if pending := oldest_pending():
+        who = _who(pending.ranks, pending.group.removeprefix("mesh_"))
+        return Activity(f"{pending.name} ({who})", pending.ranks)
     frames = sys._current_frames()
     main = threading.main_thread().ident
-    ordered = sorted(frames.keys() - {threading.get_ident()}, key=lambda thread: thread != main)
+    # Threads that Python has not started are those of autograd.
+    helpers = {thread.ident for thread in threading.enumerate() if _is_helper(thread)}
+    ordered = sorted(frames.keys() - helpers, key=lambda thread: thread != main)
     activities = [
         _activity([frame for frame, _ in traceback.walk_stack(frames[thread])])
         for thread in ordered
@@ -59,8 +66,22 @@ def current_activity() -> Activity:
     return next((activity for activity in activities if activity.ranks), activities[0])
 
 
+def _is_helper(thread: threading.Thread) -> bool:
+    is_foreign = isinstance(thread, threading._DummyThread)
+    return thread is not threading.main_thread() and not is_foreign
+
+
+def waits_in_collective() -> bool:
+    """Whether the main thread is in a collective of gloo; cheap enough to ask all the time."""
+    frame: FrameType | None = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame and _is_call_of_operator(frame):
+        frame = frame.f_back
+    return frame is not None and _communicates(frame)
+
+
 def _activity(frames: list[FrameType]) -> Activity:
     """Args: frames, innermost first."""
+    frames = list(dropwhile(_is_call_of_operator, frames))
     if not _communicates(frames[0]):
         frame = next((f for f in frames if f.f_code.co_filename.startswith(PROJECT)), frames[0])
         line = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
@@ -71,8 +92,13 @@ def _activity(frames: list[FrameType]) -> Activity:
     axes = (comm.axis for frame in inner if (comm := _communicator(frame)))
     axis = next(axes, group.group_desc.removeprefix("mesh_"))
     is_backward = any(frame.f_code.co_name == "_engine_run_backward" for frame in frames)
-    what = f"{_collective(inner)}{' in backward' if is_backward else ''} ({_who(group, axis)})"
-    return Activity(what, tuple(dist.get_process_group_ranks(group)))
+    ranks = tuple(dist.get_process_group_ranks(group))
+    what = f"{_collective(inner)}{' in backward' if is_backward else ''} ({_who(ranks, axis)})"
+    return Activity(what, ranks)
+
+
+def _is_call_of_operator(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__") == "torch._ops"
 
 
 def _communicates(frame: FrameType) -> bool:
@@ -115,8 +141,7 @@ def _group(frame: FrameType) -> dist.ProcessGroup | None:
     return next((found for found in candidates if isinstance(found, dist.ProcessGroup)), None)
 
 
-def _who(group: dist.ProcessGroup, axis: str) -> str:
-    ranks = dist.get_process_group_ranks(group)
+def _who(ranks: Sequence[int], axis: str) -> str:
     named = f"ranks {', '.join(map(str, ranks[:8]))}{', ...' if len(ranks) > 8 else ''}"
     if len(ranks) == dist.get_world_size():
         named = "all ranks"

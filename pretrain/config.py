@@ -74,6 +74,12 @@ class TrainConfig(Section):
     collective_timeout_s: Positive = Field(
         600, description="How long a rank waits for the others before the attempt is given up."
     )
+    hang_timeout_s: Positive = Field(
+        300,
+        description="How long a phase of a step (data, forward and backward, optimizer, "
+        "checkpoint) may take before all ranks end, with the one that is stuck named: at least so "
+        "long, or twice as long as ever before; four times as long when it happens first.",
+    )
 
 
 class OptimConfig(Section):

@@ -7,12 +7,12 @@ from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
-from parallel.lost_rank import LostRankError, RankMonitor
+from parallel.lost_rank import RankMonitor
 from parallel.mesh import join_ranks
 from pretrain.checkpoint.store import Progress
 from pretrain.config import Config, read_run_config
@@ -30,8 +30,10 @@ def train(config: Config, run: RunDirectory) -> int:
     stop = StopRequest()
     timeout = timedelta(seconds=config.train.collective_timeout_s)
     device = join_ranks(timeout)
-    with RankMonitor() as monitor, run.exclusive() if dist.get_rank() == 0 else nullcontext():
+    monitor = RankMonitor(end_for_lost_rank, config.train.hang_timeout_s)
+    with monitor, run.exclusive() if dist.get_rank() == 0 else nullcontext():
         attempt = begin_attempt(run)
+        monitor.folder = run.folder_of(attempt)
         trainer = Trainer(config, run, device)
         if trainer.progress.step > config.train.steps:
             raise UserError(
@@ -74,18 +76,20 @@ def run_steps(
     config, progress = trainer.config, trainer.progress
     stopping = False
     while progress.step < config.train.steps and not stopping:
-        monitor.step = progress.step + 1
+        beat = partial(monitor.beat, progress.step + 1)
         lr, began = trainer.lr(), time.perf_counter()
-        result = trainer.step(stop.requested)
+        result = trainer.step(stop.requested, beat)
         seconds = time.perf_counter() - began
         stopping = result.measured.stop_requested
         is_last = progress.step == config.train.steps or stopping
         if metrics and (is_last or progress.step % config.train.log_every == 0):
-            row = metrics_row(trainer, result, lr, seconds)
+            row = metrics_row(trainer, result, lr, seconds) | slowest_rank(monitor)
             metrics.log(row)
             print(step_line(row, config.train.steps), flush=True)
         if is_last or progress.step % config.checkpoint.every == 0:
+            beat("checkpoint")
             trainer.save(is_last=is_last)
+    monitor.beat(progress.step, "end")
 
 
 def open_metrics(
@@ -115,14 +119,26 @@ def metrics_row(trainer: Trainer, result: StepResult, lr: float, seconds: float)
     }
 
 
+def slowest_rank(monitor: RankMonitor) -> dict[str, Any]:
+    slowest = monitor.slowest
+    if slowest is None:
+        return {}
+    return {
+        "perf/slowest_rank": slowest.rank,
+        "perf/slowest_over_median": slowest.over_median,
+    }
+
+
+def end_for_lost_rank(message: str) -> NoReturn:
+    """End this process, whose groups have lost a rank: their threads would abort a clean-up."""
+    os.write(sys.stderr.fileno(), f"error: {message}\n".encode())
+    os._exit(LOST_RANK)
+
+
 def main() -> int:
     run = RunDirectory(Path(sys.argv[1]))
     try:
         return train(read_run_config(run), run)
-    except LostRankError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        # The threads of a group that lost a rank may abort a process that cleans up.
-        os._exit(LOST_RANK)
     except Exception as error:
         if (code := getattr(error, "exit_code", None)) is not None:
             print(f"error: {error}", file=sys.stderr)

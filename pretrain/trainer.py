@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -93,13 +93,23 @@ class Trainer:
             initialize(stage.model, config.model, config.train.seed, owned_region)
         return parallelised
 
-    def step(self, stop_requested: bool) -> StepResult:
-        """One optimizer step over the next global batch."""
+    def step(
+        self, stop_requested: bool, beat: Callable[[str], None] = lambda phase: None
+    ) -> StepResult:
+        """One optimizer step over the next global batch.
+
+        Args:
+            stop_requested: whether this rank was asked to stop.
+            beat: told which phase begins.
+        """
         began = time.perf_counter()
+        beat("data")
         batch = self.read_batch()
         data_wait_s = time.perf_counter() - began
 
+        beat("forward and backward")
         measured = self.backward(batch, stop_requested)
+        beat("optimizer")
         grad_norm = self.finish_step(measured.expert_counts)
         return StepResult(measured, grad_norm, data_wait_s)
 

@@ -95,6 +95,20 @@ METRICS: dict[str, Metric] = {
             "Near zero unless the loader is the bottleneck.",
         ),
         Metric(
+            "perf/slowest_rank",
+            "rank",
+            "argmax over ranks of the time per step outside of collectives, since the last report",
+            "The rank that waits least for the others, and so keeps them waiting. From heartbeats, "
+            "every 10 s and 5 steps at least; on GPUs with TORCH_NCCL_ENABLE_TIMING=1 only.",
+        ),
+        Metric(
+            "perf/slowest_over_median",
+            "1",
+            "the time of perf/slowest_rank / the median over ranks",
+            "1 is even. Above 1.25 for the same rank in three reports in a row, the log warns, and "
+            "names its host. Stages of a pipeline may differ by their layers.",
+        ),
+        Metric(
             "moe/load",
             "share",
             "token-slots sent to the expert / token-slots of the layer, as [layers][experts]",

@@ -99,13 +99,16 @@ def test_with_a_rank_killed_or_hanging_it_names_the_rank_and_resumes_bitwise(
     shards: Path, tmp_path: Path, uninterrupted: Run
 ) -> None:
     run = Run(shards, tmp_path / "run")
-    how = {signal.SIGKILL: "is dead", signal.SIGSTOP: "does not answer"}
-    for step, rank, number in (
-        (2, 1, signal.SIGKILL),
-        (6, 0, signal.SIGKILL),
-        (9, 1, signal.SIGSTOP),
+    for attempt, (step, rank, number, how) in enumerate(
+        (
+            (2, 1, signal.SIGKILL, "is dead"),
+            (6, 0, signal.SIGKILL, "is dead"),
+            (9, 1, signal.SIGSTOP, "does not answer"),
+            (10, 0, signal.SIGSTOP, "is dead, stopped or cut off, and the job's store with it"),
+        ),
+        start=1,
     ):
-        process = run.start_and_reach(step, "train.collective_timeout_s=10")
+        process = run.start_and_reach(step, "train.hang_timeout_s=6")
         pid = rank_pids(run.run_dir)[rank]
         os.kill(pid, number)
         code, output = outcome(process)
@@ -114,13 +117,16 @@ def test_with_a_rank_killed_or_hanging_it_names_the_rank_and_resumes_bitwise(
             assert f"rank {rank} was killed by signal 9" in output
         survivor = rf"noticed by rank {1 - rank} in \w+ (in backward )?.* at step \d+"
         assert re.search(
-            rf"error: rank {rank} \(process {pid} on \S+\) {how[number]}.*; {survivor}", output
+            rf"error: rank {rank} \(process {pid} on \S+\) {how}.*; {survivor}", output
         ), output
+        assert output.count("noticed by rank") == 1
+        stacks = run.run_dir.folder_of(attempt) / "stacks" / f"rank-{1 - rank}.txt"
+        assert "stacks of all threads" in stacks.read_text()
         assert not (run.directory / "done.json").exists()
     run.finish()
     assert run.curve() == uninterrupted.curve()
     assert (run.directory / "done.json").exists()
-    assert len(list((run.directory / "attempts").iterdir())) == 4
+    assert len(list((run.directory / "attempts").iterdir())) == 5
 
 
 @pytest.mark.parametrize("step", [0, 5])

@@ -1,14 +1,16 @@
-"""Lose one of 4 ranks in several ways; run by test_lost_rank.py.
+"""Lose or stop one of 4 ranks in several ways; run by test_lost_rank.py.
 
-Arguments: the folder for results. Each case runs in a fork of its own, which writes its error to
-CASE-RANK.txt.
+Arguments: the folder for results. Each case runs in a fork of its own, in which a rank writes what
+it is told to CASE/rank-N.txt, its output to CASE/rank-N.log and its exit code to CASE/rank-N.code.
 """
 
+import ctypes
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,12 +20,15 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from launch.local import free_port
 from parallel.comm import Communicator
-from parallel.lost_rank import LostRankError, RankMonitor
+from parallel.lost_rank import RankMonitor
 from parallel.mesh import join_ranks, limit_collectives
 
 RANK = int(os.environ["RANK"])
-TIMEOUT = timedelta(seconds=4)
+TIMEOUT_S = 4
 LOST = 3
+SLOW = 2
+EXIT_CODE = 70
+NEVER = 10**6
 
 
 class Double(torch.autograd.Function):
@@ -39,34 +44,26 @@ class Double(torch.autograd.Function):
         return ctx.tp.all_reduce(grad[0].contiguous()), None
 
 
-def train(lose: Callable[[], None], lost: int) -> None:
-    """Steps in which rank `lost` is lost before the third."""
-    join_ranks(timedelta(minutes=1))
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
-    tp = Communicator(mesh["tp"].get_group(), "tp")
-    with RankMonitor() as monitor:
-        for monitor.step in range(1, 1000):
-            if monitor.step == 3:
-                # Not before all are there: the first steps are slow on a busy machine.
-                limit_collectives(TIMEOUT)
-                if lost == RANK:
-                    lose()
-            x = torch.ones(8, requires_grad=True)
-            Double.apply(x, tp).sum().backward()
-            dist.all_reduce(x.grad, group=mesh["fsdp"].get_group())
-            dist.barrier()
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def stop() -> None:
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
 def wait_for_data() -> None:
     time.sleep(60)
+
+
+def loop_forever() -> None:
+    while True:
+        pass
+
+
+def block_interpreter() -> None:
+    # A PyDLL keeps the interpreter's lock while it calls.
+    ctypes.PyDLL(None).sleep(60)
 
 
 def call_another_collective() -> None:
@@ -77,64 +74,167 @@ def fail() -> None:
     raise ValueError("no such shard")
 
 
+@dataclass
+class Case:
+    """A rank that is lost before step 3; `lost` None means all.
+
+    Attributes:
+        hangs: whether only the watchdog can notice, because collectives wait for very long.
+    """
+
+    lose: Callable[[], None]
+    lost: int | None = LOST
+    hangs: bool = False
+
+    @property
+    def does_not_end(self) -> bool:
+        """Whether the lost rank has to be killed."""
+        return self.lose in (stop, block_interpreter)
+
+
 CASES = {
-    "killed": (kill, LOST),
-    "stopped": (stop, LOST),
-    "stuck": (wait_for_data, LOST),
-    "failed": (fail, LOST),
-    "astray": (call_another_collective, LOST),
-    "killed-store": (kill, 0),
-    "stopped-store": (stop, 0),
+    "killed": Case(kill),
+    "stopped": Case(stop),
+    "stuck": Case(wait_for_data),
+    "failed": Case(fail),
+    "astray": Case(call_another_collective),
+    "killed-store": Case(kill, 0),
+    "stopped-store": Case(stop, 0),
+    "hang-stopped": Case(stop, hangs=True),
+    "hang-stopped-store": Case(stop, 0, hangs=True),
+    "hang-loop": Case(loop_forever, hangs=True),
+    "hang-native": Case(block_interpreter, hangs=True),
+    "hang-astray": Case(call_another_collective, hangs=True),
+    "hang-all": Case(wait_for_data, None, hangs=True),
 }
 
 
-def run_case(name: str, folder: Path) -> None:
+def write(path: Path, text: str) -> None:
+    path.with_suffix(".new").write_text(text)
+    path.with_suffix(".new").rename(path)
+
+
+def monitor_in(folder: Path, hang_timeout_s: float) -> RankMonitor:
+    def end(message: str) -> None:
+        write(folder / f"rank-{RANK}.txt", message)
+        os._exit(EXIT_CODE)
+
+    monitor = RankMonitor(end, hang_timeout_s, heartbeat_s=0.3)
+    monitor.folder = folder
+    return monitor
+
+
+def train(case: Case, folder: Path) -> None:
+    """Steps until rank `lost` is."""
+    join_ranks(timedelta(minutes=1))
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
+    tp = Communicator(mesh["tp"].get_group(), "tp")
+    with monitor_in(folder, TIMEOUT_S if case.hangs else NEVER) as monitor:
+        for step in range(1, 1000):
+            monitor.beat(step, "train")
+            if step == 3:
+                # Not before all are there: the first steps are slow on a busy machine.
+                if not case.hangs:
+                    limit_collectives(timedelta(seconds=TIMEOUT_S))
+                if case.lost in (RANK, None):
+                    case.lose()
+            x = torch.ones(8, requires_grad=True)
+            Double.apply(x, tp).sum().backward()
+            dist.all_reduce(x.grad, group=mesh["fsdp"].get_group())
+            dist.barrier()
+
+
+def train_slowly(folder: Path) -> None:
+    """Steps in which all wait longer than the timeout for one rank, first where nobody knows how
+    long a step takes, and then where it has taken as long before.
+    """
+    join_ranks(timedelta(minutes=1))
+    with monitor_in(folder, 2) as monitor:
+        for step in (1, 2):
+            monitor.beat(step, "train")
+            if RANK == LOST:
+                time.sleep(3)
+            dist.barrier()
+    write(folder / f"rank-{RANK}.txt", "finished")
+
+
+def train_beside_a_straggler(folder: Path) -> None:
+    """Steps until rank 0 has seen who is slow often enough to warn."""
+    join_ranks(timedelta(minutes=1))
+    with monitor_in(folder, NEVER) as monitor:
+        for step in range(1, 200):
+            monitor.beat(step, "train")
+            if RANK == SLOW:
+                time.sleep(0.2)
+            slowest = monitor.slowest
+            has_warned = torch.tensor(slowest is not None and slowest.is_persistent)
+            dist.broadcast(has_warned, src=0)
+            if has_warned:
+                break
+        if RANK == 0:
+            write(folder / "slowest.txt", f"{slowest.rank} {slowest.over_median}")
+
+
+def run(folder: Path, act: Callable[[], None]) -> None:
+    log = os.open(folder / f"rank-{RANK}.log", os.O_CREAT | os.O_WRONLY)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
     try:
-        train(*CASES[name])
-    except LostRankError as error:
-        temporary = folder / f".{name}-{RANK}.txt"
-        temporary.write_text(str(error))
-        temporary.rename(folder / f"{name}-{RANK}.txt")
+        act()
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
     finally:
         # The groups of a lost rank cannot be taken down.
         os._exit(0)
 
 
-def wait_for_survivors(name: str, folder: Path) -> None:
-    """Until the other ranks have written their error."""
-    while len(list(folder.glob(f"{name}-*.txt"))) < 3:
+def wait_for_survivors(folder: Path) -> None:
+    """Until the other ranks have written what they were told."""
+    while len(list(folder.glob("rank-?.txt"))) < 3:
         time.sleep(0.05)
 
 
-def port_of(name: str, folder: Path) -> str:
+def port_of(folder: Path) -> str:
     """One that rank 0 has chosen."""
-    file = folder / f"{name}.port"
     if RANK == 0:
-        (folder / f".{name}.port").write_text(str(free_port()))
-        (folder / f".{name}.port").rename(file)
-    while not file.exists():
+        write(folder / "port", str(free_port()))
+    while not (folder / "port").exists():
         time.sleep(0.05)
-    return file.read_text()
+    return (folder / "port").read_text()
 
 
-def fork(name: str, folder: Path) -> int:
-    os.environ["MASTER_PORT"] = port_of(name, folder)
+def fork(folder: Path, act: Callable[[], None]) -> int:
+    folder.mkdir(exist_ok=True)
+    os.environ["MASTER_PORT"] = port_of(folder)
     if child := os.fork():
         return child
-    run_case(name, folder)
+    run(folder, act)
     raise AssertionError
+
+
+def finish(folder: Path, child: int) -> None:
+    _, status = os.waitpid(child, 0)
+    write(folder / f"rank-{RANK}.code", str(os.waitstatus_to_exitcode(status)))
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
     # All at once: they mostly wait.
-    children = {name: fork(name, folder) for name in CASES}
+    children = {
+        name: fork(folder / name, lambda case=case, name=name: train(case, folder / name))
+        for name, case in CASES.items()
+    }
+    children["slow"] = fork(folder / "slow", lambda: train_slowly(folder / "slow"))
     for name, child in children.items():
-        lose, lost = CASES[name]
-        if lost == RANK and lose in (stop, wait_for_data):
-            wait_for_survivors(name, folder)
+        case = CASES.get(name)
+        if case and case.lost == RANK and case.does_not_end:
+            wait_for_survivors(folder / name)
             os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        finish(folder / name, child)
+    # Others must not slow its ranks.
+    straggler = folder / "straggler"
+    finish(straggler, fork(straggler, lambda: train_beside_a_straggler(straggler)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,96 @@
+"""How far a rank is, how long it has been silent, and how much of its time it has waited."""
+
+import time
+from dataclasses import dataclass
+
+# A phase that has never ended may compile, or load a checkpoint.
+PATIENCE_AT_FIRST = 4
+# A phase that has taken long before may do so again.
+PATIENCE_LATER = 2
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A sign of life.
+
+    Attributes:
+        step: what the rank is working on.
+        phase: of the step.
+        at: seconds since the epoch.
+    """
+
+    step: int
+    phase: str
+    at: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a rank has done when a step began.
+
+    Attributes:
+        steps: finished since the first beat.
+        busy_s: time since then that it did not wait in collectives.
+    """
+
+    steps: int
+    busy_s: float
+
+
+class Heartbeat:
+    """Beats of the main thread, and what a thread that watches them makes of their absence.
+
+    A step that is slow is not taken for one that hangs: a phase may take twice as long as it has
+    ever taken, but at least `timeout_s`, and four times that when it happens for the first time.
+
+    Attributes:
+        last: the newest beat.
+        silent_s: time since that beat, as far as this process was running: neither stopped, nor
+            on a machine that slept.
+        waited_s: time that the rank has waited in collectives; kept by whoever measures it.
+        work: None before the first step.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self.last = Beat(0, "start", time.time())
+        self.silent_s = 0.0
+        self.waited_s = 0.0
+        self.work: Work | None = None
+        self._timeout_s = timeout_s
+        self._watched = self.last
+        self._finished: set[str] = set()
+        self._longest_s: dict[str, float] = {}
+        self._first_step = 0
+        self._began = 0.0
+
+    def beat(self, step: int, phase: str) -> None:
+        """Say that `phase` of `step` begins."""
+        if step != self.last.step:
+            self._count_work(step)
+        self._finished.add(self.last.phase)
+        self.last = Beat(step, phase, time.time())
+
+    def _count_work(self, step: int) -> None:
+        if self._first_step == 0:
+            self._first_step, self._began = step, time.monotonic() - self.waited_s
+        busy_s = time.monotonic() - self._began - self.waited_s
+        self.work = Work(step - self._first_step, busy_s)
+
+    def pass_time(self, seconds: float) -> None:
+        """Let the time go by during which the process was running."""
+        if self.last is self._watched:
+            self.silent_s += seconds
+            return
+        phase = self._watched.phase
+        self._longest_s[phase] = max(self.silent_s, self._longest_s.get(phase, 0.0))
+        self._watched, self.silent_s = self.last, 0.0
+
+    def allowed_s(self) -> float:
+        """How long the rank may be silent in the phase that it is in."""
+        phase = self._watched.phase
+        if phase not in self._finished:
+            return PATIENCE_AT_FIRST * self._timeout_s
+        return max(self._timeout_s, PATIENCE_LATER * self._longest_s.get(phase, 0.0))
+
+    def is_overdue(self) -> bool:
+        return self.silent_s > self.allowed_s()
