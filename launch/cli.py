@@ -44,6 +44,16 @@ def train(
     run_dir: Annotated[
         Path | None, typer.Option(help="Where the run lives [default: runs/RECIPE].")
     ] = None,
+    max_restarts: Annotated[
+        int,
+        typer.Option(min=0, help="Restarts in a row after failures without progress; 0: none."),
+    ] = 3,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SETTING", help="Let this setting differ from the run's, as in optim.lr."
+        ),
+    ] = None,
     prepare_only: Annotated[
         bool, typer.Option("--prepare-only", help="Check everything and write the run directory.")
     ] = False,
@@ -58,6 +68,9 @@ def train(
 ) -> None:
     """Train a model; the same command again resumes.
 
+    SIGTERM, SIGUSR2 and ctrl-C save and stop. A rank that fails is started again with all others,
+    from the newest checkpoint.
+
     Exit codes: 0 done, 75 stopped on request with everything saved, 2 a mistake in what was
     asked for, 1 anything else.
     """
@@ -71,9 +84,9 @@ def train(
 
     from launch.train import prepare, train_locally
 
-    run = prepare(recipe, overrides or [], nproc, run_dir)
+    run = prepare(recipe, overrides or [], nproc, run_dir, allow_change or [])
     if not prepare_only:
-        raise typer.Exit(train_locally(run, nproc))
+        raise typer.Exit(train_locally(run, nproc, max_restarts))
 
 
 @app.command("eval")

@@ -4,54 +4,58 @@ import json
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.shards import Manifest, load_manifest
+from launch.changes import allow_changes, find_changes, note_changes
 from launch.sample import sample_shards
 from pretrain.config import SAMPLE_SHARDS, Config, ShardSource, read_run_config
 from pretrain.data import open_stream
 from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory, write_atomically
 
-# What may differ between two attempts of a run without changing its data or its model.
-MAY_CHANGE = (
-    "train.steps",
-    "train.microbatch",
-    "train.log_every",
-    "train.loss_chunk",
-    "train.collective_timeout_s",
-    "train.hang_timeout_s",
-    "parallel.",
-    "checkpoint.",
-    "wandb.",
-    "run.",
-)
 
-
-def prepare_run(config: Config, directory: Path) -> RunDirectory:
+def prepare_run(config: Config, directory: Path, allowed: Sequence[str] = ()) -> RunDirectory:
     """Write the resolved configuration, the tokenizer and what is known of the data.
 
+    Args:
+        allowed: settings that may differ from those the run has had, although they change its
+            data, its model or its training.
+
     Raises:
-        UserError, DataError: the shards are not there, or the directory is in use or holds a run
-            of another model or other data; nothing has been changed then.
+        UserError, DataError: the shards are not there, or the directory is in use, cannot be
+            written, or holds a run with other settings; nothing has been changed then.
     """
     run = RunDirectory(directory.resolve())
     config = _with_absolute_paths(config, run)
     stream = open_stream(config)
     data = [_describe(source, load_manifest(source.path)) for source in config.data.sources()]
-    run.root.mkdir(parents=True, exist_ok=True)
-    with run.exclusive():
-        if not run.config.exists():
-            shutil.copyfile(stream.tokenizer, run.tokenizer)
+    try:
+        run.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the run directory {run.root} cannot be made: {error.strerror}; choose another with "
+            "--run-dir"
+        ) from None
+    try:
+        with run.launching(), run.exclusive():
+            if run.config.exists():
+                before = read_run_config(run), json.loads(run.data.read_text())
+                changes = find_changes(before, (config, data))
+                allow_changes(run, changes, allowed, before[0].model, config.model)
+                note_changes(run, changes)
+            else:
+                allow_changes(run, (), allowed, config.model, config.model)
+                shutil.copyfile(stream.tokenizer, run.tokenizer)
             write_atomically(run.data, json.dumps(data, indent=1) + "\n")
-        else:
-            _refuse_another_run(run, config, data)
-        run.done.unlink(missing_ok=True)
-        write_atomically(run.root / "versions.json", json.dumps(_versions(), indent=1) + "\n")
-        write_atomically(run.config, config.to_yaml())
+            run.done.unlink(missing_ok=True)
+            write_atomically(run.root / "versions.json", json.dumps(_versions(), indent=1) + "\n")
+            write_atomically(run.config, config.to_yaml())
+    except OSError as error:
+        raise UserError(run.explain(error)) from None
     return run
 
 
@@ -80,37 +84,6 @@ def _describe(source: ShardSource, manifest: Manifest) -> dict[str, Any]:
         "unigram_entropy": manifest.unigram_entropy,
         "funnel": manifest.extra.get("funnel", []),
     }
-
-
-def _refuse_another_run(run: RunDirectory, config: Config, data: list[dict[str, Any]]) -> None:
-    def settings(config: Config, data: list[dict[str, Any]]) -> dict[str, Any]:
-        tree = config.model_dump(mode="json")
-        tree["data"]["shards"] = {
-            str(number): {key: source[key] for key in ("shards", "tokenizer", "weight")}
-            for number, source in enumerate(data)
-        }
-        return dict(_leaves(tree, ""))
-
-    before = settings(read_run_config(run), json.loads(run.data.read_text()))
-    now = settings(config, data)
-    changed = [
-        f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
-    ]
-    if changed:
-        raise UserError(
-            f"{run.root} holds a run with other settings; resuming would change its data or its "
-            "model:\n  " + "\n  ".join(changed) + "\nUse the same settings, or another --run-dir"
-        )
-
-
-def _leaves(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else key)
-    else:
-        yield prefix, tree
 
 
 def _versions() -> dict[str, str]:

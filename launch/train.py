@@ -1,37 +1,67 @@
 """`farspan train` and `farspan report`."""
 
 import json
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.local import run_ranks
+from launch.local import StopSignals
 from pretrain.config import load_config, read_run_config
+from pretrain.errors import TrainingError
 from pretrain.layouts import resolve_layout
 from pretrain.run_dir import RunDirectory
 
 
 def prepare(
-    recipe: str, overrides: Sequence[str], nproc: int, run_dir: Path | None
+    recipe: str,
+    overrides: Sequence[str],
+    nproc: int,
+    run_dir: Path | None,
+    allowed: Sequence[str] = (),
 ) -> RunDirectory:
-    """Check a recipe against `nproc` ranks and its data, and write its run directory."""
+    """Check a recipe against `nproc` ranks and its data, and write its run directory.
+
+    Args:
+        allowed: settings that may differ from those of the run that is there.
+    """
     from launch.prepare import prepare_run
 
     config = load_config(recipe, overrides)
     layout = resolve_layout(config, nproc)
-    run = prepare_run(config, run_dir or Path(config.run.dir or Path("runs") / Path(recipe).stem))
+    directory = run_dir or Path(config.run.dir or Path("runs") / Path(recipe).stem)
+    run = prepare_run(config, directory, allowed)
     print(f"{recipe} on {nproc} ranks ({layout}), run directory {run.root}", flush=True)
     return run
 
 
-def train_locally(run: RunDirectory, nproc: int) -> int:
+def train_locally(run: RunDirectory, nproc: int, max_restarts: int) -> int:
     """Train a prepared run on `nproc` ranks of this machine and write its report.
 
     Returns:
         The exit code of the run.
+
+    Raises:
+        UserError: another launcher holds the run directory.
+        TrainingError: the run directory is gone.
     """
-    code = run_ranks(run, nproc)
-    if run.metrics.exists():
-        print(f"report: {write_run_report(run.root)}")
+    try:
+        return _train_locally(run, nproc, max_restarts)
+    except OSError as error:
+        if run.is_cause_of(error):
+            raise TrainingError(run.explain(error)) from None
+        raise
+
+
+def _train_locally(run: RunDirectory, nproc: int, max_restarts: int) -> int:
+    with StopSignals() as stop, run.launching():
+        # torch's agent takes seconds to import, and a request to stop may come meanwhile.
+        from launch.agent import run_ranks
+
+        command = [sys.executable, "-m", "launch.rank", str(run.root), str(os.getpid())]
+        code, attempt = run_ranks(run, command, nproc, max_restarts, stop)
+        if run.current_attempt() == attempt and run.metrics.exists():
+            print(f"report: {write_run_report(run.root)}")
     return code
 
 

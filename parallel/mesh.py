@@ -15,12 +15,17 @@ def join_ranks(timeout: timedelta) -> torch.device:
     Returns:
         This rank's device. A collective that waits longer than `timeout` fails the job.
     """
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    # The store of torchrun outlives the ranks: those of an attempt must not find what earlier ones
+    # have left there.
+    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    ranks = {"store": store, "rank": rank, "world_size": size, "timeout": timeout}
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **ranks)
         return device
-    dist.init_process_group("gloo", timeout=timeout)
+    dist.init_process_group("gloo", **ranks)
     return torch.device("cpu")
 
 

@@ -4,6 +4,8 @@
 STOPPED_ON_REQUEST = 75
 # A rank failed because another did; a launcher looks for the other one.
 LOST_RANK = 70
+# A person has to look, another attempt would end alike (EX_DATAERR); a launcher makes 1 of it.
+CANNOT_GO_ON = 65
 
 
 class UserError(Exception):

@@ -5,6 +5,7 @@ import math
 import os
 import secrets
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -116,6 +117,12 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
         row = _parse(line, path)
         has_non_finite = any(f'"{name}"' in line for name in NON_FINITE)
         yield _map_numbers(row, _from_json) if has_non_finite else row
+
+
+def last_step(path: Path) -> int:
+    """The step of the last row of metrics.jsonl, 0 if there is none."""
+    last = deque(_complete_lines(path), maxlen=1)
+    return int(_parse(last[0], path)["train/step"]) if last else 0
 
 
 def _complete_lines(path: Path) -> Iterator[str]:

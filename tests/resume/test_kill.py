@@ -30,7 +30,7 @@ class Run:
             *(sys.executable, "-m", "launch.cli", "train", "tiny-hybrid-moe"),
             *("--nproc", "2", "--run-dir", str(directory), f"data.shards={shards}"),
             *(f"train.steps={STEPS}", f"checkpoint.every={EVERY}", "parallel.ep=2"),
-            "schedule.name=constant",
+            *("schedule.name=constant", "--max-restarts", "0"),
         ]
 
     def start(self, *overrides: str) -> subprocess.Popen[str]:

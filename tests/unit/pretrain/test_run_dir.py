@@ -1,9 +1,13 @@
 """One attempt at a time changes a run directory."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -99,3 +103,31 @@ def test_who_holds_the_directory_is_named(run: RunDirectory) -> None:
         holder.communicate()
     with run.exclusive():
         pass
+
+
+NOBODY = 65534
+
+
+@contextmanager
+def without_privileges() -> Iterator[None]:
+    """Root may write everywhere."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_a_read_only_directory_is_named() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunDirectory(Path(folder))
+        run.root.chmod(0o555)
+        with (
+            without_privileges(),
+            pytest.raises(UserError, match=f"{folder}/lock cannot be written: Permission denied"),
+            run.exclusive(),
+        ):
+            pass
+        assert not list(run.root.iterdir())

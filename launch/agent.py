@@ -1,0 +1,308 @@
+"""Run the ranks of a run on this machine, and start them again when they fail.
+
+torchrun's agent does so: processes, rendezvous, and the count of restarts. What it is not told to
+do here: end the others while they still find out who failed, end those that save after thirty
+seconds, and restart what would fail again.
+"""
+
+import logging
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from torch.distributed.elastic.agent.server import WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.api import RunResult
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SubprocessContext
+from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
+
+from launch.local import (
+    Rank,
+    StopSignals,
+    free_port,
+    note_pids,
+    rank_environment,
+    stop_signals_blocked,
+)
+from pretrain.checkpoint.store import saved_steps
+from pretrain.checkpoint.trained import checkpoints_of
+from pretrain.config import read_run_config
+from pretrain.errors import CANNOT_GO_ON, LOST_RANK, STOPPED_ON_REQUEST, UserError
+from pretrain.metrics.sinks import last_step
+from pretrain.run_dir import ATTEMPT_VARIABLE, RunDirectory
+
+POLL_S = 0.1
+# Long enough for the slowest thing a stopping rank does: a last checkpoint, W&B's last rows.
+GRACE_S = 120.0
+# How long the ranks that fail together take to be seen.
+SETTLE_S = 1.0
+# How long a rank that another has reported as failed takes to end.
+LATE_S = 5.0
+# How long the others take to find out who was killed, and in which collective (parallel.lost_rank).
+DIAGNOSIS_S = 15.0
+RENDEZVOUS_S = 60
+# The agent would end the ranks at these.
+HANDLED_BY_TORCH = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+NOT_RESTARTED = (STOPPED_ON_REQUEST, UserError.exit_code, CANNOT_GO_ON)
+
+
+def run_ranks(
+    run: RunDirectory, command: Sequence[str], nproc: int, max_restarts: int, stop: StopSignals
+) -> tuple[int, int]:
+    """Run `command` on `nproc` ranks to its end; rank 0's log is shown as it grows.
+
+    When a rank fails, the others are ended, the failed one's log is named, and a new attempt
+    begins, unless the failure is one that would come again: a mistake of the user's, one that a
+    person has to look at, or `max_restarts` restarts in a row after which no attempt got further
+    than the run had been before. A run that was asked to stop is not restarted.
+
+    Returns:
+        The exit code, 0 or that of the rank to blame for the last failure (1 if it was killed),
+        and the number of the last attempt.
+    """
+    if stop.requested:
+        print("stopped on request before training began")
+        return STOPPED_ON_REQUEST, 0
+    # It reports what is told here in other words.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    agent = _Agent(run, command, nproc, max_restarts, stop)
+    agent.run()
+    return agent.exit_code, agent.attempt
+
+
+class _AttemptLogs(LogsSpecs):
+    """Makes an attempt each time the ranks are started: a folder with one log per rank, a number
+    and a port in their environment.
+    """
+
+    def __init__(self, run: RunDirectory) -> None:
+        super().__init__()
+        self._run = run
+        self.attempt = 0
+        self.logs: list[Path] = []
+
+    @property
+    def root_log_dir(self) -> str:
+        return str(self._run.attempts)
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        self.attempt = self._run.new_attempt()
+        folder = self._run.folder_of(self.attempt)
+        self.logs = [folder / f"rank-{rank}.log" for rank in envs]
+        port = free_port()
+        for rank, environment in envs.items():
+            environment |= rank_environment(rank, len(envs), port)
+            environment[ATTEMPT_VARIABLE] = str(self.attempt)
+            # Ranks whose launcher was killed still need their store, to save what they have.
+            environment["TORCHELASTIC_USE_AGENT_STORE"] = str(False)
+        return LogsDest(
+            stdouts={rank: str(log) for rank, log in enumerate(self.logs)},
+            stderrs=dict.fromkeys(envs, ""),
+            error_files=dict.fromkeys(envs, ""),
+        )
+
+
+class _Agent(LocalElasticAgent):
+    def __init__(
+        self,
+        run: RunDirectory,
+        command: Sequence[str],
+        nproc: int,
+        max_restarts: int,
+        stop: StopSignals,
+    ) -> None:
+        name = f"{run.root.name}-{os.getpid()}"
+        rendezvous = StaticTCPRendezvous("127.0.0.1", free_port(), 0, 1, name, RENDEZVOUS_S)
+        spec = WorkerSpec(
+            role="rank",
+            local_world_size=nproc,
+            rdzv_handler=rendezvous,
+            entrypoint=command[0],
+            args=tuple(command[1:]),
+            max_restarts=max_restarts,
+            monitor_interval=POLL_S,
+        )
+        self._logs = _AttemptLogs(run)
+        super().__init__(spec, self._logs)
+        self._run = run
+        self._max_restarts = max_restarts
+        self._stop = stop
+        self._ranks: list[Rank] = []
+        self._screen = _Screen()
+        self._failed_at: float | None = None
+        self._furthest = _furthest_step(run)
+        self.exit_code = 0
+
+    @property
+    def attempt(self) -> int:
+        return self._logs.attempt
+
+    def _initialize_workers(self, worker_group: WorkerGroup) -> None:
+        """Start an attempt."""
+        is_restart = bool(self._ranks)
+        handlers = {number: signal.getsignal(number) for number in HANDLED_BY_TORCH}
+        with stop_signals_blocked():
+            super()._initialize_workers(worker_group)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            if is_restart:
+                print(
+                    f"restarting, attempt {self.attempt} of {self._run.root} "
+                    f"({self._remaining_restarts} more without progress)",
+                    file=sys.stderr,
+                )
+            assert isinstance(self._pcontext, SubprocessContext)
+            handlers_of_ranks = self._pcontext.subprocess_handlers
+            self._ranks = [handlers_of_ranks[rank].proc for rank in sorted(handlers_of_ranks)]
+            self._failed_at, self.exit_code = None, 0
+            note_pids(self._logs.logs[0].parent, [rank.pid for rank in self._ranks])
+            self._screen.show(self._logs.logs[0])
+            self._stop.pass_on_to(self._ranks)
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        self._screen.refresh()
+        codes = [rank.poll() for rank in self._ranks]
+        if any(codes):
+            if not self._have_settled(codes):
+                return RunResult(WorkerState.HEALTHY)
+            self._end_attempt(codes)
+        elif None not in codes:
+            self._screen.close()
+        return super()._monitor_workers(worker_group)
+
+    def _have_settled(self, codes: Sequence[int | None]) -> bool:
+        """Whether all have ended that fail together, or that stop together."""
+        self._failed_at = self._failed_at or time.monotonic()
+        failures = {code for code in codes if code}
+        if STOPPED_ON_REQUEST in failures:
+            patience = GRACE_S
+        elif failures == {LOST_RANK}:
+            patience = LATE_S
+        elif LOST_RANK in failures or min(failures) > 0:
+            patience = SETTLE_S
+        else:
+            patience = DIAGNOSIS_S
+        return None not in codes or time.monotonic() - self._failed_at > patience
+
+    def _end_attempt(self, codes: Sequence[int | None]) -> None:
+        """End what is left of a failed attempt, tell why it failed, and decide on another one."""
+        for rank in self._ranks:
+            rank.kill()
+            rank.wait()
+        self._screen.close()
+        failed = _to_blame(codes)
+        code = codes[failed]
+        assert code
+        self.exit_code = 1 if code < 0 or code in (LOST_RANK, CANNOT_GO_ON) else code
+        if code == STOPPED_ON_REQUEST:
+            print("stopped on request; everything is saved, the same command goes on from here")
+        elif self._stop.at_once:
+            print("ended at once; the same command goes on from the newest checkpoint")
+        else:
+            _explain(failed, codes, self._logs.logs)
+        if code in NOT_RESTARTED or self._stop.requested:
+            self._remaining_restarts = 0
+        else:
+            self._count_progress()
+
+    def _count_progress(self) -> None:
+        """Give a run that has got further all its restarts back."""
+        furthest = _furthest_step(self._run)
+        if furthest > self._furthest:
+            self._furthest = furthest
+            self._remaining_restarts = self._max_restarts
+        elif self._max_restarts and not self._remaining_restarts:
+            print(
+                f"gave up: {self._max_restarts} restarts did not get beyond step {self._furthest}. "
+                f"The logs of all attempts: {self._run.attempts}. Once the cause is mended, the "
+                "same command goes on from the newest checkpoint",
+                file=sys.stderr,
+            )
+
+
+def _furthest_step(run: RunDirectory) -> int:
+    """The last step that is logged or saved, 0 before the first."""
+    logged = last_step(run.metrics) if run.metrics.exists() else 0
+    saved: list[int] = []
+    with suppress(OSError, UserError):
+        saved = saved_steps(checkpoints_of(read_run_config(run), run))
+    return max([logged, *saved])
+
+
+class _Screen:
+    """Shows a log as it grows; on a terminal, with a bar for the steps."""
+
+    def __init__(self) -> None:
+        self._log: Any = None
+        self._console = Console(soft_wrap=True, highlight=False, markup=False)
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bars = Progress(*columns, console=self._console, transient=True)
+        self._steps = self._bars.add_task("steps", total=None, visible=False)
+
+    def show(self, log: Path) -> None:
+        self._log = log.open(errors="replace")
+        if self._console.is_terminal:
+            self._bars.start()
+
+    def close(self) -> None:
+        self.refresh()
+        if self._console.is_terminal:
+            self._bars.stop()
+        self._log.close()
+
+    def refresh(self) -> None:
+        text = self._log.read()
+        if not text:
+            return
+        self._console.out(text, end="")
+        if steps := re.findall(r"^step (\d+)/(\d+)", text, re.MULTILINE):
+            done, total = map(int, steps[-1])
+            self._bars.update(self._steps, completed=done, total=total, visible=True)
+
+
+def _to_blame(codes: Sequence[int | None]) -> int:
+    """The rank whose failure explains the others': killed, else mistaken, else failed."""
+
+    def rank_order(rank: int) -> int:
+        code = codes[rank]
+        if not code:
+            return 5
+        if code == LOST_RANK:
+            return 4
+        # NCCL's watchdog aborts a rank that misses another.
+        if code == -signal.SIGABRT:
+            return 3
+        return 0 if code < 0 else 2 if code == STOPPED_ON_REQUEST else 1
+
+    return min(range(len(codes)), key=rank_order)
+
+
+def _explain(failed: int, codes: Sequence[int | None], logs: Sequence[Path]) -> None:
+    """Say which rank failed and why."""
+    code = codes[failed]
+    assert code
+    if code == LOST_RANK:
+        print(f"the job lost a rank; the logs: {logs[failed].parent}", file=sys.stderr)
+    else:
+        how = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
+        print(f"rank {failed} {how}; its log: {logs[failed]}", file=sys.stderr)
+    survivors = [rank for rank, code in enumerate(codes) if code == LOST_RANK]
+    # The log of rank 0 has been shown.
+    if failed != 0 and code != LOST_RANK:
+        sys.stderr.write("".join(_tail(logs[failed], 20)))
+    if survivors and 0 not in survivors:
+        sys.stderr.write("".join(_tail(logs[survivors[0]], 1)))
+
+
+def _tail(log: Path, lines: int) -> list[str]:
+    with suppress(FileNotFoundError):
+        return log.read_text(errors="replace").splitlines(True)[-lines:]
+    return []

@@ -1,0 +1,113 @@
+"""Which failures are followed by another attempt; the ranks are scripts that end as planned."""
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launch.agent import run_ranks
+from launch.local import STOP_SIGNALS, StopSignals
+from pretrain.errors import CANNOT_GO_ON, LOST_RANK, STOPPED_ON_REQUEST
+from pretrain.run_dir import RunDirectory
+
+KILLED = -signal.SIGKILL
+# In attempt n the run comes to step plan[n][0], and the ranks end with the codes plan[n][1:].
+RANK = """
+import json, os, sys
+step, *codes = json.loads(sys.argv[1])[int(os.environ["FARSPAN_ATTEMPT"]) - 1]
+code = codes[int(os.environ["RANK"])]
+if os.environ["RANK"] == "0":
+    with open(sys.argv[2], "a") as metrics:
+        metrics.write(json.dumps({"train/step": step}) + chr(10))
+print("attempt", os.environ["FARSPAN_ATTEMPT"], "port", os.environ["MASTER_PORT"], flush=True)
+if code < 0:
+    os.kill(os.getpid(), -code)
+sys.exit(code)
+"""
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handlers() -> Iterator[None]:
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    root = tmp_path / "run"
+    root.mkdir()
+    return RunDirectory(root)
+
+
+def run_plan(run: RunDirectory, plan: list[list[int]], max_restarts: int) -> int:
+    command = [sys.executable, "-c", RANK, json.dumps(plan), str(run.metrics)]
+    with StopSignals() as stop:
+        code, attempt = run_ranks(run, command, len(plan[0]) - 1, max_restarts, stop)
+    assert attempt == len(attempts(run))
+    return code
+
+
+def attempts(run: RunDirectory) -> list[str]:
+    return sorted(path.name for path in run.attempts.iterdir())
+
+
+def test_a_run_that_gets_further_is_restarted_and_one_that_does_not_is_given_up(
+    run: RunDirectory, capfd: pytest.CaptureFixture[str]
+) -> None:
+    further = [[1, 0, KILLED], [1, 1, LOST_RANK], [2, 1, LOST_RANK], [3, KILLED, LOST_RANK]]
+    stuck = [[3, 1, LOST_RANK], [2, 1, LOST_RANK], [9, 0, 0]]
+    assert run_plan(run, further + stuck, max_restarts=2) == 1
+    out, err = capfd.readouterr()
+    assert attempts(run) == [f"{number:04d}" for number in range(1, 7)]
+    assert [line.split()[1] for line in out.splitlines()] == list("123456")
+    assert len({line.split()[3] for line in out.splitlines()}) == 6
+    for number in range(2, 7):
+        assert err.count(f"restarting, attempt {number} of {run.root}") == 1
+    assert err.count("rank 1 was killed by signal 9; its log: ") == 1
+    assert err.count("rank 0 was killed by signal 9; its log: ") == 1
+    assert err.count("rank 0 failed with exit code 1; its log: ") == 4
+    assert err.count("gave up: 2 restarts did not get beyond step 3") == 1
+    assert "attempt 4" in (run.folder_of(4) / "rank-1.log").read_text()
+
+
+def test_a_run_whose_failure_has_passed_ends_well(
+    run: RunDirectory, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_plan(run, [[0, 1], [0, 1], [5, 0]], max_restarts=2) == 0
+    assert attempts(run) == ["0001", "0002", "0003"]
+    assert "gave up" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ([STOPPED_ON_REQUEST, STOPPED_ON_REQUEST], STOPPED_ON_REQUEST),
+        ([LOST_RANK, 2], 2),
+        ([CANNOT_GO_ON, LOST_RANK], 1),
+    ],
+)
+def test_what_would_come_again_or_was_asked_for_is_not_restarted(
+    run: RunDirectory, codes: list[int], expected: int
+) -> None:
+    assert run_plan(run, [[1, *codes], [2, 0, 0]], max_restarts=3) == expected
+    assert attempts(run) == ["0001"]
+
+
+def test_without_restarts_a_failure_is_the_end(
+    run: RunDirectory, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_plan(run, [[1, 1], [2, 0]], max_restarts=0) == 1
+    assert attempts(run) == ["0001"]
+    assert "gave up" not in capfd.readouterr().err
+
+
+def test_a_request_that_came_before_there_were_ranks_starts_none(run: RunDirectory) -> None:
+    with StopSignals() as stop:
+        signal.raise_signal(signal.SIGUSR2)
+        assert run_ranks(run, ["false"], 1, 3, stop) == (STOPPED_ON_REQUEST, 0)
+    assert not run.attempts.exists()
