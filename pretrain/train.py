@@ -1,4 +1,8 @@
-"""The training loop. Every rank runs `python -m pretrain.train RUN_DIR`."""
+"""The training loop. Every rank runs `python -m pretrain.train RUN_DIR`, under any launcher.
+
+Exit codes: 0 done, 75 stopped on request (0 under torchrun, which would restart it), 2 a mistake
+of the user's, 65 another attempt would fail alike, 70 another rank failed, 1 anything else.
+"""
 
 import os
 import sys
@@ -16,7 +20,13 @@ from parallel.lost_rank import RankMonitor
 from parallel.mesh import join_ranks
 from pretrain.checkpoint.store import Progress
 from pretrain.config import Config, read_run_config
-from pretrain.errors import LOST_RANK, STOPPED_ON_REQUEST, UserError
+from pretrain.errors import (
+    CANNOT_GO_ON,
+    LOST_RANK,
+    STOPPED_ON_REQUEST,
+    TrainingError,
+    UserError,
+)
 from pretrain.metrics.expert_load import summarise_load
 from pretrain.metrics.sinks import JsonlSink, MetricsWriter, WandbSink, step_line
 from pretrain.model.kernels.backends import kernels_in_use
@@ -142,7 +152,7 @@ def main() -> int:
     except Exception as error:
         if (code := getattr(error, "exit_code", None)) is not None:
             print(f"error: {error}", file=sys.stderr)
-            return int(code)
+            return CANNOT_GO_ON if isinstance(error, TrainingError) else int(code)
         if isinstance(error, dist.DistError):
             print(f"error: the ranks did not come together: {error}", file=sys.stderr)
             return LOST_RANK
@@ -158,3 +168,13 @@ if __name__ == "__main__":
     sys.stderr.flush()
     # Threads of gloo may still free tensors, and abort a process whose interpreter ends meanwhile.
     os._exit(code)
+        if isinstance(error, OSError) and run.is_cause_of(error):
+            print(f"error: {run.explain(error)}", file=sys.stderr)
+            return 1 if run.root.is_dir() else CANNOT_GO_ON
+def is_under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ and ATTEMPT_VARIABLE not in os.environ
+
+
+    if code == STOPPED_ON_REQUEST and is_under_torchrun():
+        # It would start again whoever does not exit with 0; stopped.json tells the two apart.
+        code = 0
