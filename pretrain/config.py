@@ -201,6 +201,16 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
     return config
 
 
+def check_setting(name: str) -> None:
+    """Raise UserError, with the nearest name, unless `name` is that of a single setting."""
+    names = set(_dotted_keys(Config))
+    if name not in names:
+        inside = sorted(other for other in names if other.startswith(f"{name}."))
+        if inside:
+            raise UserError(f"{name} is a section; name one of its settings: {', '.join(inside)}")
+        raise UserError(f"{name} is not a setting{_nearest_key(name)}")
+
+
 def read_run_config(run: RunDirectory) -> Config:
     """The resolved configuration of a run. Raises UserError if there is no run."""
     if not run.config.is_file():
@@ -233,16 +243,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold a mapping such as `train: {{steps: 100}}`")
     return tree
-
-def check_setting(name: str) -> None:
-    """Raise UserError, with the nearest name, unless `name` is that of a single setting."""
-    names = set(_dotted_keys(Config))
-    if name not in names:
-        inside = sorted(other for other in names if other.startswith(f"{name}."))
-        if inside:
-            raise UserError(f"{name} is a section; name one of its settings: {', '.join(inside)}")
-        raise UserError(f"{name} is not a setting{_nearest_key(name)}")
-
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

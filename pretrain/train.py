@@ -156,25 +156,25 @@ def main() -> int:
         if isinstance(error, dist.DistError):
             print(f"error: the ranks did not come together: {error}", file=sys.stderr)
             return LOST_RANK
+        if isinstance(error, OSError) and run.is_cause_of(error):
+            print(f"error: {run.explain(error)}", file=sys.stderr)
+            return 1 if run.root.is_dir() else CANNOT_GO_ON
         raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Threads of gloo may still free tensors, and abort a process whose interpreter ends meanwhile.
-    os._exit(code)
-        if isinstance(error, OSError) and run.is_cause_of(error):
-            print(f"error: {run.explain(error)}", file=sys.stderr)
-            return 1 if run.root.is_dir() else CANNOT_GO_ON
 def is_under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and ATTEMPT_VARIABLE not in os.environ
 
 
+if __name__ == "__main__":
+    code = main()
     if code == STOPPED_ON_REQUEST and is_under_torchrun():
         # It would start again whoever does not exit with 0; stopped.json tells the two apart.
         code = 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads of gloo may still free tensors, and abort a process whose interpreter ends meanwhile.
+    os._exit(code)
