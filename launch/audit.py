@@ -34,6 +34,12 @@ TABLE_WIDTH = 120
 Progress = Callable[[int, int], None]
 
 
+class AuditError(Exception):
+    """The audit cannot be made, through no mistake of the user's: told without a traceback."""
+
+    exit_code = 1
+
+
 @dataclass(frozen=True)
 class Audit:
     """What the ledger of a run says, and what of it does not hold.
@@ -78,6 +84,7 @@ def audit_run(run: RunDirectory, progress: Progress = lambda done, total: None) 
 
     Raises:
         UserError: no run, or one without a ledger.
+        AuditError: the newest checkpoint is damaged.
         LedgerError: the ledger is damaged.
         DataError: the data is not there, or damaged.
     """
@@ -126,14 +133,22 @@ def audit_run(run: RunDirectory, progress: Progress = lambda done, total: None) 
 
 
 def _newest_checkpoint(config: Config, run: RunDirectory) -> dict[str, Any] | None:
-    """How far the newest finished checkpoint has come."""
-    from pretrain.checkpoint.manifest import Manifest
+    """How far the newest finished checkpoint has come. Raises AuditError if that is not known."""
+    from pretrain.checkpoint.manifest import DamageError, Manifest
     from pretrain.checkpoint.store import checkpoint_in, saved_steps
     from pretrain.checkpoint.trained import checkpoints_of
 
     target = checkpoints_of(config, run)
     saved = saved_steps(target)
-    return Manifest.read(checkpoint_in(target, saved[-1])).progress if saved else None
+    if not saved:
+        return None
+    try:
+        return Manifest.read(checkpoint_in(target, saved[-1])).progress
+    except DamageError as error:
+        raise AuditError(
+            f"the newest checkpoint, of step {saved[-1]}, is damaged: {error}. The next attempt "
+            "sets it aside and goes on from the one before; audit the run then"
+        ) from None
 
 
 def _print(audit: Audit) -> None:

@@ -367,8 +367,8 @@ class MetricsCheck:
         self._logged = _Numbers()
         self._recorded = _Numbers()
         for row in read_metrics(path) if path.is_file() else ():
-            loss, grad_norm = row["train/loss"], row["train/grad_norm"]
-            self._logged.add(row["train/step"], loss, grad_norm)
+            if "train/loss" in row:
+                self._logged.add(row["train/step"], row["train/loss"], row["train/grad_norm"])
 
     def see(self, attempt: AttemptBegun, batch: Batch, pieces: Ints) -> None:
         self._recorded.add(batch.step, batch.loss, batch.grad_norm)

@@ -294,15 +294,26 @@ def exchange_steps(records: list[Record]) -> list[Record]:
     return exchanged
 
 
-def of_other_weights(records: list[Record]) -> list[Record]:
-    last = max(n for n, r in enumerate(records) if isinstance(r, AttemptBegun))
-    sources = tuple(replace(source, weight=1.0) for source in records[last].sources)
-    return [*records[:last], replace(records[last], sources=sources), *records[last + 1 :]]
+def in_attempts(*numbers: int, **changes: Callable) -> Callable:
+    """Change fields of what some attempts say of themselves."""
+
+    def changed(record: Record) -> Record:
+        if isinstance(record, AttemptBegun) and record.attempt in numbers:
+            return replace(record, **{name: of(record) for name, of in changes.items()})
+        return record
+
+    return lambda records: [changed(record) for record in records]
 
 
-def of_other_shards(records: list[Record]) -> list[Record]:
-    sources = (LedgerSource("0" * 64, 2.0), *records[0].sources[1:])
-    return [replace(records[0], sources=sources), *records[1:]]
+def with_weights(*weights: float) -> Callable:
+    return lambda record: tuple(
+        replace(source, weight=weight)
+        for source, weight in zip(record.sources, weights, strict=True)
+    )
+
+
+def other_shards(record: AttemptBegun) -> tuple[LedgerSource, ...]:
+    return (LedgerSource("0" * 64, 2.0), *record.sources[1:])
 
 
 @pytest.mark.parametrize(
@@ -324,8 +335,11 @@ def of_other_shards(records: list[Record]) -> list[Record]:
         (in_step(20, with_pieces(later_tokens)), "step 20: document .* after it was used up to"),
         (in_step(20, with_pieces(no_such_document)), "step 20: source .* has no tokens"),
         (exchange_steps, "step 20, row 0"),
-        (of_other_weights, "step 16, row "),
-        (of_other_shards, "attempt 1 has read other shards than those of .* restore them"),
+        (in_step(20, lambda record: []), "used between 2 and 4 times; in .* it should be 3 to 4"),
+        (in_attempts(3, sources=with_weights(1, 1)), "step 16, row "),
+        (in_attempts(1, 2, 3, sources=with_weights(1, 9)), "has delivered .* by its weight it"),
+        (in_attempts(1, sources=other_shards), "attempt 1 has read other shards .* restore them"),
+        (in_attempts(2, seed=lambda record: 1), r"attempt 2 has used data\.seed=1, and attempt 1"),
         (
             in_step(20, lambda record: [replace(record, loss=math.nextafter(record.loss, 9))]),
             "train/loss of step 20 is .*, in the ledger",
