@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 
-# A phase that has never ended may compile, or load a checkpoint.
+# A phase that has never ended may compile; a slow one waits for storage.
 PATIENCE_AT_FIRST = 4
 # A phase that has taken long before may do so again.
 PATIENCE_LATER = 2
@@ -16,11 +16,13 @@ class Beat:
     Attributes:
         step: what the rank is working on.
         phase: of the step.
+        is_slow: whether the phase may always take as long as when it happens first.
         at: seconds since the epoch.
     """
 
     step: int
     phase: str
+    is_slow: bool
     at: float
 
 
@@ -41,7 +43,8 @@ class Heartbeat:
     """Beats of the main thread, and what a thread that watches them makes of their absence.
 
     A step that is slow is not taken for one that hangs: a phase may take twice as long as it has
-    ever taken, but at least `timeout_s`, and four times that when it happens for the first time.
+    ever taken, but at least `timeout_s`, and four times that when it happens for the first time or
+    is slow by nature.
 
     Attributes:
         last: the newest beat.
@@ -52,7 +55,7 @@ class Heartbeat:
     """
 
     def __init__(self, timeout_s: float) -> None:
-        self.last = Beat(0, "start", time.time())
+        self.last = Beat(0, "start", True, time.time())
         self.silent_s = 0.0
         self.waited_s = 0.0
         self.work: Work | None = None
@@ -63,12 +66,12 @@ class Heartbeat:
         self._first_step = 0
         self._began = 0.0
 
-    def beat(self, step: int, phase: str) -> None:
-        """Say that `phase` of `step` begins."""
+    def beat(self, step: int, phase: str, *, is_slow: bool = False) -> None:
+        """Say that `phase` of `step` begins; for `is_slow` see `Beat`."""
         if step != self.last.step:
             self._count_work(step)
         self._finished.add(self.last.phase)
-        self.last = Beat(step, phase, time.time())
+        self.last = Beat(step, phase, is_slow, time.time())
 
     def _count_work(self, step: int) -> None:
         if self._first_step == 0:
@@ -87,10 +90,10 @@ class Heartbeat:
 
     def allowed_s(self) -> float:
         """How long the rank may be silent in the phase that it is in."""
-        phase = self._watched.phase
-        if phase not in self._finished:
-            return PATIENCE_AT_FIRST * self._timeout_s
-        return max(self._timeout_s, PATIENCE_LATER * self._longest_s.get(phase, 0.0))
+        beat = self._watched
+        is_patient = beat.is_slow or beat.phase not in self._finished
+        least_s = self._timeout_s * (PATIENCE_AT_FIRST if is_patient else 1)
+        return max(least_s, PATIENCE_LATER * self._longest_s.get(beat.phase, 0.0))
 
     def is_overdue(self) -> bool:
         return self.silent_s > self.allowed_s()

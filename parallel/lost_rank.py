@@ -113,9 +113,13 @@ class RankMonitor:
         self._watching = threading.Thread(target=self._watch, daemon=True)
         self._reporting = threading.Thread(target=self._report_status, daemon=True)
 
-    def beat(self, step: int, phase: str) -> None:
-        """Say that this rank begins `phase` of `step`."""
-        self._heart.beat(step, phase)
+    def beat(self, step: int, phase: str, *, is_slow: bool = False) -> None:
+        """Say that this rank begins `phase` of `step`.
+
+        Args:
+            is_slow: whether the phase waits for storage, and may take four times the timeout.
+        """
+        self._heart.beat(step, phase, is_slow=is_slow)
 
     @property
     def slowest(self) -> Slowest | None:

@@ -76,9 +76,9 @@ class TrainConfig(Section):
     )
     hang_timeout_s: Positive = Field(
         300,
-        description="How long a phase of a step (data, forward and backward, optimizer, "
-        "checkpoint) may take before all ranks end, with the one that is stuck named: at least so "
-        "long, or twice as long as ever before; four times as long when it happens first.",
+        description="How long a phase of a step (data, forward and backward, optimizer) may take "
+        "before all ranks end, with the one that is stuck named: so long, or twice as long as ever "
+        "before; four times as long when it happens first, and for a checkpoint.",
     )
 
 

@@ -97,9 +97,9 @@ def run_steps(
             metrics.log(row)
             print(step_line(row, config.train.steps), flush=True)
         if is_last or progress.step % config.checkpoint.every == 0:
-            beat("checkpoint")
+            beat("checkpoint", is_slow=True)
             trainer.save(is_last=is_last)
-    monitor.beat(progress.step, "end")
+    monitor.beat(progress.step, "end", is_slow=True)
 
 
 def open_metrics(

@@ -48,6 +48,17 @@ def test_a_phase_that_has_taken_long_before_may_take_twice_as_long() -> None:
     assert silent_after(heart, 11)
 
 
+def test_a_slow_phase_may_always_take_four_times_as_long() -> None:
+    heart = Heartbeat(TIMEOUT_S)
+    for step in (1, 2):
+        heart.beat(step, "checkpoint", is_slow=True)
+        assert not silent_after(heart, 1)
+        go_through(heart, step + 1, "data", 1)
+    heart.beat(3, "checkpoint", is_slow=True)
+    assert not silent_after(heart, 39)
+    assert silent_after(heart, 2)
+
+
 def test_a_beat_ends_the_silence() -> None:
     heart = Heartbeat(TIMEOUT_S)
     heart.beat(1, "forward")
