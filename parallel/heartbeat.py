@@ -63,21 +63,23 @@ class Heartbeat:
         self._watched = self.last
         self._finished: set[str] = set()
         self._longest_s: dict[str, float] = {}
-        self._first_step = 0
         self._began = 0.0
 
     def beat(self, step: int, phase: str, *, is_slow: bool = False) -> None:
         """Say that `phase` of `step` begins; for `is_slow` see `Beat`."""
         if step != self.last.step:
-            self._count_work(step)
+            self._count_step()
         self._finished.add(self.last.phase)
         self.last = Beat(step, phase, is_slow, time.time())
 
-    def _count_work(self, step: int) -> None:
-        if self._first_step == 0:
-            self._first_step, self._began = step, time.monotonic() - self.waited_s
-        busy_s = time.monotonic() - self._began - self.waited_s
-        self.work = Work(step - self._first_step, busy_s)
+    def _count_step(self) -> None:
+        busy_s = time.monotonic() - self.waited_s
+        if self.work is None:
+            self._began = busy_s
+            self.work = Work(0, 0.0)
+        else:
+            # A run that is rolled back trains the same step again.
+            self.work = Work(self.work.steps + 1, busy_s - self._began)
 
     def pass_time(self, seconds: float) -> None:
         """Let the time go by during which the process was running."""

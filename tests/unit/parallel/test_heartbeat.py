@@ -82,3 +82,6 @@ def test_work_is_the_time_outside_of_collectives(monkeypatch: pytest.MonkeyPatch
     assert heart.work.steps == 0
     heart.beat(6, "data")
     assert (heart.work.steps, heart.work.busy_s) == (1, pytest.approx(7.0))
+    now += 2.0
+    heart.beat(3, "data")
+    assert (heart.work.steps, heart.work.busy_s) == (2, pytest.approx(9.0))
