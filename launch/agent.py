@@ -32,8 +32,6 @@ from launch.local import (
     rank_environment,
     stop_signals_blocked,
 )
-from pretrain.checkpoint.store import saved_steps
-from pretrain.checkpoint.trained import checkpoints_of
 from pretrain.config import read_run_config
 from pretrain.errors import CANNOT_GO_ON, LOST_RANK, STOPPED_ON_REQUEST, UserError
 from pretrain.metrics.sinks import last_step
@@ -138,7 +136,7 @@ class _Agent(LocalElasticAgent):
         self._ranks: list[Rank] = []
         self._screen = _Screen()
         self._failed_at: float | None = None
-        self._furthest = _furthest_step(run)
+        self._furthest = 0
         self.exit_code = 0
 
     @property
@@ -166,6 +164,8 @@ class _Agent(LocalElasticAgent):
             note_pids(self._logs.logs[0].parent, [rank.pid for rank in self._ranks])
             self._screen.show(self._logs.logs[0])
             self._stop.pass_on_to(self._ranks)
+        if not is_restart:
+            self._furthest = _furthest_step(self._run)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self._screen.refresh()
@@ -208,7 +208,8 @@ class _Agent(LocalElasticAgent):
             print("ended at once; the same command goes on from the newest checkpoint")
         else:
             _explain(failed, codes, self._logs.logs)
-        if code in NOT_RESTARTED or self._stop.requested:
+        has_successor = self._run.current_attempt() > self.attempt
+        if code in NOT_RESTARTED or self._stop.requested or has_successor:
             self._remaining_restarts = 0
         else:
             self._count_progress()
@@ -230,6 +231,10 @@ class _Agent(LocalElasticAgent):
 
 def _furthest_step(run: RunDirectory) -> int:
     """The last step that is logged or saved, 0 before the first."""
+    # Half a second that the ranks need not wait for.
+    from pretrain.checkpoint.store import saved_steps
+    from pretrain.checkpoint.trained import checkpoints_of
+
     logged = last_step(run.metrics) if run.metrics.exists() else 0
     saved: list[int] = []
     with suppress(OSError, UserError):

@@ -98,6 +98,17 @@ def test_what_would_come_again_or_was_asked_for_is_not_restarted(
     assert attempts(run) == ["0001"]
 
 
+def test_an_attempt_that_dies_after_another_has_taken_over_is_not_restarted(
+    run: RunDirectory,
+) -> None:
+    take_over = "from pretrain.run_dir import *; RunDirectory(Path(sys.argv[1])).begin_attempt()"
+    script = f"import os, sys; from pathlib import Path; {take_over}; os.kill(os.getpid(), 9)"
+    with StopSignals() as stop:
+        command = [sys.executable, "-c", script, str(run.root)]
+        assert run_ranks(run, command, 1, 3, stop) == (1, 1)
+    assert attempts(run) == ["0001", "0002"]
+
+
 def test_without_restarts_a_failure_is_the_end(
     run: RunDirectory, capfd: pytest.CaptureFixture[str]
 ) -> None:
