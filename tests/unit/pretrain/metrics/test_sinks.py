@@ -3,11 +3,12 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from pretrain.errors import UserError
+from pretrain.errors import FencedError, UserError
 from pretrain.metrics.sinks import JsonlSink, MetricsWriter, WandbSink, read_metrics
 from pretrain.run_dir import RunDirectory
 
@@ -93,6 +94,20 @@ def test_earlier_attempt_still_running_does_not_write_into_the_resumed_run(tmp_p
     earlier.write({"train/step": 2, "train/loss": 9.0})
     resumed.write({"train/step": 2, "train/loss": 1.0})
     assert [row.get("train/loss") for row in read_metrics(path)] == [None, 1.0]
+
+
+def test_attempt_that_is_fenced_off_writes_no_row(tmp_path):
+    run = RunDirectory(tmp_path)
+    first = run.begin_attempt()
+    writer = MetricsWriter([JsonlSink(run.metrics)], partial(run.check_attempt, first))
+    writer.log({"train/step": 1})
+    late = JsonlSink(run.metrics)
+    run.begin_attempt()
+    with pytest.raises(FencedError):
+        writer.log({"train/step": 2})
+    with pytest.raises(FileNotFoundError):
+        late.cut_back(0, run.aside(first))
+    assert steps_in(run.metrics) == [1]
 
 
 def test_damaged_line_names_the_file(tmp_path):
