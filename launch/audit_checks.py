@@ -49,15 +49,14 @@ def data_problems(attempts: Sequence[AttemptBegun], manifests: Sequence[Manifest
 
 
 class StepsCheck:
-    """Steps are consecutive. A skipped batch may have a number of its own or that of the next.
+    """Steps are consecutive. A skipped batch has the number of the step that comes next.
 
     Attributes:
-        last: the last step.
+        last: the last step that was trained.
     """
 
     def __init__(self) -> None:
         self.last = 0
-        self._was_skipped = False
         self._found: list[str] = []
 
     def see(self, attempt: AttemptBegun, batch: Batch, pieces: Ints) -> None:
@@ -68,10 +67,9 @@ class StepsCheck:
                 if first == last
                 else f"steps {first} to {last} have no record"
             )
-        elif batch.step < self.last + (not self._was_skipped):
+        elif batch.step <= self.last:
             self._found.append(f"step {batch.step} stands again behind step {self.last}")
-        self.last = batch.step
-        self._was_skipped = isinstance(batch, Skipped)
+        self.last = batch.step - isinstance(batch, Skipped)
 
     def problems(self) -> list[str]:
         return _first(self._found)
@@ -332,7 +330,7 @@ class CheckpointCheck:
             self._cursors = np.array([cursor["tokens"] for cursor in cursors], np.int64)
 
     def see(self, attempt: AttemptBegun, batch: Batch, pieces: Ints) -> None:
-        self._last = batch.step
+        self._last = batch.step - isinstance(batch, Skipped)
         if self._progress is None or self._is_found:
             return
         if self._delivered is None:
@@ -341,8 +339,7 @@ class CheckpointCheck:
         known = (pieces[:, 0] >= 0) & (pieces[:, 0] < len(self._cursors))
         np.add.at(self._delivered, pieces[known, 0], tokens[known])
         if np.array_equal(self._delivered, self._cursors):
-            steps = {batch.step, batch.step - isinstance(batch, Skipped)}
-            self._is_found = self._progress["step"] in steps
+            self._is_found = self._progress["step"] == self._last
 
     def problems(self) -> list[str]:
         if self._progress is None or self._is_found:

@@ -68,6 +68,7 @@ class RolledBack:
 
     Attributes:
         first_token: how many tokens the stream has delivered up to `to_step`.
+        skip_from, skip_to: [from, to) of the stream's tokens, which are skipped from now on.
     """
 
     attempt: int
@@ -75,6 +76,8 @@ class RolledBack:
     to_step: int
     first_token: int
     reason: str
+    skip_from: int
+    skip_to: int
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,9 @@ class Trained(Delivered):
 
 @dataclass(frozen=True)
 class Skipped(Delivered):
-    """A global batch that left the weights as they were, and why; loss and gradient norm are NaN
-    where they were not computed. Whether it takes a step number of its own is the trainer's choice.
+    """A global batch that left the weights as they were, and why. The next batch was tried in its
+    stead, so that its step is that of the next one. Loss and gradient norm are NaN where they were
+    not computed.
     """
 
     reason: str
@@ -199,13 +203,21 @@ class Ledger:
         """Record that `plan`, which would have been step `step`, left the weights as they were."""
         self._batch(_SKIPPED, step, plan, seq_len, first_token, loss, grad_norm, reason)
 
-    def roll_back(self, from_step: int, to_step: int, first_token: int, reason: str) -> None:
+    def roll_back(
+        self,
+        from_step: int,
+        to_step: int,
+        first_token: int,
+        reason: str,
+        skip: tuple[int, int],
+    ) -> None:
         """Record that the steps after `to_step` no longer count.
 
         Args:
             first_token: how many tokens the stream has delivered up to `to_step`.
+            skip: [first, stop) of the stream's tokens, which are skipped from now on.
         """
-        record = RolledBack(self._attempt, from_step, to_step, first_token, reason)
+        record = RolledBack(self._attempt, from_step, to_step, first_token, reason, *skip)
         self._append(_json_payload(_ROLLED_BACK, record))
 
     def sync(self) -> None:

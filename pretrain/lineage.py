@@ -96,13 +96,19 @@ def read_lineage(path: Path) -> Lineage:
 
 
 def skipped_ranges(records: Iterable[Record]) -> list[tuple[int, int]]:
-    """[first, stop) of the stream's tokens that were skipped, sorted and joined.
+    """[first, stop) of the stream's tokens that are skipped, sorted and joined.
 
-    Skips that a restart or a rollback undid are among them: what was skipped once can be skipped
-    again. The tokens at a place of the stream are the same as long as the weights of its sources
-    are.
+    They are those of skipped batches and those that rollbacks have named. Skips that a restart or a
+    rollback undid are among them: what was skipped once can be skipped again. The tokens at a place
+    of the stream are the same as long as the weights of its sources are.
     """
-    skipped = sorted((r.first_token, r.stop_token) for r in records if isinstance(r, Skipped))
+    skipped = sorted(
+        (record.skip_from, record.skip_to)
+        if isinstance(record, RolledBack)
+        else (record.first_token, record.stop_token)
+        for record in records
+        if isinstance(record, Skipped | RolledBack)
+    )
     joined: list[tuple[int, int]] = []
     for first, stop in skipped:
         if joined and first <= joined[-1][1]:
