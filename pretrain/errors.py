@@ -23,5 +23,11 @@ class TrainingError(Exception):
     exit_code = 1
 
 
+class AttemptError(Exception):
+    """This attempt cannot go on, but another one can: told without a traceback."""
+
+    exit_code = 1
+
+
 class FencedError(TrainingError):
     """A newer attempt of the run has begun: this one must not change the run directory any more."""
