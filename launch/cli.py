@@ -143,6 +143,20 @@ def report(run: Run) -> None:
 
 
 @app.command()
+def audit(
+    run: Run,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Prove from the ledger that each token was used exactly as often as the mixture says.
+
+    Exit codes: 0 all of it holds, 1 something does not, 2 there is nothing to audit.
+    """
+    from launch.audit import print_audit
+
+    print_audit(run, as_json)
+
+
+@app.command()
 def config(recipe: Recipe, overrides: Overrides = None) -> None:
     """Print the resolved configuration: defaults < recipe < KEY=VALUE."""
     from pretrain.config import load_config

@@ -59,7 +59,7 @@ def test_help_loads_nothing_heavy() -> None:
         "print({'torch', 'numpy', 'pyarrow', 'daft', 'transformers', 'pydantic'} & {*sys.modules})"
     )
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "set()\n"
-    commands = ("demo", "data", "train", "eval", "generate", "export", "report", "config")
+    commands = ("demo", "data", "train", "eval", "generate", "export", "report", "audit", "config")
     listed = succeed("--help")
     assert all(command in listed for command in commands)
 
@@ -79,6 +79,29 @@ def test_a_run_directory_holds_the_whole_run(run: Path) -> None:
     for name in ("config.yaml", "report.html", "tokenizer.json", "done.json", "checkpoints"):
         assert (run / name).exists(), name
     assert (run / "attempts" / "0001" / "rank-0.log").read_text()
+
+
+def test_an_audit_proves_what_was_trained_and_names_what_is_missing(
+    run: Path, shards: Path, tmp_path: Path
+) -> None:
+    table = succeed("audit", str(run))
+    assert f"source 0: {shards}\n" in table
+    assert re.search(r"0 +2,048 +0 +\d+ +0\.\d+ +0-1 times +100\.000% +100\.000%\n", table), table
+    assert "every token was used exactly as often as the mixture says" in table
+    audit = json.loads(succeed("audit", str(run), "--json"))
+    assert (audit["holds"], audit["steps"], audit["trained_tokens"]) == (True, 4, 2048)
+
+    cut = tmp_path / "run"
+    shutil.copytree(run, cut)
+    ledger = cut / "ledger.bin"
+    ledger.write_bytes(ledger.read_bytes()[:-1])
+    done = farspan("audit", str(cut))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "does not hold: the newest checkpoint is that of step 4, and the ledger" in done.stdout
+    ledger.write_bytes(b"x" + ledger.read_bytes()[1:])
+    done = farspan("audit", str(cut))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: {ledger}: damaged at byte 0")
 
 
 def test_processes_that_share_a_text_find_the_same_loss(run: Path, tmp_path: Path) -> None:
@@ -188,6 +211,7 @@ def test_mistakes_are_told_in_one_message(run: Path, shards: Path, tmp_path: Pat
     assert "layout" in refusal("train", "tiny", *where, data, "--nproc", "3")
     assert "1024" in refusal("train", "tiny", *where, data, "model.vocab_size=512")
     assert "not a run directory" in refusal("eval", str(tmp_path), "--text", str(tmp_path))
+    assert "not a run directory" in refusal("audit", str(tmp_path))
     assert "gone cannot be read" in refusal("eval", str(run), "--text", str(tmp_path / "gone"))
     assert "allowed: hf" in refusal("export", str(run), "--to", "gguf", "--out", str(tmp_path))
     assert not (tmp_path / "new").exists()
