@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "checkpoint.keep_every",
     "checkpoint.keep_best",
     "checkpoint.asynchronous",
+    "guard.",
     "wandb.",
     "run.",
 )

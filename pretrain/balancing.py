@@ -21,9 +21,14 @@ class RouterState:
 
     def __init__(self, n_layers: int, moe: MoEConfig) -> None:
         shape = (n_layers if moe.n_experts else 0, moe.n_experts)
-        self.frequencies = torch.full(shape, 1 / max(moe.n_experts, 1))
-        self.selection_bias = torch.zeros(shape)
+        self.frequencies, self.selection_bias = torch.empty(shape), torch.empty(shape)
         self.bias_rate = moe.bias_rate if moe.balance == "bias" else 0.0
+        self.reset()
+
+    def reset(self) -> None:
+        """As before the first step: all experts alike."""
+        self.frequencies.fill_(1 / max(self.frequencies.shape[1], 1))
+        self.selection_bias.zero_()
 
     def update(self, counts: Tensor) -> None:
         """Learn from the slots that each expert got in the whole global batch of a step.

@@ -141,8 +141,40 @@ class ParallelConfig(Section):
 
 
 class CheckpointConfig(Section):
+    dir: str | None = Field(
+        None,
+        description="Where they go: a folder, or a URL such as s3://bucket/run [RUN/checkpoints].",
+    )
     every: Positive = Field(100, description="Steps between checkpoints; the last step always is.")
-    keep: Positive = Field(2, description="How many of the newest checkpoints stay on disk.")
+    keep: Positive = Field(2, description="How many of the newest stay.")
+    keep_every: Positive | None = Field(
+        None, description="Also those of steps that this divides stay."
+    )
+    keep_best: NonNegative = Field(
+        0, description="Also so many with the least mean loss since the one before stay."
+    )
+    asynchronous: bool = Field(
+        True, description="Training waits for the copy only; files are written in the background."
+    )
+
+
+class GuardConfig(Section):
+    spike_sigmas: Annotated[float, Field(gt=0)] | None = Field(
+        12.0,
+        description="A loss or gradient norm so far above the median of the window, in robust "
+        "standard deviations, rolls the run back; null: never.",
+    )
+    window: Positive = Field(128, description="Steps that a step is compared with.")
+    history: Positive = Field(32, description="Steps before which nothing counts as a spike.")
+    max_rollbacks: NonNegative = Field(
+        4, description="Rollbacks without a window of good steps between them before the run ends."
+    )
+    max_skips: NonNegative = Field(
+        8, description="Batches in a row without a finite loss and gradient before the run ends."
+    )
+    max_weight: Annotated[float, Field(gt=0)] = Field(
+        1e4, description="The run ends, and saves nothing, when a weight is larger than that."
+    )
 
 
 class WandbConfig(Section):
@@ -162,6 +194,7 @@ class Config(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     wandb: WandbConfig = WandbConfig()
     run: RunConfig = RunConfig()
 

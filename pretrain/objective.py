@@ -24,6 +24,7 @@ class Measured:
         expert_counts: [layers, E], slots of each expert.
         dropped: [layers], slots over capacity.
         stop_requested: whether any rank was asked to stop.
+        is_written: whether all ranks have written their part of the checkpoint that was begun last.
     """
 
     loss: float
@@ -32,6 +33,7 @@ class Measured:
     expert_counts: Tensor
     dropped: Tensor
     stop_requested: bool
+    is_written: bool
 
 
 def build_objective(config: Config) -> Objective:

@@ -18,7 +18,6 @@ import torch.distributed as dist
 
 from parallel.lost_rank import RankMonitor
 from parallel.mesh import join_ranks
-from pretrain.checkpoint.store import Progress
 from pretrain.config import Config, read_run_config
 from pretrain.errors import (
     CANNOT_GO_ON,
@@ -27,9 +26,11 @@ from pretrain.errors import (
     TrainingError,
     UserError,
 )
+from pretrain.ledger import read_ledger
+from pretrain.lineage import skipped_ranges
 from pretrain.metrics.expert_load import summarise_load
-from pretrain.metrics.sinks import JsonlSink, MetricsWriter, WandbSink, step_line
 from pretrain.model.kernels.backends import kernels_in_use
+from pretrain.recorder import Recorder
 from pretrain.run_dir import ATTEMPT_VARIABLE, RunDirectory
 from pretrain.signals import StopRequest
 from pretrain.trainer import StepResult, Trainer
@@ -42,23 +43,23 @@ def train(config: Config, run: RunDirectory) -> int:
     device = join_ranks(timeout)
     monitor = RankMonitor(end_for_lost_rank, config.train.hang_timeout_s)
     with monitor, run.exclusive() if dist.get_rank() == 0 else nullcontext():
-        attempt = begin_attempt(run)
+        attempt, skipped = begin_attempt(run)
         monitor.folder = run.folder_of(attempt)
-        trainer = Trainer(config, run, device)
+        trainer = Trainer(config, run, device, attempt, skipped)
         if trainer.progress.step > config.train.steps:
             raise UserError(
                 f"train.steps = {config.train.steps}, but {run.root} is at step "
                 f"{trainer.progress.step} already: it can only be raised"
             )
         is_first = dist.get_rank() == 0
-        metrics = open_metrics(config, run, attempt, trainer.progress) if is_first else None
-        if metrics:
+        recorder = Recorder(run, attempt, trainer) if is_first else None
+        if recorder:
             model, dtype = config.model, getattr(torch, config.train.dtype)
             kernels = kernels_in_use(device, dtype, model.attention.head_dim, model.linear.key_dim)
             print(f"kernels: {kernels}", flush=True)
-        run_steps(trainer, stop, metrics, monitor)
-        if metrics:
-            metrics.close()
+        run_steps(trainer, stop, recorder, monitor)
+        if recorder:
+            recorder.close()
         is_done = trainer.progress.step == config.train.steps
         if is_first and is_done:
             run.mark_done(config.train.steps, attempt)
@@ -69,47 +70,51 @@ def train(config: Config, run: RunDirectory) -> int:
     return 0 if is_done else STOPPED_ON_REQUEST
 
 
-def begin_attempt(run: RunDirectory) -> int:
-    """Let rank 0 begin the attempt that its launcher has made, or the next one. Collective."""
-    number = [0]
+def begin_attempt(run: RunDirectory) -> tuple[int, list[tuple[int, int]]]:
+    """Let rank 0 begin the attempt that its launcher has made, or the next one. Collective.
+
+    Returns:
+        Its number, and [first, stop) of the stream's tokens that the run has skipped so far.
+    """
+    begun: list[Any] = [None]
     if dist.get_rank() == 0:
         made = os.environ.get(ATTEMPT_VARIABLE)
-        number = [run.begin_attempt(int(made) if made else None)]
-    dist.broadcast_object_list(number, src=0)
-    return number[0]
+        number = run.begin_attempt(int(made) if made else None)
+        begun = [(number, skipped_ranges(read_ledger(run.ledger)) if run.ledger.exists() else [])]
+    dist.broadcast_object_list(begun, src=0)
+    attempt, skipped = begun[0]
+    return attempt, skipped
 
 
 def run_steps(
-    trainer: Trainer, stop: StopRequest, metrics: MetricsWriter | None, monitor: RankMonitor
+    trainer: Trainer, stop: StopRequest, recorder: Recorder | None, monitor: RankMonitor
 ) -> None:
     """Train until the last step or a request to stop, and leave a checkpoint of the end."""
-    config, progress = trainer.config, trainer.progress
+    train, every = trainer.config.train, trainer.config.checkpoint.every
     stopping = False
-    while progress.step < config.train.steps and not stopping:
-        beat = partial(monitor.beat, progress.step + 1)
+    while trainer.progress.step < train.steps and not stopping:
+        beat = partial(monitor.beat, trainer.progress.step + 1)
         lr, began = trainer.lr(), time.perf_counter()
         result = trainer.step(stop.requested, beat)
         seconds = time.perf_counter() - began
         stopping = result.measured.stop_requested
-        is_last = progress.step == config.train.steps or stopping
-        if metrics and (is_last or progress.step % config.train.log_every == 0):
-            row = metrics_row(trainer, result, lr, seconds) | slowest_rank(monitor)
-            metrics.log(row)
-            print(step_line(row, config.train.steps), flush=True)
-        if is_last or progress.step % config.checkpoint.every == 0:
+        if recorder:
+            recorder.enter(trainer, result)
+        if result.verdict:
+            beat("recovery", is_slow=True)
+            trainer.recover(result.verdict)
+            if recorder:
+                recorder.enter_recovery(trainer, result.verdict)
+        step = trainer.progress.step
+        is_last = step == train.steps or stopping
+        if recorder and not result.verdict and (is_last or step % train.log_every == 0):
+            recorder.log(metrics_row(trainer, result, lr, seconds) | slowest_rank(monitor))
+        if is_last or (step % every == 0 and not result.verdict):
             beat("checkpoint", is_slow=True)
+            if recorder:
+                recorder.ledger.sync()
             trainer.save(is_last=is_last)
-    monitor.beat(progress.step, "end", is_slow=True)
-
-
-def open_metrics(
-    config: Config, run: RunDirectory, attempt: int, progress: Progress
-) -> MetricsWriter:
-    truth = JsonlSink(run.metrics)
-    truth.cut_back(progress.step, run.aside(attempt))
-    settings = config.model_dump(mode="json")
-    mirror = WandbSink(run, config.wandb.mode, config.wandb.project, run.root.name, settings)
-    return MetricsWriter([truth, mirror], partial(run.check_attempt, attempt))
+    monitor.beat(trainer.progress.step, "end", is_slow=True)
 
 
 def metrics_row(trainer: Trainer, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:

@@ -1,17 +1,26 @@
 """A model on its ranks, and one optimizer step of it."""
 
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
+from statistics import fmean
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.stream import Batch
-from parallel.agreement import Copy, check_copies, check_same, replicated
+from data_pipeline.stream import Batch, BatchPlan
+from parallel.agreement import (
+    Copy,
+    DisagreementError,
+    check_copies,
+    check_same,
+    evidence_of,
+    is_same,
+    replicated,
+)
 from parallel.apply import Parallelised
 from parallel.context.documents import SplitDocuments
 from parallel.expert.deepep import why_unavailable
@@ -21,10 +30,13 @@ from parallel.layout import split_row
 from parallel.mesh import limit_collectives
 from pretrain.balancing import RouterState
 from pretrain.build import build_mesh, build_model
-from pretrain.checkpoint.store import CheckpointStore, Progress
+from pretrain.checkpoint.store import CheckpointStore, Progress, Retention
+from pretrain.checkpoint.trained import checkpoints_of
+from pretrain.checkpoint.weights import check_weights
 from pretrain.config import Config
 from pretrain.data import open_stream
-from pretrain.errors import TrainingError, UserError
+from pretrain.errors import AttemptError, UserError
+from pretrain.guard import Guard, Place, Verdict
 from pretrain.layouts import resolve_layout
 from pretrain.model.init import initialize
 from pretrain.model.kernels.cross_entropy import IGNORED
@@ -43,11 +55,15 @@ class StepResult:
     Attributes:
         grad_norm: before clipping.
         data_wait_s: seconds that the step waited for its batch.
+        passed_over: batches that were skipped again before, and the stream's tokens before each.
+        verdict: why the weights were not updated; None if they were.
     """
 
     measured: Measured
     grad_norm: float
     data_wait_s: float
+    passed_over: list[tuple[BatchPlan, int]]
+    verdict: Verdict | None
 
 
 class Trainer:
@@ -56,7 +72,19 @@ class Trainer:
     It stands at the newest whole checkpoint of `run`, or at the start. Collective.
     """
 
-    def __init__(self, config: Config, run: RunDirectory, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run: RunDirectory,
+        device: torch.device,
+        attempt: int = 1,
+        skipped: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """
+        Args:
+            attempt: of this run, which may change its checkpoints.
+            skipped: [first, stop) of the stream's tokens that the run has skipped before.
+        """
         settings = config.model_dump(mode="json") | {"torch": torch.__version__}
         check_same("the configuration", settings)
         self.config = config
@@ -70,11 +98,20 @@ class Trainer:
         self.weights = self.parallelised.weights
         self.optimizer = build_optimizer(self.weights, config.optim)
         self.routers = RouterState(config.model.n_layers, config.model.moe)
-        self.store = CheckpointStore(run.checkpoints, config.checkpoint.keep)
-        loaded = self.store.load(self.weights, self.optimizer, self.routers.state_dict())
-        self.progress = loaded or Progress(0, 0, self.stream.state_dict())
-        self.stream.load_state_dict(self.progress.stream)
-        self._refresh()
+        saving = config.checkpoint
+        self.store = CheckpointStore(
+            checkpoints_of(config, run),
+            Retention(saving.keep, saving.keep_every, saving.keep_best),
+            attempt,
+            partial(run.check_attempt, attempt),
+        )
+        self.guard = Guard(config.guard, skipped)
+        self._beginning = self.stream.state_dict()
+        self._load(None)
+        # What fills the newest batch, and how many tokens the stream had delivered before it.
+        self.plan, self.first_token = self.stream.next_batch(0), self.stream.tokens
+        # Since the checkpoint before.
+        self._losses: list[float] = []
         check_copies(self._copies())
 
     def _copies(self) -> Iterator[Copy]:
@@ -90,8 +127,25 @@ class Trainer:
         parallelised = build_model(config, self.layout, self.mesh, self.device)
         for stage in parallelised.stages:
             stage.to_empty(device=self.device)
-            initialize(stage.model, config.model, config.train.seed, owned_region)
         return parallelised
+
+    def _load(self, up_to: int | None) -> None:
+        """Stand at the newest checkpoint, of at most `up_to` steps if there is one; or at the
+        start. Collective.
+        """
+        state = self.weights, self.optimizer, self.routers.state_dict()
+        progress = self.store.load(*state, up_to=up_to)
+        if progress is None:
+            config, beginning = self.config, Progress(0, 0, self._beginning)
+            for stage in self.parallelised.stages:
+                initialize(stage.model, config.model, config.train.seed, owned_region)
+            self.optimizer.state.clear()
+            self.routers.reset()
+        self.progress = progress or beginning
+        self.store.go_on_from(self.progress.step)
+        self.stream.load_state_dict(self.progress.stream)
+        self.guard.load_state(self.progress.recent)
+        self._refresh()
 
     def step(
         self, stop_requested: bool, beat: Callable[[str], None] = lambda phase: None
@@ -104,14 +158,17 @@ class Trainer:
         """
         began = time.perf_counter()
         beat("data")
+        passed_over = self.pass_over()
         batch = self.read_batch()
         data_wait_s = time.perf_counter() - began
 
         beat("forward and backward")
         measured = self.backward(batch, stop_requested)
         beat("optimizer")
-        grad_norm = self.finish_step(measured.expert_counts)
-        return StepResult(measured, grad_norm, data_wait_s)
+        grad_norm, verdict = self.finish_step(measured)
+        if measured.is_written:
+            self.store.finish_save()
+        return StepResult(measured, grad_norm, data_wait_s, passed_over, verdict)
 
     def backward(self, batch: Batch, stop_requested: bool = False) -> Measured:
         """Leave the gradient of a global batch in the weights' `.grad`.
@@ -161,11 +218,13 @@ class Trainer:
             routers[[int(number) for number in stage.model.layers][:layers]] += stage.measured
             # The ranks of tp have each seen the loss of all their tokens.
             cross_entropy += stage.cross_entropy / self.mesh.tp.size()
-        stop = cross_entropy.new_tensor([stop_requested])
-        total = torch.cat([cross_entropy, stop, routers.flatten()])
+        flags = cross_entropy.new_tensor([stop_requested, self.store.is_written])
+        plan = cross_entropy.new_tensor(evidence_of(self.plan.checksum))
+        total = torch.cat([cross_entropy, flags, plan, routers.flatten()])
         dist.all_reduce(total)
         total = total.cpu()
-        routers = total[2:].view(layers, 3 + moe.n_experts)
+        self._check_plans(total[3:7].tolist())
+        routers = total[7:].view(layers, 3 + moe.n_experts)
         balance, z = routers[:, :2].sum(0).tolist()
         places = max(1, self.tokens_per_step * layers)
         return Measured(
@@ -175,27 +234,69 @@ class Trainer:
             expert_counts=routers[:, 3:],
             dropped=routers[:, 2],
             stop_requested=bool(total[1] > 0),
+            is_written=int(total[2]) == dist.get_world_size(),
         )
 
-    def finish_step(self, expert_counts: Tensor) -> float:
-        """Clip, step the optimizer and count the step; returns the norm before clipping."""
+    def _check_plans(self, sums: list[float]) -> None:
+        """Make sure that all ranks have planned the same batch, from the sums of `evidence_of` it.
+
+        Raises:
+            AttemptError: on every rank; names those that differ from most.
+        """
+        if is_same(sums, dist.get_world_size()):
+            return
+        planned = {
+            "checksum": self.plan.checksum,
+            "tokens before it": self.first_token,
+            "state after it": self.stream.state_dict(),
+        }
+        step = self.progress.step + 1
+        try:
+            check_same(f"the plan of the global batch of step {step}", planned)
+        except DisagreementError as error:
+            raise AttemptError(
+                f"{error}\nThe weights were not updated; the same command goes on from the newest "
+                "checkpoint. If it comes again, suspect the memory of those ranks' machines"
+            ) from None
+
+    def finish_step(self, measured: Measured) -> tuple[float, Verdict | None]:
+        """Clip, and unless the guard objects, step the optimizer and count the step.
+
+        Returns:
+            The norm before clipping, and the verdict; None if the step was taken.
+        """
         grad_norm = clip_gradients(
             self.weights.parameters(), self.config.optim.clip, self.mesh.pp.get_group()
         ).item()
-        if not math.isfinite(grad_norm):
-            raise TrainingError(
-                f"the gradient norm of step {self.progress.step + 1} is {grad_norm}; its weights "
-                "were not updated, and the checkpoints are from before"
-            )
-        set_learning_rate(self.optimizer, self.lr())
-        self.optimizer.step()
+        verdict = self.guard.judge(measured.loss, grad_norm)
+        if verdict is None:
+            set_learning_rate(self.optimizer, self.lr())
+            self.optimizer.step()
+            self.routers.update(measured.expert_counts)
+            self._refresh()
+            self.progress.step += 1
+            self.progress.tokens += self.tokens_per_step
+            self._losses.append(measured.loss)
         self.optimizer.zero_grad()
-        self.routers.update(expert_counts)
-        self._refresh()
-        self.progress.step += 1
-        self.progress.tokens += self.tokens_per_step
         self.progress.stream = self.stream.state_dict()
-        return grad_norm
+        return grad_norm, verdict
+
+    def recover(self, verdict: Verdict) -> None:
+        """Do what the verdict on the newest batch says. Collective.
+
+        Raises:
+            TrainingError: it has been done too often.
+        """
+        step = self.progress.step + 1
+        place = Place(self.first_token, self.stream.tokens)
+        if verdict.kind == "skip":
+            self.guard.skip(step, place, verdict.reason)
+            return
+        up_to = self.guard.roll_back(step, place, verdict.reason)
+        # A checkpoint of an earlier step may still be written.
+        self.store.finish_save()
+        self._load(up_to)
+        self._losses.clear()
 
     def _refresh(self) -> None:
         """Bring what follows the weights and the routers' state up to date."""
@@ -203,12 +304,22 @@ class Trainer:
         for stage in self.parallelised.stages:
             self.routers.copy_to(stage.model.layers)
 
+    def pass_over(self) -> list[tuple[BatchPlan, int]]:
+        """Move on past what has been skipped before: the batches, and the tokens before each."""
+        passed_over: list[tuple[BatchPlan, int]] = []
+        while self.guard.passes_over(
+            Place(first := self.stream.tokens, first + self.tokens_per_step)
+        ):
+            passed_over.append((self.stream.next_batch(self.config.train.global_batch), first))
+        return passed_over
+
     def read_batch(self) -> Batch:
         """This rank's rows of the next global batch."""
-        plan = self.stream.next_batch(self.config.train.global_batch)
+        self.first_token = self.stream.tokens
+        self.plan = self.stream.next_batch(self.config.train.global_batch)
         share = self.config.train.global_batch // self.mesh.data_ranks
         first = self.mesh.data_rank * share
-        return self.stream.read(plan, range(first, first + share))
+        return self.stream.read(self.plan, range(first, first + share))
 
     def lr(self) -> float:
         """The learning rate of the step to come."""
@@ -216,5 +327,23 @@ class Trainer:
             self.progress.step, self.config.train.steps, self.config.optim.lr, self.config.schedule
         )
 
-    def save(self) -> None:
-        self.store.save(self.progress, self.weights, self.optimizer, self.routers.state_dict())
+    def save(self, *, is_last: bool = False) -> None:
+        """Save in the background, or here and now if the configuration says so or it is the last.
+
+        Collective.
+
+        Raises:
+            TrainingError: the last could not be written, or the weights are not worth saving.
+        """
+        self.store.finish_save(is_last=is_last)
+        if self.store.newest == self.progress.step:
+            # Nothing was trained since; what was skipped since is in the ledger.
+            return
+        check_weights(self.weights, self.config.guard.max_weight)
+        self.progress.loss = fmean(self._losses) if self._losses else None
+        self.progress.recent = self.guard.state()
+        self._losses.clear()
+        state = self.weights, self.optimizer, self.routers.state_dict()
+        self.store.start_save(self.progress, *state)
+        if is_last or not self.config.checkpoint.asynchronous:
+            self.store.finish_save(is_last=is_last)

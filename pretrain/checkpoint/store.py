@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -39,12 +39,14 @@ class Progress:
         tokens: tokens trained on.
         stream: the data stream's state, a few integers per source.
         loss: mean over the steps since the checkpoint before; None before the first.
+        recent: (loss, gradient norm) of the last steps, which the guard compares new ones with.
     """
 
     step: int
     tokens: int
     stream: dict[str, Any]
     loss: float | None = None
+    recent: Sequence[tuple[float, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,9 @@ class CheckpointStore:
 
     Files of a checkpoint are named after the attempt, so that an older one which is still alive
     writes beside those of a newer, never over them.
+
+    Attributes:
+        newest: the step of the newest finished checkpoint, or at which the run began.
     """
 
     def __init__(
@@ -106,6 +111,7 @@ class CheckpointStore:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._losses: dict[int, float | None] = {}
         self._failures = 0
+        self.newest: int | None = None
 
     @property
     def is_written(self) -> bool:
@@ -120,7 +126,7 @@ class CheckpointStore:
         routers: Mapping[str, Tensor],
     ) -> None:
         """Copy what is to be saved, and write it in the background. Collective."""
-        self.finish_save()
+        assert self._pending is None, "finish_save comes first"
         tensors = _tensors(weights, optimizer, routers)
         if self._staging is None:
             self._staging = Staging(tensors, self._attempt)
@@ -160,7 +166,7 @@ class CheckpointStore:
         if fenced:
             raise fenced
         if problem is None:
-            self._failures = 0
+            self._failures, self.newest = 0, step
             return True
         self._failures += 1
         self._give_up(step, problem)
@@ -181,11 +187,10 @@ class CheckpointStore:
     ) -> Progress | None:
         """Load the newest whole checkpoint in place; None if there is no checkpoint. Collective.
 
-        The weights may be laid out over the ranks in another way than they were saved in. Newer
-        checkpoints, damaged ones among them, are set aside; unfinished ones are removed.
+        The weights may be laid out over the ranks in another way than they were saved in.
 
         Args:
-            up_to: the last step that is wanted.
+            up_to: the last step that is wanted; an older one is taken where there is one.
 
         Raises:
             UserError: there are checkpoints, and all of them are damaged or of another model.
@@ -197,10 +202,16 @@ class CheckpointStore:
             step, manifest = found
             into = _tensors(weights, optimizer, routers)
             read_tensors(checkpoint_in(self.target, step), manifest, into)
-        if dist.get_rank() == 0:
-            self._clear_away(newer_than=found[0] if found else None, saved=steps)
-        dist.barrier()
         return Progress(**found[1].progress) if found else None
+
+    def go_on_from(self, step: int) -> None:
+        """Set checkpoints of later steps aside, damaged ones among them, and remove what was never
+        finished. Collective.
+        """
+        if dist.get_rank() == 0:
+            self._clear_away(step)
+        self.newest = step
+        dist.barrier()
 
     def _write(self, folder: Target) -> FileEntry:
         assert self._staging is not None
@@ -234,10 +245,11 @@ class CheckpointStore:
                 flush=True,
             )
 
-    def _clear_away(self, newer_than: int | None, saved: list[int]) -> None:
+    def _clear_away(self, newest: int) -> None:
+        saved = saved_steps(self.target)
         for step in saved:
             checkpoint = checkpoint_in(self.target, step)
-            if newer_than is not None and step > newer_than:
+            if step > newest:
                 self._check_attempt()
                 (checkpoint / MANIFEST).rename(SET_ASIDE)
                 self._losses.pop(step, None)

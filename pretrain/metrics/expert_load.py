@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -21,3 +22,29 @@ def summarise_load(expert_counts: Tensor, dropped: Tensor) -> dict[str, Any]:
         "moe/dead_experts": int((expert_counts == 0).sum()),
         "moe/dropped": float(dropped.sum() / expert_counts.sum()),
     }
+
+
+class DeadExperts:
+    """Looks for experts that no token has chosen in a window of steps.
+
+    One step without tokens is nothing unusual with many experts; a whole window means that the
+    expert gets no gradient and will hardly come back.
+    """
+
+    def __init__(self, window: int) -> None:
+        self._window = window
+        self._counts: Tensor | None = None
+        self._steps = 0
+
+    def add(self, expert_counts: Tensor) -> list[tuple[int, int]] | None:
+        """Add a step's counts [layers, E].
+
+        Returns:
+            (layer, expert) of the dead once a window is full, and it begins anew; else None.
+        """
+        counts = expert_counts if self._counts is None else self._counts + expert_counts
+        self._counts, self._steps = counts, self._steps + 1
+        if self._steps < self._window:
+            return None
+        self._counts, self._steps = None, 0
+        return [(layer, expert) for layer, expert in torch.nonzero(counts == 0).tolist()]

@@ -77,6 +77,19 @@ METRICS: dict[str, Metric] = {
             "The schedule as it was applied.",
         ),
         Metric(
+            "guard/skipped",
+            "batches",
+            "global batches of this attempt that left the weights as they were",
+            "For a loss or a gradient that was not finite, or after a spike; the ledger and "
+            "`farspan audit` name each of them, and why.",
+        ),
+        Metric(
+            "guard/rollbacks",
+            "1",
+            "how often this attempt has gone back to a checkpoint because of a spike",
+            "Rows of the steps that were undone are no longer there.",
+        ),
+        Metric(
             "perf/tokens_per_s",
             "tokens/s",
             "tokens of the global batch / perf/step_s",

@@ -34,7 +34,7 @@ def run_case(_: str, config: Config, device: torch.device) -> dict[str, Any]:
         losses.append(measured.loss)
         if step == 0:
             gradients = whole((name, w.grad) for name, w in trainer.weights.named_parameters())
-        trainer.finish_step(measured.expert_counts)
+        trainer.finish_step(measured)
     weights = whole(trainer.weights.named_parameters())
     return {"losses": losses, "gradients": gradients, "weights": weights}
 

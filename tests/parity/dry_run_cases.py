@@ -62,7 +62,7 @@ def run_case(shards: Path, overrides: list[str], device: torch.device) -> dict[s
             gradients = [w.grad for w in trainer.weights.parameters()]
             gradient_bytes = sum(local_tensor(gradient).nbytes for gradient in gradients)
             del gradients
-            trainer.finish_step(measured.expert_counts)
+            trainer.finish_step(measured)
             sent = Counter(sent_by_communicators(trainer))
             sent.subtract(counted)
             memory = step.activations_at_peak(step.microbatches), tracker.peak

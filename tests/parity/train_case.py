@@ -39,7 +39,7 @@ def train_case(case: Case, device: torch.device) -> dict[str, Any]:
             out["gradients"] = gradients(trainer.weights)
         for name in ("loss", "aux_loss", "z_loss"):
             series[name].append(getattr(measured, name))
-        series["grad_norm"].append(trainer.finish_step(measured.expert_counts))
+        series["grad_norm"].append(trainer.finish_step(measured)[0])
         if step == STEPS_TO_WEIGHTS:
             weights = trainer.weights.named_parameters()
             out["weights"] = {name: whole(weight) for name, weight in weights}

@@ -48,7 +48,11 @@ class Saved:
         return self.store.finish_save()
 
     def load(self, up_to: int | None = None) -> Progress | None:
-        return self.store.load(self.weights, self.optimizer, self.routers, up_to=up_to)
+        state = self.weights, self.optimizer, self.routers
+        progress = self.store.load(*state, up_to=up_to)
+        if progress:
+            self.store.go_on_from(progress.step)
+        return progress
 
     def values(self) -> list[torch.Tensor]:
         weights = list(self.weights.parameters())

@@ -1,0 +1,101 @@
+"""What rank 0 writes down while a run trains: the ledger, the metrics, and lines for its log."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from pretrain.guard import Verdict
+from pretrain.ledger import Ledger, LedgerSource
+from pretrain.metrics.expert_load import DeadExperts
+from pretrain.metrics.sinks import JsonlSink, MetricsWriter, WandbSink, step_line
+from pretrain.run_dir import RunDirectory
+from pretrain.trainer import StepResult, Trainer
+
+NAMED_AT_MOST = 8
+
+
+class Recorder:
+    """Opens ledger and metrics where `trainer` stands."""
+
+    def __init__(self, run: RunDirectory, attempt: int, trainer: Trainer) -> None:
+        config, fence = trainer.config, partial(run.check_attempt, attempt)
+        self._steps, self._seq_len = config.train.steps, config.data.seq_len
+        self._aside = run.aside(attempt)
+        self._rows = JsonlSink(run.metrics)
+        self._rows.cut_back(trainer.progress.step, self._aside)
+        mirror = WandbSink(
+            run,
+            config.wandb.mode,
+            config.wandb.project,
+            run.root.name,
+            config.model_dump(mode="json"),
+        )
+        self._metrics = MetricsWriter([self._rows, mirror], fence)
+        hashes, sources = trainer.stream.state_dict()["data"], config.data.sources()
+        self.ledger = Ledger.open(
+            run.ledger,
+            attempt,
+            trainer.progress.step,
+            trainer.stream.tokens,
+            seed=trainer.stream.seed,
+            sources=[LedgerSource(h, s.weight) for h, s in zip(hashes, sources, strict=True)],
+            fence=fence,
+        )
+        self._dead_experts = DeadExperts(config.guard.window)
+        self._last_step = trainer.progress.step
+        self._skipped = self._rollbacks = 0
+
+    def enter(self, trainer: Trainer, result: StepResult) -> None:
+        """Enter what became of the batches of a step."""
+        step = trainer.progress.step + (result.verdict is not None)
+        for plan, first_token in result.passed_over:
+            nan = float("nan")
+            reason = "skipped before"
+            self.ledger.skip(step, plan, self._seq_len, first_token, reason, nan, nan)
+        batch = trainer.plan, self._seq_len, trainer.first_token
+        measured = result.measured.loss, result.grad_norm
+        if result.verdict:
+            self.ledger.skip(step, *batch, result.verdict.reason, *measured)
+        else:
+            self.ledger.train(step, *batch, *measured)
+            self._warn_of_dead_experts(step, result)
+        self._skipped += len(result.passed_over) + (result.verdict is not None)
+        self._last_step = step
+
+    def enter_recovery(self, trainer: Trainer, verdict: Verdict) -> None:
+        """Enter where a run stands that has recovered from the step entered last."""
+        if verdict.kind == "skip":
+            print(f"warning: step {self._last_step}: {verdict.reason}; batch skipped", flush=True)
+            return
+        step, skip = trainer.progress.step, trainer.guard.skipped[-1]
+        self.ledger.roll_back(self._last_step, step, trainer.stream.tokens, verdict.reason, skip)
+        self.ledger.sync()
+        self._rows.cut_back(step, self._aside)
+        self._rollbacks += 1
+        print(
+            f"warning: step {self._last_step}: {verdict.reason}; rolled back to step {step}, "
+            f"{(skip[1] - skip[0]) // trainer.tokens_per_step} batches will be skipped",
+            flush=True,
+        )
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Write a row of metrics, and the line that a log shows of it."""
+        row = {**row, "guard/skipped": self._skipped, "guard/rollbacks": self._rollbacks}
+        self._metrics.log(row)
+        print(step_line(row, self._steps), flush=True)
+
+    def close(self) -> None:
+        self._metrics.close()
+
+    def _warn_of_dead_experts(self, step: int, result: StepResult) -> None:
+        dead = self._dead_experts.add(result.measured.expert_counts)
+        if dead:
+            named = ", ".join(
+                f"{expert} of layer {layer}" for layer, expert in dead[:NAMED_AT_MOST]
+            )
+            more = f" and {len(dead) - NAMED_AT_MOST} more" if len(dead) > NAMED_AT_MOST else ""
+            print(
+                f"warning: step {step}: no token has chosen expert {named}{more} since many steps "
+                "(guard.window); more model.moe.aux_loss, or model.moe.balance=bias, may help",
+                flush=True,
+            )

@@ -1,0 +1,104 @@
+"""A run that meets bad batches skips them, and ends as if they had never been in the stream."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.train import prepare
+from pretrain.ledger import RolledBack, Skipped, Trained, read_ledger
+from pretrain.run_dir import RunDirectory
+from tests.e2e.test_cli import farspan
+from tests.ranks import run_on_ranks
+
+SCRIPT = Path(__file__).with_name("guard_case.py")
+STEPS = 24
+SETTINGS = (
+    f"train.steps={STEPS}",
+    "data.seq_len=64",
+    "parallel.ep=2",
+    "checkpoint.every=4",
+    "checkpoint.keep=9",
+    "schedule.name=constant",
+    "guard.history=6",
+    "guard.window=8",
+)
+BATCH = 8 * 64
+
+
+def start(directory: Path, shards: Path, *overrides: str) -> RunDirectory:
+    settings = [f"data.shards={shards}", *SETTINGS, *overrides]
+    return prepare("tiny-hybrid-moe", settings, 2, directory)
+
+
+def records(run: RunDirectory) -> list[Any]:
+    return list(read_ledger(run.ledger))
+
+
+def curve(run: RunDirectory) -> list[tuple[int, float, float]]:
+    rows = map(json.loads, run.metrics.read_text().splitlines())
+    return [(row["train/step"], row["train/loss"], row["train/grad_norm"]) for row in rows]
+
+
+def batches(records: list[Any], kind: type) -> list[int]:
+    return [record.first_token // BATCH for record in records if isinstance(record, kind)]
+
+
+@pytest.fixture(scope="module")
+def met(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A run that met a NaN in batch 2, and spikes in batches 13, 14 and 15."""
+    run = start(tmp_path_factory.mktemp("guard") / "run", shards)
+    run_on_ranks(2, SCRIPT, str(run.root), "2", "13,14,15")
+    return run
+
+
+def test_a_batch_without_a_finite_gradient_is_skipped_on_every_rank(met: RunDirectory) -> None:
+    skipped = next(record for record in records(met) if isinstance(record, Skipped))
+    assert (skipped.step, skipped.first_token // BATCH) == (3, 2)
+    assert skipped.reason == "the gradient norm is nan"
+
+
+def test_a_spike_goes_back_to_the_checkpoint_before_and_a_second_one_further(
+    met: RunDirectory,
+) -> None:
+    # Batch 2 took no step: batch 13 would have been step 13.
+    back = [record for record in records(met) if isinstance(record, RolledBack)]
+    assert [(record.from_step, record.to_step) for record in back] == [(13, 12), (13, 8)]
+    assert [(r.skip_from // BATCH, r.skip_to // BATCH) for r in back] == [(13, 14), (13, 16)]
+    assert all("the gradient norm is" in record.reason for record in back)
+    assert all("sigmas above the median of the last 8 steps" in record.reason for record in back)
+
+
+def test_what_counts_in_the_end_is_every_batch_but_the_bad_ones(met: RunDirectory) -> None:
+    trained = batches(records(met), Trained)
+    assert set(trained) == {*range(STEPS + 4)} - {2, 13, 14, 15}
+    audited = farspan("audit", str(met.root), "--json")
+    assert audited.returncode == 0, audited.stdout + audited.stderr
+    assert [step for step, *_ in curve(met)] == list(range(1, STEPS + 1))
+    # 2 and 13; 13 again, and 14; then 13, 14 and 15, which was skipped without being met.
+    rows = [json.loads(line) for line in met.metrics.read_text().splitlines()]
+    assert (rows[-1]["guard/skipped"], rows[-1]["guard/rollbacks"]) == (7, 2)
+
+
+def test_it_ends_as_a_run_that_never_met_them(
+    met: RunDirectory, shards: Path, tmp_path: Path
+) -> None:
+    """Which it is, once the ledger says what to skip."""
+    other = start(tmp_path / "run", shards)
+    shutil.copyfile(met.ledger, other.ledger)
+    run_on_ranks(2, SCRIPT, str(other.root), "2", "13,14,15")
+    assert curve(other) == curve(met)
+    new = records(other)[len(records(met)) :]
+    assert batches(new, Skipped) == [2, 13, 14, 15]
+    assert not any(isinstance(record, RolledBack) for record in new)
+
+
+def test_a_run_whose_batches_are_all_bad_ends_with_a_diagnosis(
+    shards: Path, tmp_path: Path
+) -> None:
+    run = start(tmp_path / "run", shards, "guard.max_skips=2")
+    with pytest.raises(AssertionError, match=r"the gradient norm is nan at step 6.*max_skips"):
+        run_on_ranks(2, SCRIPT, str(run.root), "5,6,7", "")
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-00000004"]
