@@ -153,8 +153,8 @@ class _Agent(LocalElasticAgent):
                 signal.signal(number, handler)
             if is_restart:
                 print(
-                    f"restarting, attempt {self.attempt} of {self._run.root} "
-                    f"({self._remaining_restarts} more without progress)",
+                    f"restarting, attempt {self.attempt} of {self._run.root}; restarts left before "
+                    f"it has to make progress: {self._remaining_restarts}",
                     file=sys.stderr,
                 )
             assert isinstance(self._pcontext, SubprocessContext)
@@ -208,11 +208,15 @@ class _Agent(LocalElasticAgent):
             print("ended at once; the same command goes on from the newest checkpoint")
         else:
             _explain(failed, codes, self._logs.logs)
-        has_successor = self._run.current_attempt() > self.attempt
-        if code in NOT_RESTARTED or self._stop.requested or has_successor:
+        if code in NOT_RESTARTED or self._stop.requested or not self._is_ours():
             self._remaining_restarts = 0
         else:
             self._count_progress()
+
+    def _is_ours(self) -> bool:
+        """Whether the run directory is still there, and no other attempt has taken over."""
+        is_there = self._run.folder_of(self.attempt).is_dir()
+        return is_there and self._run.current_attempt() <= self.attempt
 
     def _count_progress(self) -> None:
         """Give a run that has got further all its restarts back."""

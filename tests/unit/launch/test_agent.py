@@ -109,6 +109,16 @@ def test_an_attempt_that_dies_after_another_has_taken_over_is_not_restarted(
     assert attempts(run) == ["0001", "0002"]
 
 
+def test_a_run_whose_directory_has_vanished_is_not_restarted(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    script = "import os, sys; os.rename(sys.argv[1], sys.argv[2]); os.kill(os.getpid(), 9)"
+    command = [sys.executable, "-c", script, str(run.root), str(tmp_path / "elsewhere")]
+    with StopSignals() as stop:
+        assert run_ranks(run, command, 1, 3, stop) == (1, 1)
+    assert not run.root.exists()
+
+
 def test_without_restarts_a_failure_is_the_end(
     run: RunDirectory, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,7 @@
 """What may change between two attempts of a run, and what only on demand."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -128,6 +129,15 @@ def test_a_run_directory_that_cannot_be_made_is_named(shards: Path, tmp_path: Pa
     for parent, why in ((Path("/proc/self"), "No such file"), (tmp_path / "file", "Not a dir")):
         with pytest.raises(UserError, match=f"run cannot be made: {why}"):
             prepare_run(config, parent.resolve() / "run")
+
+
+def test_a_run_that_is_about_to_start_its_ranks_again_is_not_touched(prepare) -> None:
+    run = prepare()
+    with run.launching():
+        before = contents(run)
+        with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on"):
+            prepare("train.steps=9")
+        assert contents(run) == before
 
 
 def test_shards_may_move(prepare, shards: Path, tmp_path: Path) -> None:
