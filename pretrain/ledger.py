@@ -5,9 +5,9 @@ and each rollback; nothing is ever rewritten. The file is one line that names th
 records: a frame of 12 bytes (length of the payload, its crc32, the crc32 of these 8 bytes) and the
 payload. So the end of a file whose writer was killed cannot be taken for damage, nor the reverse.
 
-A batch is kept piece by piece, as it was planned: 6.4 bytes per document where batches of
-4M tokens are drawn from 10M documents, 5.2 for 1M tokens from 3.5M documents, and about 90 bytes
-per step.
+A batch is kept as it was planned, run by run of a document's tokens: 4.7 bytes per document where
+batches of 4M tokens are drawn from 10M documents, 5.1 for 1M tokens from 3.5M documents, and about
+75 bytes per step.
 """
 
 import json
@@ -107,8 +107,7 @@ class Delivered:
         return self.first_token + self.tokens
 
     def plan(self) -> BatchPlan:
-        pieces = _unpack(self.packed)
-        return BatchPlan(pieces, _row_starts(pieces, self.rows, self.seq_len))
+        return _split(_unpack(self.packed), self.rows, self.seq_len)
 
 
 class Trained(Delivered):
@@ -239,14 +238,13 @@ class Ledger:
         reason: str,
     ) -> None:
         rows = len(plan.row_starts) - 1
-        ends = np.cumsum(plan.pieces[:, 3] - plan.pieces[:, 2])
-        ends_of_rows = seq_len * np.arange(1, rows + 1)
-        if not np.array_equal(ends[plan.row_starts[1:] - 1], ends_of_rows):
+        runs = _join(plan.pieces)
+        if not _is_cut_by_rows(plan, runs, rows, seq_len):
             raise ValueError(f"step {step}: the pieces do not fill {rows} rows of {seq_len} tokens")
         words = reason.encode()
         numbers = step, first_token, rows, seq_len, loss, grad_norm
         head = _BATCH.pack(kind, self._attempt, *numbers, len(words))
-        self._append(head + words + _pack(plan.pieces))
+        self._append(head + words + _pack(runs))
 
     def _append(self, payload: bytes) -> None:
         self._fence()
@@ -383,9 +381,39 @@ def _decode(payload: bytes) -> Record:
     return Skipped(*values)
 
 
-def _pack(pieces: NDArray[np.int64]) -> bytes:
+def _join(pieces: NDArray[np.int64]) -> NDArray[np.int64]:
+    """One run [n, 4] for pieces that go on with each other: only the ends of rows part them."""
+    before, after = pieces[:-1], pieces[1:]
+    goes_on = (before[:, :2] == after[:, :2]).all(axis=1) & (before[:, 3] == after[:, 2])
+    is_first, is_last = np.append(True, ~goes_on), np.append(~goes_on, True)
+    return np.column_stack([pieces[is_first, :3], pieces[is_last, 3]])
+
+
+def _split(runs: NDArray[np.int64], rows: int, seq_len: int) -> BatchPlan:
+    """The plan in which `runs` fill `rows` rows, one after the other."""
+    ends = np.cumsum(runs[:, 3] - runs[:, 2])
+    ends_of_rows = seq_len * np.arange(1, rows + 1)
+    stops = np.union1d(ends, ends_of_rows)
+    starts = np.append(0, stops[:-1])
+    run = np.searchsorted(ends, starts, side="right")
+    # From places in the batch to places in the document.
+    shift = runs[run, 3] - ends[run]
+    pieces = np.column_stack([runs[run, :2], starts + shift, stops + shift])
+    return BatchPlan(pieces, np.append(0, np.searchsorted(stops, ends_of_rows) + 1))
+
+
+def _is_cut_by_rows(plan: BatchPlan, runs: NDArray[np.int64], rows: int, seq_len: int) -> bool:
+    if (runs[:, 3] - runs[:, 2]).sum() != rows * seq_len:
+        return False
+    again = _split(runs, rows, seq_len)
+    return np.array_equal(again.pieces, plan.pieces) and np.array_equal(
+        again.row_starts, plan.row_starts
+    )
+
+
+def _pack(runs: NDArray[np.int64]) -> bytes:
     """Column by column and, within one, all lowest bytes first: what is left are runs of zeros."""
-    columns = pieces.T.astype("<i8", order="C")
+    columns = runs.T.astype("<i8", order="C")
     columns[3] -= columns[2]
     planes = columns.view(np.uint8).reshape(4, -1, 8).transpose(0, 2, 1)
     return zlib.compress(planes.tobytes())
@@ -396,10 +424,3 @@ def _unpack(packed: bytes) -> NDArray[np.int64]:
     columns = planes.transpose(0, 2, 1).copy(order="C").view("<i8").reshape(4, -1)
     columns[3] += columns[2]
     return np.ascontiguousarray(columns.T, np.int64)
-
-
-def _row_starts(pieces: NDArray[np.int64], rows: int, seq_len: int) -> NDArray[np.int64]:
-    """Where rows begin among pieces that fill them one after the other."""
-    ends = np.cumsum(pieces[:, 3] - pieces[:, 2])
-    ends_of_rows = seq_len * np.arange(1, rows + 1)
-    return np.concatenate([[0], np.searchsorted(ends, ends_of_rows) + 1]).astype(np.int64)
