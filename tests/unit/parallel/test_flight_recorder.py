@@ -1,6 +1,14 @@
 """What a dump of torch's flight recorder says of a rank's collectives."""
 
+from pathlib import Path
+
+import pytest
+import torch
+
 from parallel.flight_recorder import CollectiveTime, Recorded, oldest_in
+from tests.ranks import run_on_ranks
+
+NCCL_CASE = Path(__file__).with_name("nccl_recorder_case.py")
 
 
 def entry(number: int, state: str, group: str = "1", **more) -> dict:
@@ -56,3 +64,9 @@ def test_without_durations_nothing_is_known() -> None:
     time = CollectiveTime()
     time.add([entry(0, "completed")])
     assert time.total_s() == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NCCL needs a GPU")
+def test_what_nccl_leaves_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_NCCL_ENABLE_TIMING", "1")
+    run_on_ranks(1, NCCL_CASE)
