@@ -48,6 +48,15 @@ class Run:
         assert process.returncode == code, output
         return output
 
+    def audit(self) -> dict:
+        """What `farspan audit` says, once it has found that everything holds."""
+        command = [sys.executable, "-m", "launch.cli", "audit", str(self.directory), "--json"]
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads(done.stdout)
+
     def start_and_reach(self, step: int, *overrides: str) -> subprocess.Popen[str]:
         """Start, and return once `step` is logged (0: once the ranks are there)."""
         process = self.start(*overrides)
@@ -127,6 +136,10 @@ def test_with_a_rank_killed_or_hanging_it_names_the_rank_and_resumes_bitwise(
     assert run.curve() == uninterrupted.curve()
     assert (run.directory / "done.json").exists()
     assert len(list((run.directory / "attempts").iterdir())) == 5
+    audit = run.audit()
+    assert (audit["attempts"], audit["steps"]) == (5, STEPS)
+    assert audit["undone_by_restarts"]["steps"] >= 4
+    assert audit["trained_tokens"] == run.rows()[-1]["train/tokens"]
 
 
 @pytest.mark.parametrize("step", [0, 5])
@@ -172,6 +185,7 @@ def test_it_resumes_on_another_layout(shards: Path, tmp_path: Path, uninterrupte
     losses = [row["train/loss"] for row in run.rows()]
     expected = [row["train/loss"] for row in uninterrupted.rows()]
     assert losses == pytest.approx(expected, rel=1e-5)
+    assert run.audit()["undone_by_restarts"]["steps"] == 0
 
 
 def copy_of(run: Run, shards: Path, directory: Path) -> Run:
@@ -214,17 +228,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
 ) -> None:
     run = copy_of(uninterrupted, shards, tmp_path / "run")
     newest = max((run.directory / "checkpoints").iterdir())
-    largest = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    largest = max(newest.glob("*.safetensors"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     # A checkpoint that was being written when its run was killed.
-    (newest.parent / f".step-{STEPS:08d}").mkdir()
+    unfinished = newest.parent / f"step-{STEPS + 1:08d}"
+    unfinished.mkdir()
+    (unfinished / largest.name).write_bytes(b"half")
     output = run.finish("checkpoint.keep=1")
-    assert largest.name in output
+    assert output.count(f"step {STEPS} is damaged: {largest} has ") == 1
+    assert f"{unfinished} was never finished" in output
     assert run.curve() == uninterrupted.curve()
-    assert sorted(path.name for path in newest.parent.iterdir()) == [
-        f"damaged-step-{STEPS:08d}",
-        f"step-{STEPS:08d}",
-    ]
+    assert [path.name for path in newest.parent.iterdir()] == [newest.name]
+    names = {path.name for path in newest.iterdir()}
+    assert {"manifest.json", "set-aside-manifest.json"} <= names
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(
