@@ -84,13 +84,6 @@ class Run:
         return [tuple(row[key] for key in keys) for row in self.rows()]
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = Run(shards, tmp_path_factory.mktemp("whole") / "run")
-    run.finish()
-    return run
-
-
 def outcome(process: subprocess.Popen[str]) -> tuple[int, str]:
     output, _ = process.communicate(timeout=TIMEOUT_S)
     return process.returncode, output

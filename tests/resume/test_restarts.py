@@ -36,10 +36,9 @@ def has_ranks(run: Run, attempt: int) -> bool:
 
 
 def test_ranks_that_are_killed_are_started_again_and_the_losses_are_those_of_a_whole_run(
-    shards: Path, tmp_path: Path
+    shards: Path, tmp_path: Path, uninterrupted: Run
 ) -> None:
-    whole, run = Run(shards, tmp_path / "whole"), Run(shards, tmp_path / "run")
-    whole.finish()
+    run = Run(shards, tmp_path / "run")
     process = run.start("--max-restarts", "1")
     for attempt, step, rank in ((1, 5, 1), (2, 9, 0)):
         wait_for(process, lambda attempt=attempt: has_ranks(run, attempt))
@@ -47,7 +46,7 @@ def test_ranks_that_are_killed_are_started_again_and_the_losses_are_those_of_a_w
         os.kill(rank_pids(run.run_dir)[rank], signal.SIGKILL)
     code, output = outcome(process)
     assert code == 0, output
-    assert run.curve() == whole.curve()
+    assert run.curve() == uninterrupted.curve()
     for attempt, rank in ((1, 1), (2, 0)):
         assert output.count(f"rank {rank} was killed by signal 9") == 1
         assert output.count(f"restarting, attempt {attempt + 1} of {run.directory}") == 1
@@ -56,6 +55,7 @@ def test_ranks_that_are_killed_are_started_again_and_the_losses_are_those_of_a_w
             "rank-1.log",
         }
     assert json.loads(run.run_dir.done.read_text()) == {"step": STEPS, "attempt": 3}
+    assert run.audit()["attempts"] == 3
 
 
 def contents(run: RunDirectory) -> dict[str, bytes]:
