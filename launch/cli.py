@@ -157,6 +157,24 @@ def audit(
 
 
 @app.command()
+def replay(
+    run: Run,
+    step: Annotated[int, typer.Option(min=1, help="The step to train again.")],
+    which: Annotated[
+        int | None, typer.Option("--try", min=1, help="Which try at the step [default: the last].")
+    ] = None,
+) -> None:
+    """Train one step again, from the checkpoint before it, and compare it with the ledger.
+
+    It runs on as many ranks as the attempt had, changes nothing of the run, and names the first
+    layer whose output is not finite. Exit codes: 0 bitwise the same, 1 not the same.
+    """
+    from launch.replay import print_replay
+
+    print_replay(run, step, which)
+
+
+@app.command()
 def config(recipe: Recipe, overrides: Overrides = None) -> None:
     """Print the resolved configuration: defaults < recipe < KEY=VALUE."""
     from pretrain.config import load_config

@@ -1,26 +1,18 @@
 """`farspan eval`, `generate` and `export`: what is done with a trained model."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import typer
 from rich.console import Console
 
-from launch.local import free_port, rank_environment, signal_when_parent_dies
 from launch.progress import show_progress
+from launch.shared import run_shared
 from pretrain.config import read_run_config
 from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory
-
-POLL_S = 0.1
 
 
 def evaluate_text(
@@ -37,7 +29,7 @@ def evaluate_text(
     result = (
         _evaluate_here(run, content, context)
         if nproc == 1
-        else _evaluate_on_ranks(run, text, context, nproc)
+        else run_shared("pretrain.evals.shared", (str(run.root), str(text), str(context)), nproc)
     )
     if as_json:
         print(json.dumps(result))
@@ -59,34 +51,6 @@ def _evaluate_here(run: RunDirectory, text: str, context: int) -> dict[str, Any]
     with show_progress(Console(stderr=True)) as show:
         progress = partial(show, "tokens predicted")
         return asdict(perplexity(model, token_ids, context, progress=progress))
-
-
-def _evaluate_on_ranks(run: RunDirectory, text: Path, context: int, nproc: int) -> dict[str, Any]:
-    port = free_port()
-    command = [sys.executable, "-m", "pretrain.evals.shared", str(run.root), str(text)]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(context)],
-            env=os.environ | rank_environment(rank, nproc, port),
-            stdout=subprocess.PIPE,
-            # All ranks say the same.
-            stderr=None if rank == 0 else subprocess.DEVNULL,
-            preexec_fn=partial(signal_when_parent_dies, signal.SIGKILL),
-        )
-        for rank in range(nproc)
-    ]
-    try:
-        # One that fails would be waited for by the others.
-        while None in (codes := [rank.poll() for rank in ranks]) and not any(codes):
-            time.sleep(POLL_S)
-    finally:
-        for rank in ranks:
-            rank.kill()
-    if failed := [code for code in codes if code]:
-        raise typer.Exit(max(failed[0], 1))
-    printed, _ = ranks[0].communicate()
-    result: dict[str, Any] = json.loads(printed)
-    return result
 
 
 def _read_text(path: Path) -> str:

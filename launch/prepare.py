@@ -71,9 +71,11 @@ def _with_absolute_paths(config: Config, run: RunDirectory) -> Config:
             for source in config.data.shards
         )
     data = config.data.model_copy(update={"shards": shards})
-    return config.model_copy(
-        update={"data": data, "run": config.run.model_copy(update={"dir": str(run.root)})}
-    )
+    checkpoint = config.checkpoint
+    if checkpoint.dir and "://" not in checkpoint.dir:
+        checkpoint = checkpoint.model_copy(update={"dir": str(Path(checkpoint.dir).resolve())})
+    run_section = config.run.model_copy(update={"dir": str(run.root)})
+    return config.model_copy(update={"data": data, "checkpoint": checkpoint, "run": run_section})
 
 
 def _describe(source: ShardSource, manifest: Manifest) -> dict[str, Any]:

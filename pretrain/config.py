@@ -231,6 +231,12 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
     except ValidationError as error:
         raise UserError(_describe(error)) from None
     _check_model(config.model)
+    guard = config.guard
+    if guard.spike_sigmas is not None and guard.history > guard.window:
+        raise UserError(
+            f"guard.history = {guard.history}: must be at most guard.window = {guard.window}, or "
+            "nothing ever counts as a spike (guard.spike_sigmas=null says so)"
+        )
     return config
 
 
@@ -244,14 +250,17 @@ def check_setting(name: str) -> None:
         raise UserError(f"{name} is not a setting{_nearest_key(name)}")
 
 
-def read_run_config(run: RunDirectory) -> Config:
-    """The resolved configuration of a run. Raises UserError if there is no run."""
-    if not run.config.is_file():
+def read_run_config(run: RunDirectory, attempt: int | None = None) -> Config:
+    """The resolved configuration of a run, or of one of its attempts. Raises UserError if there is
+    no run.
+    """
+    path = run.config if attempt is None else run.config_of(attempt)
+    if not path.is_file():
         raise UserError(
-            f"{run.root} is not a run directory (no {run.config.name} in it); "
+            f"{run.root} is not a run directory (no {path.relative_to(run.root)} in it); "
             "`farspan train RECIPE --run-dir DIR` makes one"
         )
-    return parse_config(yaml.safe_load(run.config.read_text()))
+    return parse_config(yaml.safe_load(path.read_text()))
 
 
 def _recipe_path(recipe: str) -> Path:

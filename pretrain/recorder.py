@@ -1,17 +1,22 @@
 """What rank 0 writes down while a run trains: the ledger, the metrics, and lines for its log."""
 
+import json
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
+
+import torch.distributed as dist
 
 from pretrain.guard import Verdict
 from pretrain.ledger import Ledger, LedgerSource
 from pretrain.metrics.expert_load import DeadExperts
 from pretrain.metrics.sinks import JsonlSink, MetricsWriter, WandbSink, step_line
-from pretrain.run_dir import RunDirectory
+from pretrain.run_dir import RunDirectory, write_atomically
 from pretrain.trainer import StepResult, Trainer
 
 NAMED_AT_MOST = 8
+# The reason for skipping what has been skipped before.
+PASSED_OVER = "skipped before"
 
 
 class Recorder:
@@ -41,6 +46,9 @@ class Recorder:
             sources=[LedgerSource(h, s.weight) for h, s in zip(hashes, sources, strict=True)],
             fence=fence,
         )
+        write_atomically(run.config_of(attempt), config.to_yaml())
+        ranks = {"ranks": dist.get_world_size(), "layout": str(trainer.layout)}
+        write_atomically(run.ranks_of(attempt), json.dumps(ranks) + "\n")
         self._dead_experts = DeadExperts(config.guard.window)
         self._last_step = trainer.progress.step
         self._skipped = self._rollbacks = 0
@@ -50,8 +58,7 @@ class Recorder:
         step = trainer.progress.step + (result.verdict is not None)
         for plan, first_token in result.passed_over:
             nan = float("nan")
-            reason = "skipped before"
-            self.ledger.skip(step, plan, self._seq_len, first_token, reason, nan, nan)
+            self.ledger.skip(step, plan, self._seq_len, first_token, PASSED_OVER, nan, nan)
         batch = trainer.plan, self._seq_len, trainer.first_token
         measured = result.measured.loss, result.grad_norm
         if result.verdict:

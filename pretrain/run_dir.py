@@ -115,6 +115,14 @@ class RunDirectory:
         """Where the logs of an attempt lie."""
         return self.attempts / f"{attempt:04d}"
 
+    def config_of(self, attempt: int) -> Path:
+        """The resolved configuration that an attempt had."""
+        return self.folder_of(attempt) / "config.yaml"
+
+    def ranks_of(self, attempt: int) -> Path:
+        """How many ranks an attempt had, and their layout."""
+        return self.folder_of(attempt) / "ranks.json"
+
     def aside(self, attempt: int) -> Path:
         """Where an attempt writes what it then renames into place; gone once another begins."""
         return self.root / "aside" / f"{attempt:04d}"

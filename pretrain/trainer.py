@@ -77,13 +77,15 @@ class Trainer:
         config: Config,
         run: RunDirectory,
         device: torch.device,
-        attempt: int = 1,
+        attempt: int | None = None,
         skipped: Sequence[tuple[int, int]] = (),
+        up_to: int | None = None,
     ) -> None:
         """
         Args:
-            attempt: of this run, which may change its checkpoints.
+            attempt: of this run, which may change its checkpoints; None leaves them as they are.
             skipped: [first, stop) of the stream's tokens that the run has skipped before.
+            up_to: the last step whose checkpoint may be loaded.
         """
         settings = config.model_dump(mode="json") | {"torch": torch.__version__}
         check_same("the configuration", settings)
@@ -102,12 +104,13 @@ class Trainer:
         self.store = CheckpointStore(
             checkpoints_of(config, run),
             Retention(saving.keep, saving.keep_every, saving.keep_best),
-            attempt,
-            partial(run.check_attempt, attempt),
+            attempt or 0,
+            partial(run.check_attempt, attempt or 0),
         )
         self.guard = Guard(config.guard, skipped)
+        self._is_owner = attempt is not None
         self._beginning = self.stream.state_dict()
-        self._load(None)
+        self._load(up_to)
         # What fills the newest batch, and how many tokens the stream had delivered before it.
         self.plan, self.first_token = self.stream.next_batch(0), self.stream.tokens
         # Since the checkpoint before.
@@ -142,7 +145,8 @@ class Trainer:
             self.optimizer.state.clear()
             self.routers.reset()
         self.progress = progress or beginning
-        self.store.go_on_from(self.progress.step)
+        if self._is_owner:
+            self.store.go_on_from(self.progress.step)
         self.stream.load_state_dict(self.progress.stream)
         self.guard.load_state(self.progress.recent)
         self._refresh()

@@ -1,20 +1,25 @@
-"""Train with batches whose gradients are spoilt; run on 2 ranks by test_guard.py.
+"""Train with batches that are spoilt on purpose; run on 2 ranks by test_guard.py.
 
-Arguments: the run directory; the batches, by their number in the stream, whose gradient is NaN on
-the last rank; and those whose gradient is much too large: each as `1,2,3`.
+Arguments: the run directory; the batches, by their number in the stream, for which a layer of the
+last rank gives NaN; those whose gradient is much too large: each as `1,2,3`. If a batch is to be
+replayed instead: the attempt, its first token, and the file for the result.
 """
 
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from pretrain.config import read_run_config
+from pretrain.replay import replay
 from pretrain.run_dir import RunDirectory
 from pretrain.train import train
 from pretrain.trainer import Trainer
 
+SPOILT_LAYER = "2"
 real_backward = Trainer.backward
 
 
@@ -22,24 +27,33 @@ def numbers(text: str) -> set[int]:
     return {int(number) for number in text.split(",") if number}
 
 
-def main() -> None:
-    run = RunDirectory(Path(sys.argv[1]))
-    without_number, too_large = map(numbers, sys.argv[2:])
-
+def spoil(without_number: set[int], too_large: set[int]) -> None:
     def backward(self: Trainer, *arguments: Any) -> Any:
-        measured = real_backward(self, *arguments)
         batch = self.first_token // self.tokens_per_step
-        factor = 1.0
-        if batch in without_number and dist.get_rank() == dist.get_world_size() - 1:
-            factor = float("nan")
-        if batch in too_large:
-            factor = 1e3
+        is_last = dist.get_rank() == dist.get_world_size() - 1
+        factor = float("nan") if batch in without_number and is_last else 1.0
+        moe = self.parallelised.stages[0].model.layers[SPOILT_LAYER].moe
+        hook = moe.shared_expert.register_forward_hook(lambda *call: call[-1] * factor)
+        measured = real_backward(self, *arguments)
+        hook.remove()
         for weight in self.weights.parameters():
-            weight.grad.mul_(factor)
+            weight.grad.mul_(1e3 if batch in too_large else 1)
         return measured
 
     Trainer.backward = backward  # type: ignore[method-assign]
-    code = train(read_run_config(run), run)
+
+
+def main() -> None:
+    directory, without_number, too_large, *replayed = sys.argv[1:]
+    run = RunDirectory(Path(directory))
+    spoil(numbers(without_number), numbers(too_large))
+    code = 0
+    if replayed:
+        attempt, first_token, result = replayed
+        found = replay(read_run_config(run, int(attempt)), run, int(attempt), int(first_token))
+        Path(result).write_text(json.dumps(asdict(found)))
+    else:
+        code = train(read_run_config(run), run)
     dist.destroy_process_group()
     sys.exit(code)
 

@@ -29,7 +29,7 @@ def main() -> None:
         if trainer is None or layout != "keep":
             overrides = [f"data.shards={shards}", f"train.steps={len(steps)}", *layout.split(",")]
             config = load_config("tiny-hybrid-moe", overrides)
-            trainer = Trainer(config, RunDirectory(Path(run)), device)
+            trainer = Trainer(config, RunDirectory(Path(run)), device, attempt=1)
         result = trainer.step(False)
         series.append([result.measured.loss, result.measured.aux_loss, result.grad_norm])
         if "keep" not in steps:

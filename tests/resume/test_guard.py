@@ -9,6 +9,7 @@ import pytest
 
 from launch.train import prepare
 from pretrain.ledger import RolledBack, Skipped, Trained, read_ledger
+from pretrain.replay import tries
 from pretrain.run_dir import RunDirectory
 from tests.e2e.test_cli import farspan
 from tests.ranks import run_on_ranks
@@ -57,7 +58,7 @@ def met(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 def test_a_batch_without_a_finite_gradient_is_skipped_on_every_rank(met: RunDirectory) -> None:
     skipped = next(record for record in records(met) if isinstance(record, Skipped))
     assert (skipped.step, skipped.first_token // BATCH) == (3, 2)
-    assert skipped.reason == "the gradient norm is nan"
+    assert skipped.reason == "the loss is nan"
 
 
 def test_a_spike_goes_back_to_the_checkpoint_before_and_a_second_one_further(
@@ -95,10 +96,50 @@ def test_it_ends_as_a_run_that_never_met_them(
     assert not any(isinstance(record, RolledBack) for record in new)
 
 
+def replayed(met: RunDirectory, folder: Path, record: Any) -> dict[str, Any]:
+    result = folder / "replayed.json"
+    which = str(record.attempt), str(record.first_token), str(result)
+    run_on_ranks(2, SCRIPT, str(met.root), "2", "13,14,15", *which)
+    return json.loads(result.read_text())
+
+
+def test_a_step_without_a_finite_loss_can_be_replayed_and_its_layer_is_named(
+    met: RunDirectory, tmp_path: Path
+) -> None:
+    before = met.ledger.read_bytes(), sorted(met.root.rglob("*"))
+    (record,) = tries(records(met), 3)[:1]
+    found = replayed(met, tmp_path, record)
+    assert found["differs"] == []
+    assert found["not_finite"].keys() == {"1"}
+    assert found["not_finite"]["1"].startswith("the output of layers.2.moe (")
+    assert (met.ledger.read_bytes(), sorted(met.root.rglob("*"))) == before
+
+
+def test_a_step_that_was_rolled_back_can_be_replayed_from_before_what_is_skipped_since(
+    met: RunDirectory, tmp_path: Path
+) -> None:
+    first, *_ = tries(records(met), 13)
+    found = replayed(met, tmp_path, first)
+    assert (found["differs"], found["not_finite"], found["checkpoint"]) == ([], {}, 12)
+    assert found["grad_norm"] == first.grad_norm > 100
+
+
+def test_the_command_says_what_is_not_as_in_the_ledger(met: RunDirectory) -> None:
+    done = farspan("replay", str(met.root), "--step", "13")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "* try 3: attempt 1, tokens 8,192 to 8,704" in done.stdout
+    assert "bitwise as in the ledger" in done.stdout
+    # Nobody spoils it now.
+    done = farspan("replay", str(met.root), "--step", "13", "--try", "1")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "gradient norm of the batch at token 6656: " in done.stdout
+    assert "step 99" in farspan("replay", str(met.root), "--step", "99").stderr
+
+
 def test_a_run_whose_batches_are_all_bad_ends_with_a_diagnosis(
     shards: Path, tmp_path: Path
 ) -> None:
     run = start(tmp_path / "run", shards, "guard.max_skips=2")
-    with pytest.raises(AssertionError, match=r"the gradient norm is nan at step 6.*max_skips"):
+    with pytest.raises(AssertionError, match=r"the loss is nan at step 6.*max_skips"):
         run_on_ranks(2, SCRIPT, str(run.root), "5,6,7", "")
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-00000004"]
