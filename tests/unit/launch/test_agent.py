@@ -127,6 +127,15 @@ def test_without_restarts_a_failure_is_the_end(
     assert "gave up" not in capfd.readouterr().err
 
 
+def test_a_second_interrupt_ends_ranks_that_do_not_stop(
+    run: RunDirectory, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = "import os, time\nwhile True: os.kill(os.getppid(), 2); time.sleep(0.1)"
+    with StopSignals() as stop:
+        assert run_ranks(run, [sys.executable, "-c", script], 1, 3, stop) == (1, 1)
+    assert "ended at once" in capfd.readouterr().out
+
+
 def test_a_request_that_came_before_there_were_ranks_starts_none(run: RunDirectory) -> None:
     with StopSignals() as stop:
         signal.raise_signal(signal.SIGUSR2)
