@@ -14,7 +14,13 @@ pytestmark = pytest.mark.slow
 MINUTES = 60
 COMMANDS = [
     line
-    for page in ("README.md", "docs/layouts.md", "docs/resuming.md", "docs/ledger.md", "docs/checkpoints.md")
+    for page in (
+        "README.md",
+        "docs/layouts.md",
+        "docs/resuming.md",
+        "docs/ledger.md",
+        "docs/checkpoints.md",
+    )
     for block in re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     for line in block.splitlines()
 ]
