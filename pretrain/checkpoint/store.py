@@ -209,13 +209,15 @@ class CheckpointStore:
         finished. Collective.
         """
         if dist.get_rank() == 0:
+            self.target.make()
             self._clear_away(step)
         self.newest = step
         dist.barrier()
 
     def _write(self, folder: Target) -> FileEntry:
         assert self._staging is not None
-        folder.make()
+        # A run directory that has vanished must not come back half.
+        folder.make(parents=False)
         return self._staging.write(folder)
 
     def _commit(self, progress: Progress, files: list[Any]) -> None:

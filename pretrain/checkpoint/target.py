@@ -55,9 +55,17 @@ class Target:
     def name(self) -> str:
         return posixpath.basename(self.url)
 
-    def make(self) -> None:
-        """Make the folder, where a file system has such."""
-        self._place[0].makedirs(self._place[1], exist_ok=True)
+    def make(self, *, parents: bool = True) -> None:
+        """Make the folder, where a file system has such.
+
+        Raises:
+            FileNotFoundError: what it lies in is not there, and `parents` are not to be made.
+        """
+        file_system, path = self._place
+        if self.is_local and not parents:
+            Path(path).mkdir(exist_ok=True)
+        else:
+            file_system.makedirs(path, exist_ok=True)
 
     def names(self) -> list[str]:
         """Of what is in the folder; none if there is no folder."""

@@ -28,6 +28,7 @@ class Saved:
         self.target = target
         self.current_attempt = attempt
         self.store = CheckpointStore(target, retention, attempt, self._check)
+        target.make()
 
     def _check(self) -> None:
         if self.current_attempt != self.store._attempt:

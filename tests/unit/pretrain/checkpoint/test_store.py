@@ -204,6 +204,15 @@ def test_an_attempt_that_another_has_followed_commits_nothing(saved: Saved) -> N
     assert [path.name for path in folder(saved, 2).iterdir()] == [only_file(saved, 2).name]
 
 
+def test_a_folder_that_has_vanished_does_not_come_back(
+    saved: Saved, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(str(saved.target)).rmdir()
+    assert not saved.save(1)
+    assert "No such file or directory" in capsys.readouterr().err
+    assert not Path(str(saved.target)).exists()
+
+
 @pytest.fixture
 def small_disk() -> Any:
     """Lets no file grow beyond 100 bytes, as a full disk would."""

@@ -35,6 +35,7 @@ def test_a_loaded_model_chooses_experts_by_the_selection_bias_it_was_trained_to(
     routers = RouterState(2, config.moe)
     routers.update(torch.tensor([[4, 4, 4, 0], [0, 4, 4, 4]]))
     store = CheckpointStore(Target(str(tmp_path)), Retention(1), 1, lambda: None)
+    store.go_on_from(0)
     optimizer = build_optimizer(trained, OptimConfig())
     store.start_save(Progress(1, 0, {}), trained, optimizer, routers.state_dict())
     store.finish_save()
