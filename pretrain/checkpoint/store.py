@@ -23,7 +23,7 @@ from pretrain.checkpoint.manifest import (
 from pretrain.checkpoint.reader import read_tensors
 from pretrain.checkpoint.staging import Staging
 from pretrain.checkpoint.target import Target
-from pretrain.errors import TrainingError, UserError
+from pretrain.errors import AttemptError, TrainingError, UserError
 from pretrain.optim import moments
 
 # A full disk may be emptied by a person while training goes on.
@@ -158,7 +158,7 @@ class CheckpointStore:
         if problem is None and dist.get_rank() == 0:
             try:
                 self._commit(pending.progress, results)
-            except OSError as error:
+            except (OSError, AttemptError) as error:
                 problem = _describe(error)
             except Exception as error:
                 fenced = error
@@ -236,7 +236,7 @@ class CheckpointStore:
     def _give_up(self, step: int, problem: str) -> None:
         if dist.get_rank() != 0:
             return
-        with suppress(OSError):
+        with suppress(OSError, AttemptError):
             _remove(checkpoint_in(self.target, step))
         # The log may lie on the same full disk.
         with suppress(OSError):
@@ -370,11 +370,13 @@ def _rank_of(file: str) -> int:
 def _outcome(written: Future[FileEntry]) -> FileEntry | str:
     try:
         return written.result()
-    except OSError as error:
+    except (OSError, AttemptError) as error:
         return f"{_describe(error)} (rank {dist.get_rank()})"
 
 
-def _describe(error: OSError) -> str:
+def _describe(error: OSError | AttemptError) -> str:
+    if isinstance(error, AttemptError):
+        return str(error)
     return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
 
 

@@ -3,7 +3,7 @@
 import os
 import posixpath
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import IO, Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pretrain.errors import UserError
+from pretrain.errors import AttemptError, UserError
 
 READ_BYTES = 1 << 22
 
@@ -23,6 +23,9 @@ class Target:
 
     A file is whole or absent once `commit` has written it; one that is written through `create` is
     durable once it is closed, and may be there in part before.
+
+    Where it is not on this machine, all but `FileNotFoundError` is raised as AttemptError: nothing
+    may be concluded from what could not be reached.
     """
 
     url: str
@@ -40,6 +43,18 @@ class Target:
                 f"fsspec names it (s3:// needs s3fs: pip install 'farspan[s3]')"
             ) from None
         return file_system, path
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            if self.is_local:
+                raise
+            what = str(error) or type(error).__name__
+            raise AttemptError(f"{self.url} cannot be reached: {what}") from error
 
     @property
     def is_local(self) -> bool:
@@ -65,37 +80,43 @@ class Target:
         if self.is_local and not parents:
             Path(path).mkdir(exist_ok=True)
         else:
-            file_system.makedirs(path, exist_ok=True)
+            with self._reached():
+                file_system.makedirs(path, exist_ok=True)
 
     def names(self) -> list[str]:
         """Of what is in the folder; none if there is no folder."""
         file_system, path = self._place
         try:
-            found = file_system.ls(path, detail=False)
+            with self._reached():
+                found = file_system.ls(path, detail=False)
         except FileNotFoundError:
             return []
         return sorted(posixpath.basename(entry.rstrip("/")) for entry in found)
 
     def exists(self) -> bool:
-        return bool(self._place[0].exists(self._place[1]))
+        with self._reached():
+            return bool(self._place[0].exists(self._place[1]))
 
     def size(self) -> int:
         """Bytes of the file. Raises FileNotFoundError."""
-        return int(self._place[0].info(self._place[1])["size"])
+        with self._reached():
+            return int(self._place[0].info(self._place[1])["size"])
 
     def read(self) -> bytes:
         """The whole file. Raises FileNotFoundError."""
-        content: bytes = self._place[0].cat_file(self._place[1])
+        with self._reached():
+            content: bytes = self._place[0].cat_file(self._place[1])
         return content
 
     def open(self) -> IO[bytes]:
         """For reading, anywhere in the file."""
-        file: IO[bytes] = self._place[0].open(self._place[1], "rb")
+        with self._reached():
+            file: IO[bytes] = self._place[0].open(self._place[1], "rb")
         return file
 
     def chunks(self) -> Iterator[bytes]:
         """The file from its start, piece by piece."""
-        with self.open() as file:
+        with self._reached(), self.open() as file:
             while chunk := file.read(READ_BYTES):
                 yield chunk
 
@@ -103,7 +124,7 @@ class Target:
         """Let `write` fill a new file, and make it durable. What failed is not left behind."""
         file_system, path = self._place
         try:
-            with file_system.open(path, "wb") as file:
+            with self._reached(), file_system.open(path, "wb") as file:
                 write(file)
                 if self.is_local:
                     file.flush()
@@ -121,7 +142,8 @@ class Target:
         if not self.is_local:
             check()
             # An object store shows an object once it is whole.
-            self._place[0].pipe_file(self._place[1], content)
+            with self._reached():
+                self._place[0].pipe_file(self._place[1], content)
             return
         path = Path(self._place[1])
         aside = Target(str(path.with_name(f".{path.name}.{os.getpid()}")))
@@ -137,12 +159,13 @@ class Target:
     def rename(self, name: str) -> None:
         """Give the file another name in its folder."""
         file_system, path = self._place
-        file_system.mv(path, posixpath.join(posixpath.dirname(path), name))
+        with self._reached():
+            file_system.mv(path, posixpath.join(posixpath.dirname(path), name))
 
     def remove(self) -> None:
         """Remove a file, or a folder with all that is in it, if it is there."""
         file_system, path = self._place
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), self._reached():
             file_system.rm(path, recursive=True)
 
 

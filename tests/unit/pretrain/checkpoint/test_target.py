@@ -1,6 +1,5 @@
 """Folders on this machine and in an object store behave alike."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,31 +9,8 @@ import torch
 from pretrain.checkpoint.manifest import MANIFEST
 from pretrain.checkpoint.store import checkpoint_in, saved_steps
 from pretrain.checkpoint.target import Target
-from pretrain.errors import UserError
+from pretrain.errors import AttemptError, UserError
 from tests.unit.pretrain.checkpoint.conftest import Saved
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """A bucket of a server on this machine."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    patch = pytest.MonkeyPatch()
-    for name, value in (
-        ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
-        ("AWS_ACCESS_KEY_ID", "key"),
-        ("AWS_SECRET_ACCESS_KEY", "secret"),
-        ("AWS_DEFAULT_REGION", "us-east-1"),
-    ):
-        patch.setenv(name, value)
-    boto3.client("s3").create_bucket(Bucket="runs")
-    yield "s3://runs"
-    patch.undo()
-    server.stop()
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -72,7 +48,7 @@ def test_a_file_that_could_not_be_filled_is_not_there(target: Target) -> None:
         raise OSError("no more")
 
     target.make()
-    with pytest.raises(OSError, match="no more"):
+    with pytest.raises((OSError, AttemptError), match="no more"):
         (target / "file").create(fill)
     assert not (target / "file").exists()
 
@@ -107,3 +83,22 @@ def test_checkpoints_are_saved_loaded_retained_and_their_damage_found(target: Ta
 def test_a_file_system_that_is_not_known_is_refused() -> None:
     with pytest.raises(UserError, match="gopher://x is on no file system"):
         Target("gopher://x").names()
+
+
+def test_a_store_that_cannot_be_reached_says_nothing_of_its_checkpoints(
+    monkeypatch: pytest.MonkeyPatch, bucket: str
+) -> None:
+    saved = Saved(Target(f"{bucket}/unreachable"))
+    saved.save(1)
+    client = saved.target._place[0]
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route to the store")
+
+    for name in ("cat_file", "info", "pipe_file", "_pipe_file"):
+        monkeypatch.setattr(client, name, refuse)
+    with pytest.raises(AttemptError, match="cannot be reached: no route to the store"):
+        saved.load()
+    assert not saved.save(2)
+    monkeypatch.undo()
+    assert saved_steps(saved.target) == [1]
