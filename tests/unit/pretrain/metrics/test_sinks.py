@@ -201,8 +201,8 @@ def test_wandb_failure_is_reported_once_and_never_raised(tmp_path, no_account):
         [sys.executable, "-c", KILL_WANDB, tmp_path], capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (0, "trained\n")
-    assert done.stderr.startswith("wandb: stopped mirroring, training goes on")
-    assert len(done.stderr.splitlines()) == 1
+    # W&B may have said something itself.
+    assert done.stderr.count("wandb: stopped mirroring, training goes on") == 1
 
 
 def test_disabled_wandb_leaves_nothing(tmp_path):
