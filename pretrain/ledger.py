@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.stream import BatchPlan
 from pretrain.errors import TrainingError
+from pretrain.run_dir import sync_folder
 
 MAGIC = b"farspan ledger 1\n"
 _FRAME = struct.Struct("<III")
@@ -172,7 +173,7 @@ class Ledger:
         ledger = cls(path, attempt, fence)
         if ledger._end == 0:
             ledger._write(MAGIC)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         begun = AttemptBegun(attempt, step, first_token, seed, tuple(sources))
         ledger._append(_json_payload(_ATTEMPT_BEGUN, begun))
         return ledger
@@ -342,15 +343,6 @@ def _end_of_whole_records(path: Path, attempt: int) -> int:
                 "write to it any more; start the run again, as a new attempt"
             )
     return end
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _framed(payload: bytes) -> bytes:

@@ -13,6 +13,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from pretrain.errors import AttemptError, UserError
+from pretrain.run_dir import sync_folder
 
 READ_BYTES = 1 << 22
 
@@ -154,7 +155,7 @@ class Target:
         except BaseException:
             aside.remove()
             raise
-        _sync(path.parent)
+        sync_folder(path.parent)
 
     def rename(self, name: str) -> None:
         """Give the file another name in its folder."""
@@ -167,15 +168,6 @@ class Target:
         file_system, path = self._place
         with suppress(FileNotFoundError), self._reached():
             file_system.rm(path, recursive=True)
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_all(file: IO[bytes], content: bytes) -> None:
