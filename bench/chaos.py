@@ -125,7 +125,10 @@ class Chaos:
 
     def _checkpoint_is_half(self) -> bool:
         folders = self.run.checkpoints.glob("step-*") if self.run.checkpoints.is_dir() else iter(())
-        return any(not (folder / "manifest.json").exists() for folder in folders)
+        ours = f"attempt-{number_of_attempts(self.run):04d}-*"
+        return any(
+            not (folder / "manifest.json").exists() and any(folder.glob(ours)) for folder in folders
+        )
 
 
 def number_of_attempts(run: RunDirectory) -> int:

@@ -33,7 +33,13 @@ from launch.local import (
     stop_signals_blocked,
 )
 from pretrain.config import read_run_config
-from pretrain.errors import CANNOT_GO_ON, LOST_RANK, STOPPED_ON_REQUEST, UserError
+from pretrain.errors import (
+    CANNOT_GO_ON,
+    LOST_RANK,
+    STOPPED_ON_REQUEST,
+    AttemptError,
+    UserError,
+)
 from pretrain.metrics.sinks import last_step
 from pretrain.run_dir import ATTEMPT_VARIABLE, RunDirectory
 
@@ -239,11 +245,13 @@ def _furthest_step(run: RunDirectory) -> int:
     from pretrain.checkpoint.store import saved_steps
     from pretrain.checkpoint.trained import checkpoints_of
 
-    logged = last_step(run.metrics) if run.metrics.exists() else 0
-    saved: list[int] = []
+    steps = [0]
+    # What cannot be read now is no reason to give the run up.
+    with suppress(OSError, UserError, AttemptError):
+        steps += saved_steps(checkpoints_of(read_run_config(run), run))
     with suppress(OSError, UserError):
-        saved = saved_steps(checkpoints_of(read_run_config(run), run))
-    return max([logged, *saved])
+        steps.append(last_step(run.metrics))
+    return max(steps)
 
 
 class _Screen:

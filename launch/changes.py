@@ -18,7 +18,6 @@ MAY_CHANGE = (
     "train.loss_chunk",
     "train.collective_timeout_s",
     "train.hang_timeout_s",
-    "guard.",
     "parallel.",
     "checkpoint.every",
     "checkpoint.keep",

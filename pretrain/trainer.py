@@ -132,12 +132,12 @@ class Trainer:
             stage.to_empty(device=self.device)
         return parallelised
 
-    def _load(self, up_to: int | None) -> None:
-        """Stand at the newest checkpoint, of at most `up_to` steps if there is one; or at the
-        start. Collective.
+    def _load(self, up_to: int | None, *, or_oldest: bool = False) -> None:
+        """Stand at the newest checkpoint of at most `up_to` steps, or else at the oldest of all, or
+        at the start. Collective.
         """
         state = self.weights, self.optimizer, self.routers.state_dict()
-        progress = self.store.load(*state, up_to=up_to)
+        progress = self.store.load(*state, up_to=up_to, or_oldest=or_oldest)
         if progress is None:
             config, beginning = self.config, Progress(0, 0, self._beginning)
             for stage in self.parallelised.stages:
@@ -299,7 +299,7 @@ class Trainer:
         up_to = self.guard.roll_back(step, place, verdict.reason)
         # A checkpoint of an earlier step may still be written.
         self.store.finish_save()
-        self._load(up_to)
+        self._load(up_to, or_oldest=True)
         self._losses.clear()
 
     def _refresh(self) -> None:
@@ -339,7 +339,7 @@ class Trainer:
         Raises:
             TrainingError: the last could not be written, or the weights are not worth saving.
         """
-        self.store.finish_save(is_last=is_last)
+        self.store.finish_save()
         if self.store.newest == self.progress.step:
             # Nothing was trained since; what was skipped since is in the ledger.
             return

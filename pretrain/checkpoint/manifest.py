@@ -82,8 +82,6 @@ class Manifest:
             raw = place.read()
         except FileNotFoundError:
             raise DamageError(f"{place} is missing") from None
-        except OSError as error:
-            raise DamageError(f"{place} cannot be read: {error.strerror or error}") from None
         try:
             whole = json.loads(raw)
             content = whole["content"]
@@ -119,8 +117,6 @@ def check_files(checkpoint: Target, manifest: Manifest, part: int = 0, parts: in
                 raise DamageError(f"{file} has another sha256 than {MANIFEST} says")
         except FileNotFoundError:
             raise DamageError(f"{file} is missing") from None
-        except OSError as error:
-            raise DamageError(f"{file} cannot be read: {error.strerror or error}") from None
 
 
 def _stored_tensor(entry: dict[str, Any]) -> StoredTensor:

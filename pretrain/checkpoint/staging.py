@@ -27,7 +27,7 @@ class Staging:
 
     def __init__(self, tensors: Mapping[str, Tensor], attempt: int) -> None:
         """Collective. Allocates as much memory as this rank will write."""
-        self.file = f"attempt-{attempt:04d}-rank-{dist.get_rank():05d}.safetensors"
+        self.file = f"{attempt_prefix(attempt)}rank-{dist.get_rank():05d}.safetensors"
         self._planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._items = {_name(item): item for item in self._plan(tensors) if _size(item).numel()}
         self._buffers = {name: _buffer(item) for name, item in self._items.items()}
@@ -88,6 +88,11 @@ class Staging:
             others = described[name].chunks if name in described else ()
             described[name] = StoredTensor(dtype, shape, (*others, chunk))
         return described
+
+
+def attempt_prefix(attempt: int) -> str:
+    """What the names of all files of an attempt begin with."""
+    return f"attempt-{attempt:04d}-"
 
 
 def _data(item: WriteItem) -> Any:

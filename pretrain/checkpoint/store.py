@@ -21,7 +21,7 @@ from pretrain.checkpoint.manifest import (
     check_files,
 )
 from pretrain.checkpoint.reader import read_tensors
-from pretrain.checkpoint.staging import Staging
+from pretrain.checkpoint.staging import Staging, attempt_prefix
 from pretrain.checkpoint.target import Target
 from pretrain.errors import AttemptError, TrainingError, UserError
 from pretrain.optim import moments
@@ -167,6 +167,8 @@ class CheckpointStore:
             raise fenced
         if problem is None:
             self._failures, self.newest = 0, step
+            if dist.get_rank() == 0:
+                self._retain()
             return True
         self._failures += 1
         self._give_up(step, problem)
@@ -184,19 +186,22 @@ class CheckpointStore:
         routers: Mapping[str, Tensor],
         *,
         up_to: int | None = None,
+        or_oldest: bool = False,
     ) -> Progress | None:
         """Load the newest whole checkpoint in place; None if there is no checkpoint. Collective.
 
         The weights may be laid out over the ranks in another way than they were saved in.
 
         Args:
-            up_to: the last step that is wanted; an older one is taken where there is one.
+            up_to: the last step that is wanted.
+            or_oldest: rather than none, take the oldest of those that are newer than that.
 
         Raises:
             UserError: there are checkpoints, and all of them are damaged or of another model.
         """
         steps = _from_rank_0(saved_steps(self.target))
         wanted = [step for step in steps if up_to is None or step <= up_to]
+        wanted = wanted or (steps[:1] if or_oldest else [])
         found = newest_whole(self.target, wanted, _check_together)
         if found is not None:
             step, manifest = found
@@ -229,15 +234,28 @@ class CheckpointStore:
         folder = checkpoint_in(self.target, progress.step)
         (folder / MANIFEST).commit(manifest.to_bytes(), self._check_attempt)
         self._losses[progress.step] = progress.loss
-        for step in self._losses.keys() - self._retention.stays(self._losses):
-            del self._losses[step]
-            _remove(checkpoint_in(self.target, step))
+
+    def _retain(self) -> None:
+        """Remove what need not stay; what cannot be removed now is tried again next time."""
+        for step in sorted(self._losses.keys() - self._retention.stays(self._losses)):
+            try:
+                _remove(checkpoint_in(self.target, step))
+                del self._losses[step]
+            except (OSError, AttemptError) as error:
+                what = _describe(error)
+                print(f"warning: old checkpoint not removed: {what}", file=sys.stderr, flush=True)
 
     def _give_up(self, step: int, problem: str) -> None:
         if dist.get_rank() != 0:
             return
+        # Of its own files only: another attempt may have saved the same step by now.
         with suppress(OSError, AttemptError):
-            _remove(checkpoint_in(self.target, step))
+            folder = checkpoint_in(self.target, step)
+            for name in folder.names():
+                if name.startswith(attempt_prefix(self._attempt)):
+                    (folder / name).remove()
+            if not folder.names():
+                folder.remove()
         # The log may lie on the same full disk.
         with suppress(OSError):
             print(

@@ -25,8 +25,8 @@ class Target:
     A file is whole or absent once `commit` has written it; one that is written through `create` is
     durable once it is closed, and may be there in part before.
 
-    Where it is not on this machine, all but `FileNotFoundError` is raised as AttemptError: nothing
-    may be concluded from what could not be reached.
+    What cannot be reached or read is raised as AttemptError, unless it is not there: nothing may be
+    concluded from it. On this machine, what cannot be written is raised as it is.
     """
 
     url: str
@@ -46,13 +46,13 @@ class Target:
         return file_system, path
 
     @contextmanager
-    def _reached(self) -> Iterator[None]:
+    def _reached(self, *, to_write: bool = False) -> Iterator[None]:
         try:
             yield
         except FileNotFoundError:
             raise
         except Exception as error:
-            if self.is_local:
+            if self.is_local and to_write:
                 raise
             what = str(error) or type(error).__name__
             raise AttemptError(f"{self.url} cannot be reached: {what}") from error
@@ -81,7 +81,7 @@ class Target:
         if self.is_local and not parents:
             Path(path).mkdir(exist_ok=True)
         else:
-            with self._reached():
+            with self._reached(to_write=True):
                 file_system.makedirs(path, exist_ok=True)
 
     def names(self) -> list[str]:
@@ -95,8 +95,12 @@ class Target:
         return sorted(posixpath.basename(entry.rstrip("/")) for entry in found)
 
     def exists(self) -> bool:
-        with self._reached():
-            return bool(self._place[0].exists(self._place[1]))
+        # fsspec's own takes every error for a no.
+        try:
+            self.size()
+        except FileNotFoundError:
+            return False
+        return True
 
     def size(self) -> int:
         """Bytes of the file. Raises FileNotFoundError."""
@@ -125,7 +129,7 @@ class Target:
         """Let `write` fill a new file, and make it durable. What failed is not left behind."""
         file_system, path = self._place
         try:
-            with self._reached(), file_system.open(path, "wb") as file:
+            with self._reached(to_write=True), file_system.open(path, "wb") as file:
                 write(file)
                 if self.is_local:
                     file.flush()
@@ -143,7 +147,7 @@ class Target:
         if not self.is_local:
             check()
             # An object store shows an object once it is whole.
-            with self._reached():
+            with self._reached(to_write=True):
                 self._place[0].pipe_file(self._place[1], content)
             return
         path = Path(self._place[1])
@@ -160,13 +164,13 @@ class Target:
     def rename(self, name: str) -> None:
         """Give the file another name in its folder."""
         file_system, path = self._place
-        with self._reached():
+        with self._reached(to_write=True):
             file_system.mv(path, posixpath.join(posixpath.dirname(path), name))
 
     def remove(self) -> None:
         """Remove a file, or a folder with all that is in it, if it is there."""
         file_system, path = self._place
-        with suppress(FileNotFoundError), self._reached():
+        with suppress(FileNotFoundError), self._reached(to_write=True):
             file_system.rm(path, recursive=True)
 
 

@@ -4,7 +4,8 @@ import errno
 import re
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from pretrain.checkpoint.manifest import MANIFEST, DamageError, Manifest
 from pretrain.checkpoint.store import Retention, check_alone, checkpoint_in, saved_steps
 from pretrain.checkpoint.target import Target
-from pretrain.errors import TrainingError, UserError
+from pretrain.errors import AttemptError, TrainingError, UserError
 from tests.unit.pretrain.checkpoint.conftest import Saved
 
 
@@ -213,26 +214,25 @@ def test_a_folder_that_has_vanished_does_not_come_back(
     assert not Path(str(saved.target)).exists()
 
 
-@pytest.fixture
-def small_disk() -> Any:
+@contextmanager
+def small_disk() -> Iterator[None]:
     """Lets no file grow beyond 100 bytes, as a full disk would."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
-    def limit(size: int | None) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before if size is None else (size, before[1]))
-
-    yield limit
-    limit(None)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_full_disk_is_told_and_training_may_go_on(
-    saved: Saved, small_disk: Callable[[int | None], None], capsys: pytest.CaptureFixture[str]
+    saved: Saved, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved.save(1)
-    small_disk(100)
-    assert not saved.save(2)
-    small_disk(None)
+    with small_disk():
+        assert not saved.save(2)
     assert re.search("step 2 could not be written: File too large.*rank 0", capsys.readouterr().err)
     assert not folder(saved, 2).exists()
     assert saved.save(3)
@@ -240,17 +240,72 @@ def test_a_full_disk_is_told_and_training_may_go_on(
 
 
 def test_a_full_disk_ends_training_at_last(
-    saved: Saved, small_disk: Callable[[int | None], None], capsys: pytest.CaptureFixture[str]
+    saved: Saved, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small_disk(100)
-    saved.begin(1)
-    with pytest.raises(TrainingError, match="step 1 could not be written: File too large"):
-        saved.store.finish_save(is_last=True)
-    again = Saved(saved.target)
-    again.save(2)
-    again.save(3)
-    with pytest.raises(TrainingError, match="step 4"):
-        again.save(4)
+    with small_disk():
+        saved.begin(1)
+        saved.store._pending.written.exception()
+        with pytest.raises(TrainingError, match="step 1 could not be written: File too large"):
+            saved.store.finish_save(is_last=True)
+        again = Saved(saved.target)
+        again.save(2)
+        again.save(3)
+        with pytest.raises(TrainingError, match="step 4"):
+            again.save(4)
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_cost_the_new_one(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved.save(1)
+    saved.save(2)
+
+    def fail(self: Target) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy", str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Target, "remove", fail)
+        assert saved.save(3)
+    assert "warning: old checkpoint not removed: Device or resource busy" in capsys.readouterr().err
+    assert saved_steps(saved.target) == [1, 2, 3]
+    assert saved.save(4)
+    assert saved_steps(saved.target) == [3, 4]
+
+
+def test_an_attempt_that_gives_up_leaves_what_another_has_saved(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newer = Saved(saved.target, attempt=2)
+    newer.save(1)
+    with small_disk():
+        assert not saved.save(1)
+    assert saved_steps(saved.target) == [1]
+    check_alone(checkpoint_in(saved.target, 1))
+
+
+def test_what_cannot_be_read_is_not_taken_for_damage(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved.save(1)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    file_system = saved.target._place[0]
+    for name in ("info", "cat_file", "open"):
+        with monkeypatch.context() as patch:
+            patch.setattr(file_system, name, fail)
+            with pytest.raises(AttemptError, match="Stale file handle"):
+                saved.load()
+        assert saved_steps(saved.target) == [1]
+
+
+def test_a_rollback_beyond_the_oldest_checkpoint_takes_that(saved: Saved) -> None:
+    for step in (4, 5, 6):
+        saved.save(step)
+    state = saved.weights, saved.optimizer, saved.routers
+    assert saved.store.load(*state, up_to=3) is None
+    assert saved.store.load(*state, up_to=3, or_oldest=True).step == 5
 
 
 def test_a_disk_that_is_full_at_the_manifest_leaves_no_checkpoint(
