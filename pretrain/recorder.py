@@ -50,7 +50,8 @@ class Recorder:
         ranks = {"ranks": dist.get_world_size(), "layout": str(trainer.layout)}
         write_atomically(run.ranks_of(attempt), json.dumps(ranks) + "\n")
         self._dead_experts = DeadExperts(config.guard.window)
-        self._last_step = trainer.progress.step
+        self._run, self._attempt = run, attempt
+        self._last_step = self._saved = trainer.progress.step
         self._skipped = self._rollbacks = 0
 
     def enter(self, trainer: Trainer, result: StepResult) -> None:
@@ -84,6 +85,13 @@ class Recorder:
             f"{(skip[1] - skip[0]) // trainer.tokens_per_step} batches will be skipped",
             flush=True,
         )
+
+    def enter_checkpoint(self, trainer: Trainer) -> None:
+        """Enter the newest finished checkpoint, if it is a new one."""
+        newest = trainer.store.newest
+        if newest is not None and newest != self._saved:
+            self._run.mark_saved(newest, self._attempt, str(trainer.store.target))
+            self._saved = newest
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Write a row of metrics, and the line that a log shows of it."""

@@ -1,10 +1,12 @@
 """The folder of one run: the only place that knows which file lies where."""
 
+import errno
 import fcntl
 import json
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ from pretrain.errors import FencedError, TrainingError, UserError
 
 # The number of the attempt that a launcher has made, in the environment of its ranks.
 ATTEMPT_VARIABLE = "FARSPAN_ATTEMPT"
+# What file systems say that have no locks, such as Lustre without `-o flock`.
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -117,6 +121,11 @@ class RunDirectory:
         return self.root / "changes.jsonl"
 
     @property
+    def saved(self) -> Path:
+        """The newest checkpoint that was committed, and where."""
+        return self.root / "saved.json"
+
+    @property
     def data(self) -> Path:
         """What the run knows of its data: hashes, unigram entropy, why documents were dropped."""
         return self.root / "data.json"
@@ -164,6 +173,15 @@ class RunDirectory:
                     f"{self.root} is in use by {file.read().strip() or 'another process'}: wait "
                     "for it, or stop it (SIGTERM saves first)"
                 ) from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                print(
+                    f"warning: the file system of {self.root} has no locks ({error.strerror}): "
+                    "start no second job on it; an older attempt is fenced off",
+                    file=sys.stderr,
+                    flush=True,
+                )
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
@@ -239,6 +257,26 @@ class RunDirectory:
     def mark_done(self, step: int, attempt: int) -> None:
         """Write the success marker for a run that has finished `step` steps."""
         self.commit(attempt, self.done, json.dumps({"step": step, "attempt": attempt}) + "\n")
+
+    def mark_saved(self, step: int, attempt: int, target: str) -> None:
+        """Write down that there is a checkpoint of `step` steps in `target`."""
+        marker = {"step": step, "checkpoints": target, "attempt": attempt}
+        self.commit(attempt, self.saved, json.dumps(marker) + "\n")
+
+    def refuse_to_begin_anew(self, target: str) -> None:
+        """Called where no checkpoint was found in `target`.
+
+        Raises:
+            UserError: there has been one.
+        """
+        if not self.saved.exists():
+            return
+        marker = json.loads(self.saved.read_text())
+        raise UserError(
+            f"no checkpoint in {target}, but the run has saved step {marker['step']} in "
+            f"{marker['checkpoints']}: is its file system there, and has checkpoint.dir changed? "
+            f"Bring the checkpoints back to {target}; or remove {self.saved} to begin the run anew"
+        )
 
     def mark_stopped(self, step: int, attempt: int, reason: str) -> None:
         """Write down that the run has stopped on request, with everything saved."""

@@ -114,6 +114,8 @@ def run_steps(
             if recorder:
                 recorder.ledger.sync()
             trainer.save(is_last=is_last)
+        if recorder:
+            recorder.enter_checkpoint(trainer)
     monitor.beat(trainer.progress.step, "end", is_slow=True)
 
 

@@ -108,7 +108,7 @@ class Trainer:
             partial(run.check_attempt, attempt or 0),
         )
         self.guard = Guard(config.guard, skipped)
-        self._is_owner = attempt is not None
+        self._run, self._is_owner = run, attempt is not None
         self._beginning = self.stream.state_dict()
         self._load(up_to)
         # What fills the newest batch, and how many tokens the stream had delivered before it.
@@ -139,6 +139,8 @@ class Trainer:
         state = self.weights, self.optimizer, self.routers.state_dict()
         progress = self.store.load(*state, up_to=up_to, or_oldest=or_oldest)
         if progress is None:
+            if self._is_owner:
+                self._run.refuse_to_begin_anew(str(self.store.target))
             config, beginning = self.config, Progress(0, 0, self._beginning)
             for stage in self.parallelised.stages:
                 initialize(stage.model, config.model, config.train.seed, owned_region)

@@ -326,7 +326,7 @@ def newest_whole(
     if damage:
         raise UserError(
             f"every checkpoint in {target} is damaged, the oldest: {damage}. Restore one, or "
-            "remove the folder to begin the run anew"
+            "begin anew in another --run-dir"
         )
     return None
 

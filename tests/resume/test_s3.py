@@ -37,3 +37,9 @@ def test_it_resumes_evaluates_and_falls_back_from_s3(
     refused = farspan(*train, "train.steps=7", *elsewhere)
     assert refused.returncode == 2, refused.stdout + refused.stderr
     assert "gs3://nowhere/x is on no file system that is known" in refused.stdout + refused.stderr
+
+    checkpoints.remove()
+    refused = farspan(*train, "train.steps=7")
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert f"no checkpoint in {checkpoints}, but the run has saved step 6" in refused.stdout
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 6

@@ -1,5 +1,6 @@
 """One attempt at a time changes a run directory."""
 
+import errno
 import json
 import os
 import shutil
@@ -131,3 +132,23 @@ def test_a_read_only_directory_is_named() -> None:
         ):
             pass
         assert not list(run.root.iterdir())
+
+
+def test_a_file_system_without_locks_is_told_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("pretrain.run_dir.fcntl.flock", refuse)
+    with RunDirectory(tmp_path).exclusive():
+        assert "has no locks (Function not implemented)" in capsys.readouterr().err
+
+
+def test_a_run_whose_checkpoints_are_not_there_does_not_begin_anew(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.refuse_to_begin_anew("elsewhere")
+    attempt = run.begin_attempt()
+    run.mark_saved(8, attempt, "/mnt/checkpoints")
+    with pytest.raises(UserError, match="no checkpoint in elsewhere, but the run has saved step 8"):
+        run.refuse_to_begin_anew("elsewhere")
