@@ -31,6 +31,11 @@ def prepare_run(config: Config, directory: Path, allowed: Sequence[str] = ()) ->
     """
     run = RunDirectory(directory.resolve())
     config = _with_absolute_paths(config, run)
+    if config.checkpoint.dir:
+        # fsspec takes a while to import, and few need it here.
+        from pretrain.checkpoint.target import Target
+
+        Target(config.checkpoint.dir).check()
     stream = open_stream(config)
     data = [_describe(source, load_manifest(source.path)) for source in config.data.sources()]
     try:

@@ -45,6 +45,10 @@ class Target:
             ) from None
         return file_system, path
 
+    def check(self) -> None:
+        """Raises UserError if there is no such file system, or no package for it."""
+        assert self._place
+
     @contextmanager
     def _reached(self, *, to_write: bool = False) -> Iterator[None]:
         try:

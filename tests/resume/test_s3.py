@@ -41,5 +41,8 @@ def test_it_resumes_evaluates_and_falls_back_from_s3(
     checkpoints.remove()
     refused = farspan(*train, "train.steps=7")
     assert refused.returncode == 2, refused.stdout + refused.stderr
-    assert f"no checkpoint in {checkpoints}, but the run has saved step 6" in refused.stdout
+    assert (
+        f"no checkpoint in {checkpoints}, but the run has saved step 6"
+        in refused.stdout + refused.stderr
+    )
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 6
