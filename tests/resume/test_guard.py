@@ -115,6 +115,7 @@ def test_a_step_without_a_finite_loss_can_be_replayed_and_its_layer_is_named(
     assert (met.ledger.read_bytes(), sorted(met.root.rglob("*"))) == before
 
 
+@pytest.mark.slow
 def test_a_step_that_was_rolled_back_can_be_replayed_from_before_what_is_skipped_since(
     met: RunDirectory, tmp_path: Path
 ) -> None:
@@ -124,6 +125,7 @@ def test_a_step_that_was_rolled_back_can_be_replayed_from_before_what_is_skipped
     assert found["grad_norm"] == first.grad_norm > 100
 
 
+@pytest.mark.slow
 def test_the_command_says_what_is_not_as_in_the_ledger(met: RunDirectory) -> None:
     done = farspan("replay", str(met.root), "--step", "13")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -66,6 +66,7 @@ def contents(run: RunDirectory) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_an_attempt_that_comes_back_after_another_took_over_changes_nothing(
     shards: Path, tmp_path: Path
 ) -> None:
@@ -90,6 +91,7 @@ def test_an_attempt_that_comes_back_after_another_took_over_changes_nothing(
     assert contents(run.run_dir) == before
 
 
+@pytest.mark.slow
 def test_requests_to_stop_may_come_early_late_and_repeatedly(shards: Path, tmp_path: Path) -> None:
     run = Run(shards, tmp_path / "run")
     process = run.start_and_reach(0, *ALONE)
@@ -157,6 +159,7 @@ def test_another_batch_and_row_length_are_refused_and_if_allowed_go_on_with_the_
     assert '"setting": "data.seq_len", "before": 256, "now": 128' in noted
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds torchrun's ranks in /proc")
 def test_torchrun_restarts_a_killed_rank_and_not_a_run_that_stopped_on_request(
     shards: Path, tmp_path: Path

@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import pytest
+
 from pretrain.checkpoint.store import check_alone, checkpoint_in, saved_steps
 from pretrain.checkpoint.target import Target
 from tests.e2e.test_cli import TEXT, farspan, succeed
 
 
+@pytest.mark.slow
 def test_it_resumes_evaluates_and_falls_back_from_s3(
     shards: Path, tmp_path: Path, bucket: str
 ) -> None:
