@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
@@ -124,11 +125,14 @@ class Chaos:
         return are_done
 
     def _checkpoint_is_half(self) -> bool:
-        folders = self.run.checkpoints.glob("step-*") if self.run.checkpoints.is_dir() else iter(())
         ours = f"attempt-{number_of_attempts(self.run):04d}-*"
-        return any(
-            not (folder / "manifest.json").exists() and any(folder.glob(ours)) for folder in folders
-        )
+        # Folders come and go.
+        with suppress(FileNotFoundError):
+            return any(
+                not (folder / "manifest.json").exists() and any(folder.glob(ours))
+                for folder in self.run.checkpoints.glob("step-*")
+            )
+        return False
 
 
 def number_of_attempts(run: RunDirectory) -> int:
