@@ -5,12 +5,10 @@ attempt that tried the step, and the place of its batch in the stream. Rank 0 pr
 as one JSON object.
 """
 
-import json
 import math
-import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -22,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from parallel.fsdp import local_tensor
 from parallel.mesh import join_ranks
+from pretrain.answer import answer
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.store import checkpoint_in, saved_steps
 from pretrain.checkpoint.trained import checkpoints_of
@@ -208,25 +207,12 @@ def _gradients(weights: nn.Module) -> list[Found]:
     return [(math.inf, text)]
 
 
-def main() -> int:
+def main() -> Replayed:
     directory, attempt, first_token = sys.argv[1:]
     run = RunDirectory(Path(directory))
-    try:
-        config = read_run_config(run, int(attempt))
-        replayed = replay(config, run, int(attempt), int(first_token))
-    except Exception as error:
-        if (code := getattr(error, "exit_code", None)) is None:
-            raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return int(code)
-    if dist.get_rank() == 0:
-        print(json.dumps(asdict(replayed)))
-    dist.barrier()
-    return 0
+    config = read_run_config(run, int(attempt))
+    return replay(config, run, int(attempt), int(first_token))
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    # Threads of gloo may still free tensors, and abort a process whose interpreter ends meanwhile.
-    os._exit(code)
+    answer(main)

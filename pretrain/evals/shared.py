@@ -3,10 +3,7 @@
 Arguments: the run directory, the text, the context.
 """
 
-import json
-import os
 import sys
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,8 +12,8 @@ import torch.distributed as dist
 from data_pipeline.stream import load_tokenizer
 from parallel.context.split import split_sequence
 from parallel.mesh import Mesh, join_ranks
+from pretrain.answer import answer
 from pretrain.checkpoint.trained import load_trained
-from pretrain.errors import UserError
 from pretrain.evals.perplexity import Perplexity, perplexity
 from pretrain.run_dir import RunDirectory
 
@@ -34,21 +31,10 @@ def evaluate(run: RunDirectory, text: Path, context: int) -> Perplexity:
     return perplexity(model, token_ids, context, cp=traffic["cp"])
 
 
-def main() -> int:
+def main() -> Perplexity:
     directory, text, context = sys.argv[1:]
-    try:
-        result = evaluate(RunDirectory(Path(directory)), Path(text), int(context))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    if dist.get_rank() == 0:
-        print(json.dumps(asdict(result)))
-    dist.barrier()
-    return 0
+    return evaluate(RunDirectory(Path(directory)), Path(text), int(context))
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    # Threads of gloo may still free tensors, and abort a process whose interpreter ends meanwhile.
-    os._exit(code)
+    answer(main)
