@@ -22,7 +22,7 @@ def check_weights(weights: nn.Module, limit: float) -> None:
     worst = 0.0, ""
     if named:
         sizes = torch._foreach_norm([part for _, part in named], torch.inf)
-        largest = torch.stack([size.double() for size in sizes]).nan_to_num(nan=math.inf)
+        largest = torch.stack([size.double() for size in sizes]).nan_to_num(math.inf, math.inf)
         index = int(largest.argmax())
         worst = float(largest[index]), named[index][0]
     of_all: list[tuple[float, str]] = [worst] * dist.get_world_size()
