@@ -78,13 +78,10 @@ class Staging:
             )
             for name, item in self._items.items()
         ]
-        everyones: list[Any] | None = [None] * dist.get_world_size()
-        everyones = everyones if dist.get_rank() == 0 else None
-        dist.gather_object(mine, everyones)
+        everyones: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
+        dist.gather_object(mine, everyones or None)
         described: dict[str, StoredTensor] = {}
-        for name, dtype, shape, chunk in (
-            entry for of_rank in everyones or () for entry in of_rank
-        ):
+        for name, dtype, shape, chunk in (entry for of_rank in everyones for entry in of_rank):
             others = described[name].chunks if name in described else ()
             described[name] = StoredTensor(dtype, shape, (*others, chunk))
         return described

@@ -248,9 +248,13 @@ class CheckpointStore:
     def _give_up(self, step: int, problem: str) -> None:
         if dist.get_rank() != 0:
             return
-        # Of its own files only: another attempt may have saved the same step by now.
+        # Of its own files only: another attempt may have saved the same step by now. A manifest of
+        # its own may have arrived before the error did, and must not outlive them.
         with suppress(OSError, AttemptError):
             folder = checkpoint_in(self.target, step)
+            with suppress(DamageError):
+                if Manifest.read(folder).attempt == self._attempt:
+                    (folder / MANIFEST).remove()
             for name in folder.names():
                 if name.startswith(attempt_prefix(self._attempt)):
                     (folder / name).remove()

@@ -71,10 +71,6 @@ class Target:
     def __str__(self) -> str:
         return self.url
 
-    @property
-    def name(self) -> str:
-        return posixpath.basename(self.url)
-
     def make(self, *, parents: bool = True) -> None:
         """Make the folder, where a file system has such.
 
@@ -129,7 +125,7 @@ class Target:
             while chunk := file.read(READ_BYTES):
                 yield chunk
 
-    def create(self, write: Callable[[IO[bytes]], None]) -> None:
+    def create(self, write: Callable[[IO[bytes]], object]) -> None:
         """Let `write` fill a new file, and make it durable. What failed is not left behind."""
         file_system, path = self._place
         try:
@@ -156,7 +152,7 @@ class Target:
             return
         path = Path(self._place[1])
         aside = Target(str(path.with_name(f".{path.name}.{os.getpid()}")))
-        aside.create(lambda file: _write_all(file, content))
+        aside.create(lambda file: file.write(content))
         try:
             check()
             os.replace(aside._place[1], path)
@@ -176,7 +172,3 @@ class Target:
         file_system, path = self._place
         with suppress(FileNotFoundError), self._reached(to_write=True):
             file_system.rm(path, recursive=True)
-
-
-def _write_all(file: IO[bytes], content: bytes) -> None:
-    file.write(content)

@@ -272,9 +272,22 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_cost_the_new_one(
     assert saved_steps(saved.target) == [3, 4]
 
 
-def test_an_attempt_that_gives_up_leaves_what_another_has_saved(
+def test_an_error_after_the_manifest_has_arrived_leaves_no_half_checkpoint(
     saved: Saved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    saved.save(1)
+
+    def fail(folder: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(folder))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pretrain.checkpoint.target.sync_folder", fail)
+        assert not saved.save(2)
+    assert saved_steps(saved.target) == [1]
+    assert not folder(saved, 2).exists()
+
+
+def test_an_attempt_that_gives_up_leaves_what_another_has_saved(saved: Saved) -> None:
     newer = Saved(saved.target, attempt=2)
     newer.save(1)
     with small_disk():
