@@ -30,7 +30,7 @@ def test_it_resumes_evaluates_and_falls_back_from_s3(
     content = bytearray(file.read())
     content[-1] ^= 1
     file.commit(bytes(content), lambda: None)
-    told = succeed(*train, "train.steps=6")
+    told = succeed(*train, "train.steps=6", "checkpoint.asynchronous=false")
     assert f"the checkpoint of step 5 is damaged: {file} has another sha256" in told
     assert saved_steps(checkpoints) == [4, 6]
     assert "nats per token" in succeed("eval", str(run), "--text", str(text))
