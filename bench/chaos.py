@@ -193,33 +193,32 @@ def measure_goodput(folder: Path, kills: int) -> bool:
     settings = (*SETTINGS, f"train.steps={steps}", "data.seq_len=1024", "train.dtype=float32")
     often = f"checkpoint.every={GOODPUT_STEPS_BETWEEN_CHECKPOINTS}"
     began = time.monotonic()
-    process = subprocess.Popen(
-        [*command, "--run-dir", str(run.root), "--max-restarts", "3", *SAME, *settings, often],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    stops, starts, draw = [], [began], random.Random(1)
-    first_steps = []
+    log = folder / "goodput.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*command, "--run-dir", str(run.root), "--max-restarts", "3", *SAME, *settings, often],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+    starts, first_steps, draw = [began], [], random.Random(1)
     for kill in range(1, kills + 2):
         attempts = len(starts)
         while number_of_attempts(run) < attempts or not has_stepped(run, attempts):
-            check_alive(process)
+            check_alive(process, log)
             time.sleep(POLL_S)
         first_steps.append(time.monotonic())
         if kill > kills:
             break
         while last_step(run) < KILL_EVERY * kill:
-            check_alive(process)
+            check_alive(process, log)
             time.sleep(POLL_S)
         os.kill(draw.choice(rank_pids(run)), signal.SIGKILL)
-        stops.append(time.monotonic())
-        starts.append(stops[-1])
-    output, _ = process.communicate()
+        starts.append(time.monotonic())
+    process.wait()
     took = time.monotonic() - began
     if process.returncode:
-        raise SystemExit(f"the run did not end well:\n{output}")
+        raise SystemExit(f"the run did not end well:\n{log.read_text()}")
     rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     step_s = median(row["perf/step_s"] for row in rows)
     restarts = sum(first - start for first, start in zip(first_steps, starts, strict=True))
@@ -240,9 +239,9 @@ def has_stepped(run: RunDirectory, attempt: int) -> bool:
     return log.is_file() and "\nstep " in log.read_text()
 
 
-def check_alive(process: subprocess.Popen[str]) -> None:
+def check_alive(process: subprocess.Popen[bytes], log: Path) -> None:
     if process.poll() is not None:
-        raise SystemExit(f"the run ended too early:\n{process.communicate()[0]}")
+        raise SystemExit(f"the run ended too early:\n{log.read_text()}")
 
 
 def main() -> int:
