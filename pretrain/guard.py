@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Literal
@@ -38,6 +38,42 @@ class Place:
     stop: int
 
 
+@dataclass(frozen=True)
+class Rollback:
+    """How a run gets past a spike.
+
+    Attributes:
+        step: as which the batch was tried.
+        to_step: the run goes back to this step, or before.
+        skip: what is skipped from now on.
+        nearby: the rollbacks for spikes at this place so far, this one among them.
+        settled_at: a spike at this token of the stream or later is one at another place.
+    """
+
+    step: int
+    reason: str
+    to_step: int
+    skip: Place
+    nearby: int
+    settled_at: int
+
+
+@dataclass(frozen=True)
+class Past:
+    """What the guard has done in the attempts of a run so far.
+
+    Attributes:
+        skipped: [first, stop) of the stream's tokens.
+        nearby, settled_at: of the last `Rollback`.
+        go_back_to: a rollback to this step, or before, that has begun and not ended.
+    """
+
+    skipped: Sequence[tuple[int, int]] = ()
+    nearby: int = 0
+    settled_at: int = 0
+    go_back_to: int | None = None
+
+
 class Guard:
     """Compares each step with those before it. Equal on all ranks, as what it is told is.
 
@@ -51,18 +87,13 @@ class Guard:
     side, and goes back to a checkpoint from before them.
     """
 
-    def __init__(self, config: GuardConfig, skipped: Iterable[tuple[int, int]] = ()) -> None:
-        """
-        Args:
-            skipped: places that earlier attempts have skipped.
-        """
+    def __init__(self, config: GuardConfig, past: Past) -> None:
         self._config = config
         self._recent: deque[tuple[float, float]] = deque(maxlen=config.window)
-        self._skipped = [Place(*place) for place in skipped]
+        self._skipped = [Place(*place) for place in past.skipped]
         self._skips_in_a_row = 0
-        self._rollbacks = 0
-        self._width = 1
-        self._past_spike = -1
+        self._rollbacks = past.nearby
+        self._settled_at = past.settled_at
 
     def judge(self, loss: float, grad_norm: float) -> Verdict | None:
         """None if the step may be taken; it is remembered then."""
@@ -102,19 +133,15 @@ class Guard:
                 "is not finite; the checkpoints are from before"
             )
 
-    def roll_back(self, step: int, place: Place, reason: str) -> int:
+    def roll_back(self, step: int, place: Place, reason: str) -> Rollback:
         """Skip a batch whose loss or gradient norm was a spike, and those near it if they were
         skipped for one before.
-
-        Returns:
-            The step to go back to, or before.
 
         Raises:
             TrainingError: too many rollbacks without a window of good steps between them.
         """
-        is_same_place = place.first < self._past_spike
+        is_same_place = place.first < self._settled_at
         self._rollbacks = self._rollbacks + 1 if is_same_place else 1
-        self._width = 2 * self._width if is_same_place else 1
         if self._rollbacks > self._config.max_rollbacks:
             raise TrainingError(
                 f"{reason} at step {step}, after {self._config.max_rollbacks} rollbacks nearby "
@@ -122,15 +149,13 @@ class Guard:
                 f"help (--allow-change); `farspan replay RUN --step {step}` shows the step again. "
                 "The checkpoints are from before"
             )
-        size, beside = place.stop - place.first, self._width - 1
-        self._skipped.append(Place(place.first - beside * size, place.stop + beside * size))
-        self._past_spike = place.stop + self._config.window * size
-        return step - self._width
-
-    @property
-    def skipped(self) -> list[tuple[int, int]]:
-        """[first, stop) of the stream's tokens, of all that is skipped."""
-        return [(place.first, place.stop) for place in self._skipped]
+        width = 2 ** (self._rollbacks - 1)
+        size = place.stop - place.first
+        beside = (width - 1) * size
+        skip = Place(place.first - beside, place.stop + beside)
+        self._skipped.append(skip)
+        self._settled_at = place.stop + self._config.window * size
+        return Rollback(step, reason, step - width, skip, self._rollbacks, self._settled_at)
 
     def state(self) -> list[tuple[float, float]]:
         """(loss, gradient norm) of the last steps."""

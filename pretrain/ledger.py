@@ -31,7 +31,7 @@ _FRAME = struct.Struct("<III")
 _FRAME_CHECKED = _FRAME.size - 4
 # Kind, attempt, step, first token, rows, seq_len, loss, gradient norm, bytes of the reason.
 _BATCH = struct.Struct("<BIQQIIddH")
-_ATTEMPT_BEGUN, _TRAINED, _SKIPPED, _ROLLED_BACK = range(1, 5)
+_ATTEMPT_BEGUN, _TRAINED, _SKIPPED, _ROLLED_BACK, _ROLLBACK_BEGUN = range(1, 6)
 _ZEROS_AT_A_TIME = 1 << 20
 
 
@@ -64,21 +64,39 @@ class AttemptBegun:
 
 
 @dataclass(frozen=True)
+class RollbackBegun:
+    """A batch that was tried as `step` was a spike, and the run is about to go back. If it ends
+    before it has, its next attempt goes back.
+
+    Attributes:
+        to_step: it goes back to this step, or before.
+        skip_from, skip_to: [from, to) of the stream's tokens, which are skipped from now on.
+        nearby: the rollbacks for spikes at this place so far, this one among them.
+        settled_at: a spike at this token of the stream or later is one at another place.
+    """
+
+    attempt: int
+    step: int
+    reason: str
+    to_step: int
+    skip_from: int
+    skip_to: int
+    nearby: int
+    settled_at: int
+
+
+@dataclass(frozen=True)
 class RolledBack:
     """Within an attempt, the run went back from after `from_step` to after `to_step`.
 
     Attributes:
         first_token: how many tokens the stream has delivered up to `to_step`.
-        skip_from, skip_to: [from, to) of the stream's tokens, which are skipped from now on.
     """
 
     attempt: int
     from_step: int
     to_step: int
     first_token: int
-    reason: str
-    skip_from: int
-    skip_to: int
 
 
 @dataclass(frozen=True)
@@ -125,7 +143,7 @@ class Skipped(Delivered):
     reason: str
 
 
-Record = AttemptBegun | Trained | Skipped | RolledBack
+Record = AttemptBegun | Trained | Skipped | RollbackBegun | RolledBack
 
 
 class Ledger:
@@ -141,6 +159,8 @@ class Ledger:
         self._fence = fence
         try:
             self._end = _end_of_whole_records(path, attempt)
+            # Reading a long one takes a while.
+            fence()
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             os.ftruncate(self._descriptor, self._end)
         except OSError as error:
@@ -169,7 +189,6 @@ class Ledger:
         Raises:
             LedgerError: the file is damaged, of a newer attempt, or cannot be written.
         """
-        fence()
         ledger = cls(path, attempt, fence)
         if ledger._end == 0:
             ledger._write(MAGIC)
@@ -203,21 +222,27 @@ class Ledger:
         """Record that `plan`, which would have been step `step`, left the weights as they were."""
         self._batch(_SKIPPED, step, plan, seq_len, first_token, loss, grad_norm, reason)
 
-    def roll_back(
+    def begin_rollback(
         self,
-        from_step: int,
-        to_step: int,
-        first_token: int,
+        step: int,
         reason: str,
+        to_step: int,
         skip: tuple[int, int],
+        nearby: int,
+        settled_at: int,
     ) -> None:
-        """Record that the steps after `to_step` no longer count.
+        """Record durably that the run is about to go back; see `RollbackBegun`."""
+        record = RollbackBegun(self._attempt, step, reason, to_step, *skip, nearby, settled_at)
+        self._append(_json_payload(_ROLLBACK_BEGUN, record))
+        self.sync()
+
+    def roll_back(self, from_step: int, to_step: int, first_token: int) -> None:
+        """Record that the run has gone back: the steps after `to_step` no longer count.
 
         Args:
             first_token: how many tokens the stream has delivered up to `to_step`.
-            skip: [first, stop) of the stream's tokens, which are skipped from now on.
         """
-        record = RolledBack(self._attempt, from_step, to_step, first_token, reason, *skip)
+        record = RolledBack(self._attempt, from_step, to_step, first_token)
         self._append(_json_payload(_ROLLED_BACK, record))
 
     def sync(self) -> None:
@@ -350,7 +375,7 @@ def _framed(payload: bytes) -> bytes:
     return checked + struct.pack("<I", zlib.crc32(checked)) + payload
 
 
-def _json_payload(kind: int, record: AttemptBegun | RolledBack) -> bytes:
+def _json_payload(kind: int, record: AttemptBegun | RollbackBegun | RolledBack) -> bytes:
     return bytes([kind]) + json.dumps(asdict(record), separators=(",", ":")).encode()
 
 
@@ -360,6 +385,8 @@ def _decode(payload: bytes) -> Record:
         fields = json.loads(payload[1:])
         sources = tuple(LedgerSource(**source) for source in fields.pop("sources"))
         return AttemptBegun(**fields, sources=sources)
+    if kind == _ROLLBACK_BEGUN:
+        return RollbackBegun(**json.loads(payload[1:]))
     if kind == _ROLLED_BACK:
         return RolledBack(**json.loads(payload[1:]))
     if kind not in (_TRAINED, _SKIPPED):

@@ -5,7 +5,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.ledger import AttemptBegun, Record, RolledBack, Skipped, Trained, read_ledger
+from pretrain.guard import Past
+from pretrain.ledger import (
+    AttemptBegun,
+    Record,
+    RollbackBegun,
+    RolledBack,
+    Skipped,
+    Trained,
+    read_ledger,
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,8 @@ def read_lineage(path: Path) -> Lineage:
         elif not attempts or record.attempt != attempts[-1].attempt:
             late += 1
             continue
+        if isinstance(record, RollbackBegun):
+            continue
         if isinstance(record, AttemptBegun | RolledBack):
             before, more = undone[type(record)], undo_from(record.first_token)
             undone[type(record)] = Undone(before.steps + more.steps, before.tokens + more.tokens)
@@ -104,10 +115,10 @@ def skipped_ranges(records: Iterable[Record]) -> list[tuple[int, int]]:
     """
     skipped = sorted(
         (record.skip_from, record.skip_to)
-        if isinstance(record, RolledBack)
+        if isinstance(record, RollbackBegun)
         else (record.first_token, record.stop_token)
         for record in records
-        if isinstance(record, Skipped | RolledBack)
+        if isinstance(record, Skipped | RollbackBegun)
     )
     joined: list[tuple[int, int]] = []
     for first, stop in skipped:
@@ -116,3 +127,15 @@ def skipped_ranges(records: Iterable[Record]) -> list[tuple[int, int]]:
         else:
             joined.append((first, stop))
     return joined
+
+
+def past_of_guard(records: Iterable[Record]) -> Past:
+    """What the guard of the next attempt has to know."""
+    of_guard = [r for r in records if not isinstance(r, Trained)]
+    begun = [r for r in of_guard if isinstance(r, RollbackBegun)]
+    if not begun:
+        return Past(skipped_ranges(of_guard))
+    ends = [r for r in of_guard if isinstance(r, RollbackBegun | RolledBack | AttemptBegun)]
+    last = begun[-1]
+    go_back_to = last.to_step if ends[-1] is last else None
+    return Past(skipped_ranges(of_guard), last.nearby, last.settled_at, go_back_to)

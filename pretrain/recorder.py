@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pretrain.guard import Verdict
+from pretrain.guard import Rollback, Verdict
 from pretrain.ledger import Ledger, LedgerSource
 from pretrain.metrics.expert_load import DeadExperts
 from pretrain.metrics.sinks import JsonlSink, MetricsWriter, WandbSink, step_line
@@ -70,19 +70,32 @@ class Recorder:
         self._skipped += len(result.passed_over) + (result.verdict is not None)
         self._last_step = step
 
-    def enter_recovery(self, trainer: Trainer, verdict: Verdict) -> None:
-        """Enter where a run stands that has recovered from the step entered last."""
-        if verdict.kind == "skip":
-            print(f"warning: step {self._last_step}: {verdict.reason}; batch skipped", flush=True)
-            return
-        step, skip = trainer.progress.step, trainer.guard.skipped[-1]
-        self.ledger.roll_back(self._last_step, step, trainer.stream.tokens, verdict.reason, skip)
+    def warn_of_skip(self, verdict: Verdict) -> None:
+        print(f"warning: step {self._last_step}: {verdict.reason}; batch skipped", flush=True)
+
+    def enter_rollback(self, rollback: Rollback) -> None:
+        """Enter that the run is about to go back: from here on it cannot forget to."""
+        skip = rollback.skip.first, rollback.skip.stop
+        self.ledger.begin_rollback(
+            rollback.step,
+            rollback.reason,
+            rollback.to_step,
+            skip,
+            rollback.nearby,
+            rollback.settled_at,
+        )
+
+    def enter_rolled_back(self, trainer: Trainer, rollback: Rollback) -> None:
+        """Enter where a run stands that has gone back."""
+        step = trainer.progress.step
+        self.ledger.roll_back(rollback.step, step, trainer.stream.tokens)
         self.ledger.sync()
         self._rows.cut_back(step, self._aside)
         self._rollbacks += 1
+        batches = (rollback.skip.stop - rollback.skip.first) // trainer.tokens_per_step
         print(
-            f"warning: step {self._last_step}: {verdict.reason}; rolled back to step {step}, "
-            f"{(skip[1] - skip[0]) // trainer.tokens_per_step} batches will be skipped",
+            f"warning: step {rollback.step}: {rollback.reason}; rolled back to step {step}, "
+            f"{batches} {'batch' if batches == 1 else 'batches'} will be skipped",
             flush=True,
         )
 

@@ -25,6 +25,7 @@ from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.store import checkpoint_in, saved_steps
 from pretrain.checkpoint.trained import checkpoints_of
 from pretrain.config import Config, read_run_config
+from pretrain.guard import Past
 from pretrain.ledger import Record, Skipped, Trained, read_ledger
 from pretrain.lineage import skipped_ranges
 from pretrain.recorder import PASSED_OVER
@@ -76,7 +77,7 @@ def replay(config: Config, run: RunDirectory, attempt: int, first_token: int) ->
         prepared = [_prepare(config, run, attempt, first_token)]
     dist.broadcast_object_list(prepared, src=0)
     target, before, skipped, up_to = prepared[0]
-    trainer = Trainer(config, run, device, None, skipped, up_to)
+    trainer = Trainer(config, run, device, None, Past(skipped), up_to)
     checkpoint = trainer.progress.step
     differs: list[str] = []
     found: list[Found] = []

@@ -26,8 +26,9 @@ from pretrain.errors import (
     TrainingError,
     UserError,
 )
+from pretrain.guard import Past, Verdict
 from pretrain.ledger import read_ledger
-from pretrain.lineage import skipped_ranges
+from pretrain.lineage import past_of_guard
 from pretrain.metrics.expert_load import summarise_load
 from pretrain.model.kernels.backends import kernels_in_use
 from pretrain.recorder import Recorder
@@ -43,9 +44,9 @@ def train(config: Config, run: RunDirectory) -> int:
     device = join_ranks(timeout)
     monitor = RankMonitor(end_for_lost_rank, config.train.hang_timeout_s)
     with monitor, run.exclusive() if dist.get_rank() == 0 else nullcontext():
-        attempt, skipped = begin_attempt(run)
+        attempt, past = begin_attempt(run)
         monitor.folder = run.folder_of(attempt)
-        trainer = Trainer(config, run, device, attempt, skipped)
+        trainer = Trainer(config, run, device, attempt, past)
         if trainer.progress.step > config.train.steps:
             raise UserError(
                 f"train.steps = {config.train.steps}, but {run.root} is at step "
@@ -70,20 +71,21 @@ def train(config: Config, run: RunDirectory) -> int:
     return 0 if is_done else STOPPED_ON_REQUEST
 
 
-def begin_attempt(run: RunDirectory) -> tuple[int, list[tuple[int, int]]]:
+def begin_attempt(run: RunDirectory) -> tuple[int, Past]:
     """Let rank 0 begin the attempt that its launcher has made, or the next one. Collective.
 
     Returns:
-        Its number, and [first, stop) of the stream's tokens that the run has skipped so far.
+        Its number, and what the guard has done so far.
     """
     begun: list[Any] = [None]
     if dist.get_rank() == 0:
         made = os.environ.get(ATTEMPT_VARIABLE)
         number = run.begin_attempt(int(made) if made else None)
-        begun = [(number, skipped_ranges(read_ledger(run.ledger)) if run.ledger.exists() else [])]
+        past = past_of_guard(read_ledger(run.ledger)) if run.ledger.exists() else Past()
+        begun = [(number, past)]
     dist.broadcast_object_list(begun, src=0)
-    attempt, skipped = begun[0]
-    return attempt, skipped
+    attempt, past = begun[0]
+    return attempt, past
 
 
 def run_steps(
@@ -102,9 +104,7 @@ def run_steps(
             recorder.enter(trainer, result)
         if result.verdict:
             beat("recovery", is_slow=True)
-            trainer.recover(result.verdict)
-            if recorder:
-                recorder.enter_recovery(trainer, result.verdict)
+            recover(trainer, result.verdict, recorder)
         step = trainer.progress.step
         is_last = step == train.steps or stopping
         if recorder and not result.verdict and (is_last or step % train.log_every == 0):
@@ -117,6 +117,20 @@ def run_steps(
         if recorder:
             recorder.enter_checkpoint(trainer)
     monitor.beat(trainer.progress.step, "end", is_slow=True)
+
+
+def recover(trainer: Trainer, verdict: Verdict, recorder: Recorder | None) -> None:
+    """Get past a batch that left the weights as they were. Collective."""
+    rollback = trainer.skip(verdict)
+    if rollback is None:
+        if recorder:
+            recorder.warn_of_skip(verdict)
+        return
+    if recorder:
+        recorder.enter_rollback(rollback)
+    trainer.roll_back(rollback)
+    if recorder:
+        recorder.enter_rolled_back(trainer, rollback)
 
 
 def metrics_row(trainer: Trainer, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A model on its ranks, and one optimizer step of it."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -36,7 +36,7 @@ from pretrain.checkpoint.weights import check_weights
 from pretrain.config import Config
 from pretrain.data import open_stream
 from pretrain.errors import AttemptError, UserError
-from pretrain.guard import Guard, Place, Verdict
+from pretrain.guard import Guard, Past, Place, Rollback, Verdict
 from pretrain.layouts import resolve_layout
 from pretrain.model.init import initialize
 from pretrain.model.kernels.cross_entropy import IGNORED
@@ -78,13 +78,14 @@ class Trainer:
         run: RunDirectory,
         device: torch.device,
         attempt: int | None = None,
-        skipped: Sequence[tuple[int, int]] = (),
+        past: Past | None = None,
         up_to: int | None = None,
     ) -> None:
         """
         Args:
             attempt: of this run, which may change its checkpoints; None leaves them as they are.
-            skipped: [first, stop) of the stream's tokens that the run has skipped before.
+            past: what the guard of the run has done before; a rollback that it has not finished is
+                finished.
             up_to: the last step whose checkpoint may be loaded.
         """
         settings = config.model_dump(mode="json") | {"torch": torch.__version__}
@@ -107,10 +108,14 @@ class Trainer:
             attempt or 0,
             partial(run.check_attempt, attempt or 0),
         )
-        self.guard = Guard(config.guard, skipped)
+        past = past or Past()
+        self.guard = Guard(config.guard, past)
         self._run, self._is_owner = run, attempt is not None
         self._beginning = self.stream.state_dict()
-        self._load(up_to)
+        if past.go_back_to is None:
+            self._load(up_to)
+        else:
+            self._load(past.go_back_to, or_oldest=True)
         # What fills the newest batch, and how many tokens the stream had delivered before it.
         self.plan, self.first_token = self.stream.next_batch(0), self.stream.tokens
         # Since the checkpoint before.
@@ -287,21 +292,27 @@ class Trainer:
         self.progress.stream = self.stream.state_dict()
         return grad_norm, verdict
 
-    def recover(self, verdict: Verdict) -> None:
-        """Do what the verdict on the newest batch says. Collective.
+    def skip(self, verdict: Verdict) -> Rollback | None:
+        """Skip the newest batch from now on.
+
+        Returns:
+            How to go back, if that is not enough.
 
         Raises:
             TrainingError: it has been done too often.
         """
         step = self.progress.step + 1
         place = Place(self.first_token, self.stream.tokens)
-        if verdict.kind == "skip":
-            self.guard.skip(step, place, verdict.reason)
-            return
-        up_to = self.guard.roll_back(step, place, verdict.reason)
+        if verdict.kind == "roll back":
+            return self.guard.roll_back(step, place, verdict.reason)
+        self.guard.skip(step, place, verdict.reason)
+        return None
+
+    def roll_back(self, rollback: Rollback) -> None:
+        """Collective."""
         # A checkpoint of an earlier step may still be written.
         self.store.finish_save()
-        self._load(up_to, or_oldest=True)
+        self._load(rollback.to_step, or_oldest=True)
         self._losses.clear()
 
     def _refresh(self) -> None:

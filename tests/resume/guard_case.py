@@ -1,13 +1,17 @@
 """Train with batches that are spoilt on purpose; run on 2 ranks by test_guard.py.
 
 Arguments: the run directory; the batches, by their number in the stream, for which a layer of the
-last rank gives NaN; those whose gradient is much too large: each as `1,2,3`. If a batch is to be
-replayed instead: the attempt, its first token, and the file for the result.
+last rank gives NaN; those whose gradient is much too large: each as `1,2,3`. Then `dies in rollback
+N` if it is to be killed there. If a batch is to be replayed instead: the attempt, its first token,
+and the file for the result.
 """
 
 import json
+import os
+import signal
 import sys
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +47,27 @@ def spoil(without_number: set[int], too_large: set[int]) -> None:
     Trainer.backward = backward  # type: ignore[method-assign]
 
 
+def die_in_rollback(number: int) -> None:
+    real, calls = Trainer.roll_back, count(1)
+
+    def roll_back(self: Trainer, rollback: Any) -> None:
+        if next(calls) == number:
+            dist.barrier()  # rank 0 has written down what it is about to do
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(self, rollback)
+
+    Trainer.roll_back = roll_back  # type: ignore[method-assign]
+
+
 def main() -> None:
-    directory, without_number, too_large, *replayed = sys.argv[1:]
+    directory, without_number, too_large, *others = sys.argv[1:]
     run = RunDirectory(Path(directory))
     spoil(numbers(without_number), numbers(too_large))
     code = 0
-    if replayed:
-        attempt, first_token, result = replayed
+    if len(others) == 1:
+        die_in_rollback(int(others[0].removeprefix("dies in rollback ")))
+    if len(others) == 3:
+        attempt, first_token, result = others
         found = replay(read_run_config(run, int(attempt)), run, int(attempt), int(first_token))
         Path(result).write_text(json.dumps(asdict(found)))
     else:

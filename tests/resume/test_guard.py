@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from launch.train import prepare
-from pretrain.ledger import RolledBack, Skipped, Trained, read_ledger
+from pretrain.ledger import AttemptBegun, RollbackBegun, RolledBack, Skipped, Trained, read_ledger
 from pretrain.replay import tries
 from pretrain.run_dir import RunDirectory
 from tests.e2e.test_cli import farspan
@@ -67,9 +67,10 @@ def test_a_spike_goes_back_to_the_checkpoint_before_and_a_second_one_further(
     # Batch 2 took no step: batch 13 would have been step 13.
     back = [record for record in records(met) if isinstance(record, RolledBack)]
     assert [(record.from_step, record.to_step) for record in back] == [(13, 12), (13, 8)]
-    assert [(r.skip_from // BATCH, r.skip_to // BATCH) for r in back] == [(13, 14), (13, 16)]
-    assert all("the gradient norm is" in record.reason for record in back)
-    assert all("sigmas above the median of the last 8 steps" in record.reason for record in back)
+    begun = [record for record in records(met) if isinstance(record, RollbackBegun)]
+    assert [(r.skip_from // BATCH, r.skip_to // BATCH) for r in begun] == [(13, 14), (13, 16)]
+    assert all("the gradient norm is" in record.reason for record in begun)
+    assert all("sigmas above the median of the last 8 steps" in record.reason for record in begun)
 
 
 def test_what_counts_in_the_end_is_every_batch_but_the_bad_ones(met: RunDirectory) -> None:
@@ -94,6 +95,19 @@ def test_it_ends_as_a_run_that_never_met_them(
     new = records(other)[len(records(met)) :]
     assert batches(new, Skipped) == [2, 13, 14, 15]
     assert not any(isinstance(record, RolledBack) for record in new)
+
+
+def test_a_run_that_is_killed_as_it_goes_back_goes_back_all_the_same(
+    met: RunDirectory, shards: Path, tmp_path: Path
+) -> None:
+    run = start(tmp_path / "run", shards)
+    with pytest.raises(AssertionError, match=r"rank [01] of 2 failed"):
+        run_on_ranks(2, SCRIPT, str(run.root), "2", "13,14,15", "dies in rollback 2")
+    assert isinstance(records(run)[-1], RollbackBegun)
+    run_on_ranks(2, SCRIPT, str(run.root), "2", "13,14,15")
+    assert curve(run) == curve(met)
+    began = [record.step for record in records(run) if isinstance(record, AttemptBegun)]
+    assert began == [0, 8]
 
 
 def replayed(met: RunDirectory, folder: Path, record: Any) -> dict[str, Any]:

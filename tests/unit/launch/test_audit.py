@@ -28,6 +28,7 @@ from pretrain.ledger import (
     LedgerError,
     LedgerSource,
     Record,
+    RollbackBegun,
     RolledBack,
     Skipped,
     Trained,
@@ -85,7 +86,8 @@ class Simulated:
     def roll_back(self, step: int) -> None:
         before = self.step
         self._load(step)
-        self.ledger.roll_back(before, step, self.stream.tokens, "a spike", (0, 64))
+        self.ledger.begin_rollback(before, "a spike", step, (0, 64), 1, 0)
+        self.ledger.roll_back(before, step, self.stream.tokens)
 
     def _load(self, step: int) -> None:
         sources = [Source(*each) for each in zip(self.paths, self.weights, strict=True)]
@@ -228,11 +230,18 @@ def rebuild(run: RunDirectory, records: Iterable[Record]) -> None:
                 sources=record.sources,
                 fence=lambda: None,
             )
-        elif isinstance(record, RolledBack):
+        elif isinstance(record, RollbackBegun):
             skip = record.skip_from, record.skip_to
-            ledger.roll_back(
-                record.from_step, record.to_step, record.first_token, record.reason, skip
+            ledger.begin_rollback(
+                record.step,
+                record.reason,
+                record.to_step,
+                skip,
+                record.nearby,
+                record.settled_at,
             )
+        elif isinstance(record, RolledBack):
+            ledger.roll_back(record.from_step, record.to_step, record.first_token)
         else:
             batch = record.step, record.plan(), record.seq_len, record.first_token
             numbers = record.loss, record.grad_norm

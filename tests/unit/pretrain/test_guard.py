@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pretrain.config import GuardConfig
 from pretrain.errors import TrainingError
-from pretrain.guard import Guard, Place
+from pretrain.guard import Guard, Past, Place
 
 BATCH = 100
 
@@ -20,7 +20,7 @@ def place(batch: int) -> Place:
 
 def trained(steps: int, **config: object) -> Guard:
     """A guard that has seen an ordinary loss curve."""
-    guard, draw = Guard(GuardConfig(**config)), random.Random(0)
+    guard, draw = Guard(GuardConfig(**config), Past()), random.Random(0)
     for step in range(steps):
         loss = 3 + 5 / (1 + step / 20) + draw.gauss(0, 0.1)
         assert guard.judge(loss, math.exp(draw.gauss(0, 0.3))) is None
@@ -35,7 +35,7 @@ def test_an_ordinary_curve_has_no_spike() -> None:
     ("loss", "norm"), [(math.nan, 1), (math.inf, 1), (3, math.nan), (3, math.inf)]
 )
 def test_what_is_not_finite_is_skipped_from_the_first_step_on(loss: float, norm: float) -> None:
-    for guard in (Guard(GuardConfig()), trained(100)):
+    for guard in (Guard(GuardConfig(), Past()), trained(100)):
         verdict = guard.judge(loss, norm)
         assert verdict is not None
         assert verdict.kind == "skip"
@@ -60,7 +60,7 @@ def test_there_are_no_spikes_before_enough_is_known_or_if_switched_off() -> None
 
 @given(st.floats(0, 20), st.floats(0, 20))
 def test_a_ripple_of_a_flat_curve_is_no_spike_but_a_jump_is(loss: float, norm: float) -> None:
-    guard = Guard(GuardConfig())
+    guard = Guard(GuardConfig(), Past())
     for _ in range(40):
         assert guard.judge(loss, norm) is None
     assert guard.judge(1.1 * loss, 1.5 * norm) is None
@@ -69,7 +69,7 @@ def test_a_ripple_of_a_flat_curve_is_no_spike_but_a_jump_is(loss: float, norm: f
 
 
 def test_its_memory_is_restored() -> None:
-    guard, other = trained(200), Guard(GuardConfig())
+    guard, other = trained(200), Guard(GuardConfig(), Past())
     other.load_state([list(pair) for pair in guard.state()])  # as JSON gives it back
     assert other.state() == guard.state()
     assert other.judge(9, 1) == guard.judge(9, 1)
@@ -78,7 +78,7 @@ def test_its_memory_is_restored() -> None:
 def test_a_skipped_batch_is_skipped_again_by_this_attempt_and_the_next() -> None:
     guard = trained(50)
     guard.skip(51, place(50), "the loss is nan")
-    again = Guard(GuardConfig(), guard.skipped)
+    again = Guard(GuardConfig(), Past([(50 * BATCH, 51 * BATCH)]))
     for one in (guard, again):
         assert one.passes_over(place(50))
         assert one.passes_over(Place(50 * BATCH + 99, 51 * BATCH + 50))
@@ -88,19 +88,33 @@ def test_a_skipped_batch_is_skipped_again_by_this_attempt_and_the_next() -> None
 
 def test_a_second_spike_at_the_same_place_widens_the_skip() -> None:
     guard = trained(200)
-    assert guard.roll_back(200, place(199), "spike") == 199
-    assert guard.skipped == [(19900, 20000)]
-    assert guard.roll_back(200, place(200), "spike") == 198
-    assert guard.skipped[-1] == (19900, 20200)
-    assert guard.roll_back(203, place(202), "spike") == 199
-    assert guard.skipped[-1] == (19900, 20600)
+    first = guard.roll_back(200, place(199), "spike")
+    assert (first.to_step, first.skip) == (199, Place(19900, 20000))
+    second = guard.roll_back(200, place(200), "spike")
+    assert (second.to_step, second.skip) == (198, Place(19900, 20200))
+    third = guard.roll_back(203, place(202), "spike")
+    assert (third.to_step, third.skip) == (199, Place(19900, 20600))
+    assert guard.passes_over(place(205))
+    assert not guard.passes_over(place(206))
+
+
+def test_a_new_attempt_does_not_forget_how_often_it_has_gone_back() -> None:
+    config = GuardConfig(max_rollbacks=2)
+    first = trained(200, max_rollbacks=2).roll_back(200, place(199), "spike")
+    again = Guard(config, Past([], first.nearby, first.settled_at))
+    second = again.roll_back(200, place(200), "spike")
+    assert (second.to_step, second.skip) == (198, Place(19900, 20200))
+    with pytest.raises(TrainingError, match="after 2 rollbacks nearby"):
+        Guard(config, Past([], second.nearby, second.settled_at)).roll_back(
+            203, place(202), "spike"
+        )
 
 
 def test_a_spike_elsewhere_is_another_one() -> None:
     guard = trained(200)
     for batch in (200, 400, 600, 800, 1000, 1200):
-        assert guard.roll_back(batch, place(batch), "spike") == batch - 1
-        assert guard.skipped[-1] == (batch * BATCH, (batch + 1) * BATCH)
+        rollback = guard.roll_back(batch, place(batch), "spike")
+        assert (rollback.to_step, rollback.skip) == (batch - 1, place(batch))
 
 
 def test_the_run_ends_when_rollbacks_do_not_help() -> None:
@@ -112,7 +126,7 @@ def test_the_run_ends_when_rollbacks_do_not_help() -> None:
 
 
 def test_the_run_ends_when_nothing_is_finite_any_more() -> None:
-    guard = Guard(GuardConfig(max_skips=2))
+    guard = Guard(GuardConfig(max_skips=2), Past())
     for _ in range(5):
         guard.skip(1, place(0), "the loss is nan")
         assert guard.judge(3, 1) is None

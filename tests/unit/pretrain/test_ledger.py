@@ -4,7 +4,7 @@ import resource
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,17 +17,19 @@ from data_pipeline.mixture import Mixture
 from data_pipeline.pack import plan_rows
 from data_pipeline.stream import BatchPlan
 from pretrain.errors import FencedError
+from pretrain.guard import Past
 from pretrain.ledger import (
     AttemptBegun,
     Ledger,
     LedgerError,
     LedgerSource,
+    RollbackBegun,
     RolledBack,
     Skipped,
     Trained,
     read_ledger,
 )
-from pretrain.lineage import read_lineage, skipped_ranges
+from pretrain.lineage import past_of_guard, read_lineage, skipped_ranges
 
 SOURCES = [LedgerSource("ab" * 32, 0.1), LedgerSource("cd" * 32, 1 / 3)]
 SEED = 2**40
@@ -57,7 +59,8 @@ def write_one_of_each(path: Path) -> None:
     ledger = begin(path)
     ledger.train(1, PLAN, SEQ_LEN, 0, 2.5, 0.1)
     ledger.skip(2, PLAN, SEQ_LEN, TOKENS, "the loss is nan", float("nan"), 1.0)
-    ledger.roll_back(2, 1, TOKENS, "a spike", (3, 2**60))
+    ledger.begin_rollback(2, "a spike", 1, (3, 2**60), 4, 2**40)
+    ledger.roll_back(2, 1, TOKENS)
 
 
 def bits(number: float) -> bytes:
@@ -213,7 +216,8 @@ def test_an_attempt_that_was_replaced_writes_nothing_more(tmp_path):
     newest, before = 2, path.read_bytes()
     for write in (
         lambda: old.train(2, PLAN, SEQ_LEN, TOKENS, 2.5, 0.1),
-        lambda: old.roll_back(1, 0, 0, "a spike", (0, 0)),
+        lambda: old.begin_rollback(1, "a spike", 0, (0, 0), 1, 0),
+        lambda: old.roll_back(1, 0, 0),
         lambda: begin(path, fence=fence),
     ):
         with pytest.raises(FencedError):
@@ -228,7 +232,7 @@ def test_what_a_replaced_attempt_wrote_late_does_not_count(tmp_path):
     new = begin(path, 2, 1, TOKENS)
     old.train(2, PLAN, SEQ_LEN, TOKENS, 9.0, 9.0)
     new.train(2, PLAN, SEQ_LEN, TOKENS, 2.0, 0.1)
-    old.roll_back(2, 0, 0, "a spike", (0, 0))
+    old.roll_back(2, 0, 0)
     lineage = read_lineage(path)
     assert [(record.step, record.loss) for _, record in lineage.batches()] == [(1, 2.5), (2, 2.0)]
     assert lineage.late == 2
@@ -287,7 +291,8 @@ def test_what_counts_after_restarts_and_rollbacks(tmp_path_factory, events):
         elif event == "rollback":
             before, step = model.go_back(min(number, len(model.counted)), event)
             skip = model.token, model.token + number * TOKENS
-            model.ledger.roll_back(before, step, model.token, "a spike", skip)
+            model.ledger.begin_rollback(before, "a spike", step, skip, 1, 0)
+            model.ledger.roll_back(before, step, model.token)
             model.ranges.append(skip)
         else:
             model.deliver(event == "skip")
@@ -312,5 +317,21 @@ def test_what_counts_after_restarts_and_rollbacks(tmp_path_factory, events):
 
 def test_a_rollback_says_from_where_to_where_and_why(tmp_path):
     write_one_of_each(tmp_path / "ledger.bin")
-    *_, last = read_ledger(tmp_path / "ledger.bin")
-    assert last == RolledBack(1, 2, 1, TOKENS, "a spike", 3, 2**60)
+    *_, begun, ended = read_ledger(tmp_path / "ledger.bin")
+    assert begun == RollbackBegun(1, 2, "a spike", 1, 3, 2**60, 4, 2**40)
+    assert ended == RolledBack(1, 2, 1, TOKENS)
+
+
+def test_a_rollback_that_was_begun_is_remembered_until_the_run_has_gone_back(tmp_path):
+    path = tmp_path / "ledger.bin"
+    ledger = begin(path)
+    assert past_of_guard(read_ledger(path)) == Past([])
+    ledger.begin_rollback(9, "a spike", 8, (TOKENS, 2 * TOKENS), 2, 77)
+    pending = Past([(TOKENS, 2 * TOKENS)], nearby=2, settled_at=77, go_back_to=8)
+    assert past_of_guard(read_ledger(path)) == pending
+    done = replace(pending, go_back_to=None)
+    ledger.roll_back(9, 8, TOKENS)
+    assert past_of_guard(read_ledger(path)) == done
+    ledger.begin_rollback(9, "a spike", 7, (TOKENS, 2 * TOKENS), 2, 77)
+    begin(path, 2, 7, TOKENS)
+    assert past_of_guard(read_ledger(path)) == done
