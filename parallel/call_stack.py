@@ -12,7 +12,7 @@ from types import FrameType
 import torch.distributed as dist
 
 from parallel.comm import Communicator, Pending
-from parallel.flight_recorder import oldest_pending
+from parallel.flight_recorder import Recorded, is_timed, oldest_pending
 
 PROJECT = str(Path(__file__).parents[1])
 COMMUNICATING = (
@@ -52,8 +52,7 @@ def current_activity() -> Activity:
     Gradients of a GPU are computed in a thread of their own, and collectives of NCCL wait in none.
     """
     if pending := oldest_pending():
-        who = _who(pending.ranks, pending.group.removeprefix("mesh_"))
-        return Activity(f"{pending.name} ({who})", pending.ranks)
+        return activity_on_gpu(pending, is_timed=is_timed())
     frames = sys._current_frames()
     main = threading.main_thread().ident
     # Threads that Python has not started are those of autograd.
@@ -64,6 +63,20 @@ def current_activity() -> Activity:
         for thread in ordered
     ]
     return next((activity for activity in activities if activity.ranks), activities[0])
+
+
+def activity_on_gpu(pending: Recorded, *, is_timed: bool) -> Activity:
+    """What a rank is doing whose oldest collective that has not completed is `pending`.
+
+    Args:
+        is_timed: whether the recorder knows when a collective begins.
+    """
+    name = f"{pending.name} ({_who(pending.ranks, pending.group.removeprefix('mesh_'))})"
+    if pending.has_begun:
+        return Activity(name, pending.ranks)
+    if is_timed:
+        return Activity(f"GPU work before {name}")
+    return Activity(f"{name}, or GPU work before it", pending.ranks)
 
 
 def _is_helper(thread: threading.Thread) -> bool:

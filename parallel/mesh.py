@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from parallel.flight_recorder import record_nccl
+
 
 def join_ranks(timeout: timedelta) -> torch.device:
     """Join the job's ranks (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
@@ -21,8 +23,10 @@ def join_ranks(timeout: timedelta) -> torch.device:
     store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     ranks = {"store": store, "rank": rank, "world_size": size, "timeout": timeout}
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        # Slurm shows a rank all GPUs of its node, or its own alone.
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(device)
+        record_nccl(os.environ)
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **ranks)
         return device
     dist.init_process_group("gloo", **ranks)

@@ -112,7 +112,7 @@ METRICS: dict[str, Metric] = {
             "rank",
             "argmax over ranks of the time per step outside of collectives, since the last report",
             "The rank that waits least for the others, and so keeps them waiting. From heartbeats, "
-            "every 10 s and 5 steps at least; on GPUs with TORCH_NCCL_ENABLE_TIMING=1 only.",
+            "every 10 s and 5 steps at least; on GPUs unless TORCH_NCCL_ENABLE_TIMING=0.",
         ),
         Metric(
             "perf/slowest_over_median",

@@ -1,5 +1,5 @@
 """What the flight recorder says of a collective of NCCL, of one rank; run by
-test_flight_recorder.py with TORCH_NCCL_ENABLE_TIMING=1.
+test_flight_recorder.py.
 """
 
 import time
@@ -26,6 +26,7 @@ def main() -> None:
     pending = oldest_pending()
     assert pending is not None
     assert (pending.name.partition(" ")[0], pending.ranks) == ("all_reduce", (0,)), pending
+    assert not pending.has_begun
     torch.cuda.synchronize()
     assert oldest_pending() is None
     # NCCL's watchdog looks for what has completed ten times a second.
