@@ -8,7 +8,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,20 +19,58 @@ from pretrain.errors import FencedError, TrainingError, UserError
 ATTEMPT_VARIABLE = "FARSPAN_ATTEMPT"
 # What file systems say that have no locks, such as Lustre without `-o flock`.
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
+class WriteError(TrainingError):
+    """A file of the run directory cannot be written: told without a traceback."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside it `path` is written: an error of an open file does not carry its name.
+
+    Raises:
+        WriteError: no room, say, or a file system that fails.
+        FileNotFoundError: its folder is not there, which the caller knows how to tell.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise WriteError(_cannot_be_written(str(path), error)) from error
+
+
+def _cannot_be_written(what: str, error: OSError) -> str:
+    return (
+        f"{what} cannot be written: {error.strerror}. The run directory has to be on a writable "
+        "file system, with room left and owned by you: once it is, the same command goes on from "
+        "the newest checkpoint. A new run may choose another one"
+    )
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` with `text`: a reader sees the old file or the new one, never a half."""
+    """Replace `path` with `text`: a reader sees the old file or the new one, never a half.
+
+    Raises: as `writing`.
+    """
     _put_into_place(path.with_name(f".{path.name}.{os.getpid()}"), path, text)
 
 
 def _put_into_place(aside: Path, path: Path, text: str) -> None:
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
-    sync_folder(path.parent)
+    with writing(path):
+        try:
+            with aside.open("w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.rename(path)
+        except OSError:
+            with suppress(OSError):
+                aside.unlink()
+            raise
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -151,6 +189,7 @@ class RunDirectory:
 
         Raises:
             UserError: another process holds it, and the message says which; or it is read-only.
+            WriteError: there is no room to note who holds it.
         """
         return self._hold("lock")
 
@@ -161,7 +200,7 @@ class RunDirectory:
     @contextmanager
     def _hold(self, name: str) -> Iterator[None]:
         try:
-            file = (self.root / name).open("a+")
+            file = (self.root / name).open("a+b", buffering=0)
         except OSError as error:
             raise UserError(self.explain(error)) from None
         with file:
@@ -169,9 +208,10 @@ class RunDirectory:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
+                holder = file.read().decode().strip() or "another process"
                 raise UserError(
-                    f"{self.root} is in use by {file.read().strip() or 'another process'}: wait "
-                    "for it, or stop it (SIGTERM saves first)"
+                    f"{self.root} is in use by {holder}: wait for it, or stop it (SIGTERM saves "
+                    "first)"
                 ) from None
             except OSError as error:
                 if error.errno not in NO_LOCKS:
@@ -182,9 +222,9 @@ class RunDirectory:
                     file=sys.stderr,
                     flush=True,
                 )
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
+            with writing(self.root / name):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             yield
 
     def new_attempt(self) -> int:
@@ -245,7 +285,7 @@ class RunDirectory:
     def commit(self, attempt: int, path: Path, text: str) -> None:
         """Replace `path` with `text`, as `write_atomically` does, on behalf of `attempt`.
 
-        Raises: as `check_attempt`, even if another attempt begins in the middle.
+        Raises: as `check_attempt`, even if another attempt begins in the middle, and WriteError.
         """
         self.check_attempt(attempt)
         try:
@@ -285,18 +325,21 @@ class RunDirectory:
         self.commit(attempt, self.stopped, json.dumps(marker) + "\n")
 
     def is_cause_of(self, error: OSError) -> bool:
-        """Whether an operation on the run directory has failed."""
+        """Whether an operation on the run directory has failed.
+
+        Where there is no room for what goes through an open file, no name says which: of those the
+        logs of the ranks are the ones that nobody else tells.
+        """
+        if error.filename is None and error.errno in NO_ROOM:
+            return True
         return not self.root.is_dir() or str(error.filename).startswith(f"{self.root}{os.sep}")
 
     def explain(self, error: OSError) -> str:
         """What to tell about an operation on the run directory that has failed."""
         if not self.root.is_dir():
             return self._gone()
-        return (
-            f"{error.filename or self.root} cannot be written: {error.strerror}. The run directory "
-            "has to be on a writable file system, with room left and owned by you; or choose "
-            "another one"
-        )
+        what = error.filename or f"a file of {self.root}, such as a log in {self.attempts},"
+        return _cannot_be_written(str(what), error)
 
     def _gone(self) -> str:
         if not self.root.is_dir():

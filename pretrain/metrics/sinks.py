@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 from pretrain.errors import UserError
 from pretrain.metrics.registry import check_names
-from pretrain.run_dir import RunDirectory
+from pretrain.run_dir import RunDirectory, write_atomically, writing
 
 Row = Mapping[str, Any]
 
@@ -57,23 +57,33 @@ class MetricsWriter:
 
 
 class JsonlSink:
-    """Appends each row as one line of JSON, in full precision, flushed at once.
+    """Appends each row as one line of JSON, in full precision, at once.
+
+    A row that cannot be written ends the run: reports and audits read this file, and on a disk that
+    is full the next record of the ledger and the next checkpoint would fail as well.
 
     Numbers that are not finite become the strings "NaN", "Infinity" and "-Infinity", because JSON
     has no such numbers; `read_metrics` turns them back.
+
+    Raises: each method WriteError, with whole rows in the file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = path.open("a")
+        self._open()
 
     def write(self, row: Row) -> None:
         try:
             line = json.dumps(row, allow_nan=False)
         except ValueError:
             line = json.dumps(_map_numbers(row, _to_json))
-        self._file.write(line + "\n")
-        self._file.flush()
+        with writing(self.path):
+            try:
+                self._append(line.encode() + b"\n")
+            except OSError:
+                with suppress(OSError):
+                    self._file.truncate(self._end)
+                raise
 
     def cut_back(self, step: int, folder: Path) -> None:
         """Drop the rows after `step`, the step of the checkpoint that the run resumes from.
@@ -85,18 +95,38 @@ class JsonlSink:
             folder: where to write that file, which is then renamed into place.
         """
         aside = folder / self.path.name
-        with aside.open("w") as kept:
-            for line in _complete_lines(self.path):
-                if _parse(line, self.path)["train/step"] <= step:
-                    kept.write(line)
-            kept.flush()
-            os.fsync(kept.fileno())
-        self._file.close()
-        aside.rename(self.path)
-        self._file = self.path.open("a")
+        with writing(aside):
+            try:
+                with aside.open("w") as kept:
+                    for line in _complete_lines(self.path):
+                        if _parse(line, self.path)["train/step"] <= step:
+                            kept.write(line)
+                    kept.flush()
+                    os.fsync(kept.fileno())
+            except OSError:
+                with suppress(OSError):
+                    aside.unlink()
+                raise
+        self.close()
+        with writing(self.path):
+            aside.rename(self.path)
+        self._open()
 
     def close(self) -> None:
-        self._file.close()
+        # Where a file system on the network has no room, this is when it says so.
+        with writing(self.path):
+            self._file.close()
+
+    def _open(self) -> None:
+        with writing(self.path):
+            self._file = self.path.open("ab", buffering=0)
+        self._end = self._file.tell()
+
+    def _append(self, content: bytes) -> None:
+        written = 0
+        while written < len(content):
+            written += self._file.write(content[written:])
+        self._end += len(content)
 
 
 def step_line(row: Row, steps: int) -> str:
@@ -254,6 +284,6 @@ def _tear_down_wandb() -> None:
 
 
 def _wandb_id(path: Path) -> str:
-    with suppress(FileExistsError), path.open("x") as file:
-        file.write(secrets.token_hex(4))
+    if not path.exists():
+        write_atomically(path, secrets.token_hex(4))
     return path.read_text()

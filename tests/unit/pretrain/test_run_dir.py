@@ -15,7 +15,8 @@ import pytest
 
 from pretrain import run_dir
 from pretrain.errors import FencedError, TrainingError, UserError
-from pretrain.run_dir import RunDirectory
+from pretrain.run_dir import RunDirectory, WriteError, write_atomically
+from tests.disks import files_of_at_most
 
 
 @pytest.fixture
@@ -132,6 +133,39 @@ def test_a_read_only_directory_is_named() -> None:
         ):
             pass
         assert not list(run.root.iterdir())
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file_and_leaves_what_was_there(
+    run: RunDirectory,
+) -> None:
+    attempt = run.begin_attempt()
+    run.mark_saved(4, attempt, "checkpoints")
+    before = {path: path.read_bytes() for path in run.root.glob("*.json")}
+    for path, write in (
+        (run.saved, lambda: run.mark_saved(8, attempt, "checkpoints")),
+        (run.done, lambda: run.mark_done(8, attempt)),
+        (run.stopped, lambda: run.mark_stopped(8, attempt, "SIGTERM")),
+        (run.attempt, run.begin_attempt),
+        (run.config, lambda: write_atomically(run.config, "model:")),
+        (run.root / "lock", run.exclusive().__enter__),
+        (run.root / "launcher.lock", run.launching().__enter__),
+    ):
+        told = rf"^{path} cannot be written: File too large\..*with room left.*newest checkpoint"
+        with files_of_at_most(0), pytest.raises(WriteError, match=told):
+            write()
+    assert {path: path.read_bytes() for path in run.root.glob("*.json")} == before
+    assert not [path for path in run.root.iterdir() if path.name.startswith(".")]
+    assert list(run.aside(attempt).iterdir()) == []
+    with run.exclusive():
+        run.mark_done(8, attempt)
+
+
+def test_a_log_without_room_is_told_although_its_error_names_no_file(run: RunDirectory) -> None:
+    unnamed = OSError(errno.ENOSPC, "No space left on device")
+    assert run.is_cause_of(unnamed)
+    assert f"such as a log in {run.attempts}, cannot be written: No space" in run.explain(unnamed)
+    assert not run.is_cause_of(OSError(errno.EPIPE, "Broken pipe"))
+    assert not run.is_cause_of(OSError(errno.ENOSPC, "No space left on device", "/elsewhere/file"))
 
 
 def test_a_file_system_without_locks_is_told_and_used(

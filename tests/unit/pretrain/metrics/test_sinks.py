@@ -10,7 +10,8 @@ import pytest
 
 from pretrain.errors import FencedError, UserError
 from pretrain.metrics.sinks import JsonlSink, MetricsWriter, WandbSink, read_metrics
-from pretrain.run_dir import RunDirectory
+from pretrain.run_dir import RunDirectory, WriteError
+from tests.disks import files_of_at_most
 
 
 @pytest.fixture
@@ -96,6 +97,36 @@ def test_earlier_attempt_still_running_does_not_write_into_the_resumed_run(tmp_p
     assert [row.get("train/loss") for row in read_metrics(path)] == [None, 1.0]
 
 
+@pytest.mark.parametrize("room", [0, 1, 40])
+def test_a_full_disk_leaves_whole_rows_and_is_named(tmp_path, room):
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, range(1, 4))
+    before, sink = path.read_bytes(), JsonlSink(path)
+    row = {"train/step": 4, "train/loss": 1 / 3, "train/grad_norm": 1 / 7}
+    told = rf"{path} cannot be written: File too large\..*with room left.* the same command goes on"
+    with files_of_at_most(len(before) + room), pytest.raises(WriteError, match=told):
+        sink.write(row)
+    assert path.read_bytes() == before
+    sink.write(row)
+    sink.close()
+    assert steps_in(path) == [1, 2, 3, 4]
+
+
+def test_cut_back_on_a_full_disk_leaves_the_rows_and_takes_no_room(tmp_path, aside):
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, range(1, 8))
+    sink = JsonlSink(path)
+    before = path.read_bytes()
+    told = f"{aside / path.name} cannot be written: File too large"
+    with files_of_at_most(len(before) // 2), pytest.raises(WriteError, match=told):
+        sink.cut_back(6, aside)
+    assert path.read_bytes() == before
+    assert os.listdir(aside) == []
+    sink.cut_back(4, aside)
+    sink.write({"train/step": 5})
+    assert steps_in(path) == [1, 2, 3, 4, 5]
+
+
 def test_attempt_that_is_fenced_off_writes_no_row(tmp_path):
     run = RunDirectory(tmp_path)
     first = run.begin_attempt()
@@ -175,6 +206,15 @@ def test_wandb_continues_the_same_run_after_a_restart(tmp_path, no_account):
         sink.close()
     ids = {r["run"]["run_id"] for records in wandb_records(run) for r in records if "run" in r}
     assert ids == {(run.wandb / "run_id").read_text()}
+
+
+def test_a_full_disk_leaves_no_wandb_run_without_an_id(tmp_path, no_account, capsys):
+    run = RunDirectory(tmp_path / "run")
+    run.root.mkdir()
+    with files_of_at_most(0):
+        WandbSink(run, "offline", "farspan", "test", {})
+    assert f"{run.wandb_id} cannot be written: File too large" in capsys.readouterr().err
+    assert not run.wandb_id.exists()
 
 
 KILL_WANDB = """
