@@ -1,0 +1,50 @@
+"""Disks with little room, for the tests of what happens when there is none."""
+
+import resource
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Lets no file of this process grow beyond `size` bytes, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+class SmallDisk:
+    """A file system of its own in memory, which can be filled. Needs root, on Linux."""
+
+    def __init__(self, folder: Path, size: str) -> None:
+        """Raises CalledProcessError where nothing may be mounted."""
+        self.folder = folder
+        self._ballast = folder / "ballast"
+        folder.mkdir()
+        mount = ("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder))
+        subprocess.run(mount, check=True, capture_output=True, text=True)
+
+    def unmount(self) -> None:
+        # Lazily: a process that a failed test has left behind may still use it.
+        subprocess.run(("umount", "--lazy", str(self.folder)), check=True)
+
+    def reserve(self, file: Path, size: int) -> None:
+        """Room into which `file` can grow when the disk is full."""
+        subprocess.run(("fallocate", "--keep-size", "-l", str(size), str(file)), check=True)
+
+    def fill(self) -> None:
+        with self._ballast.open("wb", buffering=0) as file:
+            for block in (bytes(1 << 20), bytes(4096)):
+                try:
+                    while True:
+                        file.write(block)
+                except OSError:
+                    pass
+
+    def make_room(self) -> None:
+        self._ballast.unlink()
