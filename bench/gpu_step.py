@@ -149,7 +149,7 @@ class Model:
 
     def step(self, tokens: Tensor, labels: Tensor, documents: Documents) -> None:
         self.parallelised.forward_backward(tokens, labels, [documents], tokens.numel())
-        clip_gradients(self.parallelised.weights.parameters(), 1.0, self.mesh.pp.get_group())
+        clip_gradients(self.parallelised.weights.parameters(), 1.0, self.mesh.pp.size())
         self.optimizer.step()
         self.optimizer.zero_grad()
 

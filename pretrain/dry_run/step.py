@@ -91,7 +91,7 @@ class Step:
     def update(self) -> None:
         """What comes after them."""
         weights = self.parallelised.weights.parameters()
-        clip_gradients(weights, self.config.optim.clip, self.mesh.pp.get_group())
+        clip_gradients(weights, self.config.optim.clip, self.layout.pp)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.parallelised.replicas.refresh()
