@@ -15,6 +15,7 @@ MAY_CHANGE = (
     "train.steps",
     "train.microbatch",
     "train.log_every",
+    "train.deterministic",
     "train.loss_chunk",
     "train.collective_timeout_s",
     "train.hang_timeout_s",

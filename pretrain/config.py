@@ -68,6 +68,11 @@ class TrainConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="Of the computation; weights and reductions stay float32."
     )
+    deterministic: bool = Field(
+        False,
+        description="On GPUs, take kernels that give the same bits each time, some of them slower: "
+        "an attempt on the same layout then goes on bit for bit. CPUs always do.",
+    )
     loss_chunk: Positive = Field(
         2048, description="Tokens whose logits exist at a time in the cross-entropy."
     )

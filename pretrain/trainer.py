@@ -39,6 +39,7 @@ from pretrain.errors import AttemptError, UserError
 from pretrain.guard import Guard, Past, Place, Rollback, Verdict
 from pretrain.layouts import resolve_layout
 from pretrain.model.init import initialize
+from pretrain.model.kernels.backends import make_deterministic
 from pretrain.model.kernels.cross_entropy import IGNORED
 from pretrain.model.kernels.documents import Documents
 from pretrain.objective import Measured, tokens_per_step
@@ -88,6 +89,8 @@ class Trainer:
                 finished.
             up_to: the last step whose checkpoint may be loaded.
         """
+        if config.train.deterministic:
+            make_deterministic()
         settings = config.model_dump(mode="json") | {"torch": torch.__version__}
         check_same("the configuration", settings)
         self.config = config
@@ -277,7 +280,7 @@ class Trainer:
             The norm before clipping, and the verdict; None if the step was taken.
         """
         grad_norm = clip_gradients(
-            self.weights.parameters(), self.config.optim.clip, self.mesh.pp.get_group()
+            self.weights.parameters(), self.config.optim.clip, self.layout.pp
         ).item()
         verdict = self.guard.judge(measured.loss, grad_norm)
         if verdict is None:

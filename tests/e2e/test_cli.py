@@ -238,3 +238,12 @@ def test_a_shard_with_another_hash_stops_the_run_and_is_named(shards: Path, tmp_
     )
     assert tar.name in message
     assert "sha256" in message
+
+
+def test_deterministic_kernels_are_asked_for_in_the_configuration(
+    shards: Path, tmp_path: Path
+) -> None:
+    settings = [f"data.shards={shards}", "train.steps=1", "train.deterministic=true"]
+    done = farspan("train", "tiny", "--run-dir", str(tmp_path / "run"), *settings)
+    assert done.returncode == 0, done.stderr
+    assert "kernels: attention cpu_flash, gated delta rule torch, deterministic\n" in done.stdout

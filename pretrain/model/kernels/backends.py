@@ -1,5 +1,6 @@
 """Which kernel runs where: a function of the device, the type and what is installed."""
 
+import os
 import warnings
 from functools import cache
 from importlib import import_module
@@ -102,7 +103,20 @@ def kernels_in_use(device: torch.device, dtype: torch.dtype, head_dim: int, key_
     rule = choose_rule(Setting.here(device, dtype, key_dim))
     if rule == "torch" and device.type == "cuda":
         rule += ", compiled"
-    return f"attention {attention}, gated delta rule {rule}"
+    bits = ", deterministic" if torch.are_deterministic_algorithms_enabled() else ""
+    return f"attention {attention}, gated delta rule {rule}{bits}"
+
+
+def make_deterministic() -> None:
+    """Choose kernels that give the same bits each time, from now on in this process.
+
+    Before the first one on a GPU: cuBLAS reads its setting once. torch warns of an operation of its
+    own that has no such kernel, and runs it.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Of what is about to be written anyway.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 @cache
