@@ -9,11 +9,13 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from pretrain.errors import LOST_RANK
+
 
 def answer(compute: Callable[[], Any]) -> NoReturn:
     """Print the dataclass that `compute` returns, from rank 0, as one JSON object, and exit.
 
-    An error that carries an `exit_code` is told in its own words.
+    An error that carries an `exit_code` is told in its own words, and so is a rank that is lost.
     """
     code = 0
     try:
@@ -22,9 +24,16 @@ def answer(compute: Callable[[], Any]) -> NoReturn:
             print(json.dumps(asdict(result)), flush=True)
         dist.barrier()
     except Exception as error:
-        if (of_error := getattr(error, "exit_code", None)) is None:
+        code, told = _describe(error)
+        if not code:
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        code = int(of_error)
+        print(f"error: {told}", file=sys.stderr, flush=True)
     # Threads of gloo may still free tensors, and abort a process whose interpreter ends meanwhile.
     os._exit(code)
+
+
+def _describe(error: Exception) -> tuple[int, str]:
+    """Exit code and words; 0 for an error that only a traceback explains."""
+    if isinstance(error, dist.DistError):
+        return LOST_RANK, f"the ranks did not come together: {error}"
+    return int(getattr(error, "exit_code", 0)), str(error)
