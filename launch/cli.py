@@ -161,17 +161,25 @@ def replay(
     run: Run,
     step: Annotated[int, typer.Option(min=1, help="The step to train again.")],
     which: Annotated[
-        int | None, typer.Option("--try", min=1, help="Which try at the step [default: the last].")
+        int | None, typer.Option("--try", min=1, help="Which try at the step (default: the last).")
+    ] = None,
+    max_steps_again: Annotated[
+        int | None,
+        typer.Option(min=1, help="Refuse to train more steps again than these (default 1000)."),
     ] = None,
 ) -> None:
-    """Train one step again, from the checkpoint before it, and compare it with the ledger.
+    """Train one step again, from the newest checkpoint before it, and compare it with the ledger.
 
     It runs on as many ranks as the attempt had, changes nothing of the run, and names the first
-    layer whose output is not finite. Exit codes: 0 bitwise the same, 1 not the same.
+    layer whose output is not finite. If no checkpoint before the step is kept, it trains from the
+    beginning. Loss and gradient norm of all steps that it trains again are compared.
+
+    Exit codes: 0 bitwise the same, 1 not the same or failed, 2 a mistake in what was asked for, or
+    more than may be trained again, or more ranks than this machine has room for.
     """
     from launch.replay import print_replay
 
-    print_replay(run, step, which)
+    print_replay(run, step, which, max_steps_again)
 
 
 @app.command()

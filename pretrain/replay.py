@@ -1,8 +1,12 @@
 """Train one step of a run again, and change nothing of the run.
 
-Every rank of the same layout runs `python -m pretrain.replay RUN_DIR ATTEMPT FIRST_TOKEN`: the
-attempt that tried the step, and the place of its batch in the stream. Rank 0 prints what it found
-as one JSON object.
+Every rank of the same layout runs `python -m pretrain.replay RUN_DIR ATTEMPT FIRST_TOKEN`, under
+any launcher: the attempt that tried the step, and the place of its batch in the stream, both as
+`farspan replay` lists them. A fourth argument is the number of steps to train again at most. Rank 0
+prints what it found as one JSON object.
+
+Exit codes: 0 replayed, whether it is the same or not, 2 a mistake of the user's, 70 another rank
+failed, 1 anything else.
 """
 
 import math
@@ -14,23 +18,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from parallel.fsdp import local_tensor
+from parallel.lost_rank import RankMonitor
 from parallel.mesh import join_ranks
 from pretrain.answer import answer
-from pretrain.checkpoint.manifest import Manifest
-from pretrain.checkpoint.store import checkpoint_in, saved_steps
-from pretrain.checkpoint.trained import checkpoints_of
 from pretrain.config import Config, read_run_config
+from pretrain.errors import UserError
 from pretrain.guard import Past
-from pretrain.ledger import Record, Skipped, Trained, read_ledger
-from pretrain.lineage import skipped_ranges
-from pretrain.recorder import PASSED_OVER
+from pretrain.ledger import LedgerError, Skipped, Trained
+from pretrain.numerics import numerics_of
+from pretrain.replay_plan import MAX_STEPS_AGAIN, ReplayPlan, plan_replay
 from pretrain.run_dir import RunDirectory
+from pretrain.train import end_for_lost_rank
 from pretrain.trainer import Trainer
+
+# A replay of more steps than these says now and then how far it is.
+QUIET_STEPS = 20
 
 # Where in the model, and what.
 Found = tuple[float, str]
@@ -42,7 +50,9 @@ class Replayed:
     Attributes:
         checkpoint: the step that the replay went on from; 0 is the beginning.
         loss, grad_norm: of the step, as they are now.
+        compared: how many of the steps before it were trained again and compared with the ledger.
         differs: what is not bitwise as the ledger has it, of this step and of those before it.
+        caveats: why it need not be, or what is not known of that.
         not_finite: the first output of a layer that is not finite, on each rank that has it; or
             else the gradients that are not.
     """
@@ -50,53 +60,139 @@ class Replayed:
     checkpoint: int
     loss: float
     grad_norm: float
+    compared: int
     differs: list[str]
+    caveats: list[str]
     not_finite: dict[int, str]
 
 
-def is_passed_over(record: Trained | Skipped) -> bool:
-    return isinstance(record, Skipped) and record.reason == PASSED_OVER
+def replay(
+    config: Config,
+    run: RunDirectory,
+    attempt: int,
+    first_token: int,
+    max_steps_again: int = MAX_STEPS_AGAIN,
+) -> Replayed:
+    """Collective.
 
-
-def tries(records: list[Record], step: int) -> list[Trained | Skipped]:
-    """Each time that a batch was computed as step `step`, in order."""
-    return [
-        record
-        for record in records
-        if isinstance(record, Trained | Skipped)
-        and record.step == step
-        and not is_passed_over(record)
-    ]
-
-
-def replay(config: Config, run: RunDirectory, attempt: int, first_token: int) -> Replayed:
-    """Collective."""
+    Raises:
+        UserError: on all ranks; there is no such batch, this is not the number of ranks that it
+            had, or more than `max_steps_again` steps would have to be trained again.
+    """
     device = join_ranks(timedelta(seconds=config.train.collective_timeout_s))
-    prepared: list[Any] = [None]
+    with RankMonitor(end_for_lost_rank, config.train.hang_timeout_s) as monitor:
+        plan = _plan_together(config, run, attempt, first_token)
+        _check_ranks(plan)
+        plan.check(plan.checkpoint, max_steps_again)
+        trainer = _stand_before(config, run, device, plan, max_steps_again)
+        return _train_again(trainer, plan, monitor)
+
+
+def _plan_together(config: Config, run: RunDirectory, attempt: int, first_token: int) -> ReplayPlan:
+    """The plan of rank 0, which alone reads the ledger; or its error."""
+    planned: list[Any] = [None]
     if dist.get_rank() == 0:
-        prepared = [_prepare(config, run, attempt, first_token)]
-    dist.broadcast_object_list(prepared, src=0)
-    target, before, skipped, up_to = prepared[0]
-    trainer = Trainer(config, run, device, None, Past(skipped), up_to)
+        try:
+            planned = [plan_replay(config, run, attempt, first_token)]
+        except (UserError, LedgerError) as error:
+            planned = [error]
+    dist.broadcast_object_list(planned, src=0)
+    if isinstance(planned[0], Exception):
+        raise planned[0]
+    plan: ReplayPlan = planned[0]
+    return plan
+
+
+def _check_ranks(plan: ReplayPlan) -> None:
+    had, has = plan.of_attempt["ranks"], dist.get_world_size()
+    if had != has:
+        raise UserError(
+            f"attempt {plan.target.attempt} had {had} ranks, and the replay was started with "
+            f"{has}: the layout would be another. Start it with {had}"
+        )
+
+
+def _stand_before(
+    config: Config,
+    run: RunDirectory,
+    device: torch.device,
+    plan: ReplayPlan,
+    max_steps_again: int,
+) -> Trainer:
+    """A trainer at the newest checkpoint before the batch that is whole, or at the beginning."""
+    for warning in plan.warnings:
+        _say(f"warning: {warning}")
+    stand_at = partial(Trainer, config, run, device, None, Past(plan.skipped))
+    trainer = None
+    try:
+        trainer = stand_at(plan.checkpoint)
+    except UserError:
+        if not plan.checkpoint:
+            raise
+    if trainer is None:
+        # All that it may load are damaged, as has been told. The beginning is as good.
+        plan.check(0, max_steps_again)
+        trainer = stand_at(0)
     checkpoint = trainer.progress.step
+    plan.check(checkpoint, max_steps_again)
+    _say(plan.describe(checkpoint))
+    return trainer
+
+
+def _say(text: str) -> None:
+    """The result alone goes to standard output."""
+    if dist.get_rank() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _train_again(trainer: Trainer, plan: ReplayPlan, monitor: RankMonitor) -> Replayed:
+    checkpoint, target = trainer.progress.step, plan.target
+    recorded = {batch.first_token: batch for batch in plan.before}
     differs: list[str] = []
     found: list[Found] = []
-    while trainer.first_token != first_token or not trainer.plan.pieces.size:
+    compared = 0
+    while trainer.first_token != target.first_token or not trainer.plan.pieces.size:
+        beat = partial(monitor.beat, trainer.progress.step + 1)
+        beat("data")
         trainer.pass_over()
         batch = trainer.read_batch()
-        assert trainer.first_token <= first_token, "the ledger has no batch that begins there"
-        is_target = trainer.first_token == first_token
+        assert trainer.first_token <= target.first_token, "the ledger has no batch there"
+        is_target = trainer.first_token == target.first_token
         hooks = _hooks(trainer, found) if is_target else []
+        beat("forward and backward")
         measured = trainer.backward(batch)
         for hook in hooks:
             hook.remove()
         if is_target and not found:
             found = _gradients(trainer.weights)
+        beat("optimizer")
         grad_norm, _ = trainer.finish_step(measured)
-        recorded = target if is_target else before.get(trainer.first_token)
-        if recorded:
-            differs += _differences(trainer.first_token, recorded, (measured.loss, grad_norm))
-    return Replayed(checkpoint, measured.loss, grad_norm, differs, _first_of_all_ranks(found))
+        then = target if is_target else recorded.get(trainer.first_token)
+        if then:
+            differs += _differences(then, measured.loss, grad_norm)
+            compared += not is_target
+        _say_how_far(trainer.progress.step - checkpoint, target.step - checkpoint)
+    monitor.beat(target.step, "end", is_slow=True)
+    return Replayed(
+        checkpoint,
+        measured.loss,
+        grad_norm,
+        compared,
+        differs,
+        plan.caveats(checkpoint, numerics_of(trainer.config, trainer.device)) + _chance(trainer),
+        _first_of_all_ranks(found),
+    )
+
+
+def _chance(trainer: Trainer) -> list[str]:
+    if trainer.device.type == "cpu" or trainer.config.train.deterministic:
+        return []
+    return ["on GPUs a step need not come out bitwise the same twice (train.deterministic=false)"]
+
+
+def _say_how_far(done: int, steps: int) -> None:
+    if steps > QUIET_STEPS and done < steps and done % (steps // 10) == 0:
+        _say(f"trained {done:,} of {steps:,} steps again")
 
 
 def _first_of_all_ranks(found: list[Found]) -> dict[int, str]:
@@ -112,50 +208,12 @@ def _first_of_all_ranks(found: list[Found]) -> dict[int, str]:
     }
 
 
-def _prepare(
-    config: Config, run: RunDirectory, attempt: int, first_token: int
-) -> tuple[tuple[float, float], dict[int, tuple[float, float]], list[tuple[int, int]], int]:
-    """Loss and norm of the batch and of those before it, what had been skipped until then, and the
-    newest step with a checkpoint that knows of nothing that was skipped later.
-    """
-    records = list(read_ledger(run.ledger))
-    index = max(
-        i
-        for i, record in enumerate(records)
-        if isinstance(record, Trained | Skipped)
-        and (record.attempt, record.first_token) == (attempt, first_token)
-        and not is_passed_over(record)
-    )
-    target: Any = records[index]
-    before = {
-        record.first_token: (record.loss, record.grad_norm)
-        for record in records[:index]
-        if isinstance(record, Trained) and record.attempt == attempt
-    }
-    skipped = skipped_ranges(records[:index])
-    later = skipped_ranges(records[index:])
-    limit = min([first_token, *(first for first, _ in later)])
-    checkpoints = checkpoints_of(config, run)
-    known = [
-        step
-        for step in saved_steps(checkpoints)
-        if step < target.step and _tokens(checkpoint_in(checkpoints, step)) <= limit
-    ]
-    return (target.loss, target.grad_norm), before, skipped, max(known, default=0)
-
-
-def _tokens(checkpoint: Any) -> int:
-    """How many tokens the stream had delivered."""
-    stream = Manifest.read(checkpoint).progress["stream"]
-    return sum(cursor["tokens"] for cursor in stream["cursors"])
-
-
-def _differences(
-    first_token: int, recorded: tuple[float, float], measured: tuple[float, float]
-) -> list[str]:
+def _differences(then: Trained | Skipped, loss: float, grad_norm: float) -> list[str]:
+    numbers = ("loss", then.loss, loss), ("gradient norm", then.grad_norm, grad_norm)
     return [
-        f"{name} of the batch at token {first_token}: {theirs!r} in the ledger, {ours!r} now"
-        for name, theirs, ours in zip(("loss", "gradient norm"), recorded, measured, strict=True)
+        f"step {then.step}, {name} of the batch at token {then.first_token}: {theirs!r} in the "
+        f"ledger, {ours!r} now"
+        for name, theirs, ours in numbers
         if theirs != ours and not (math.isnan(theirs) and math.isnan(ours))
     ]
 
@@ -209,10 +267,20 @@ def _gradients(weights: nn.Module) -> list[Found]:
 
 
 def main() -> Replayed:
-    directory, attempt, first_token = sys.argv[1:]
+    directory, attempt, first_token, *max_steps_again = _arguments()
     run = RunDirectory(Path(directory))
-    config = read_run_config(run, int(attempt))
-    return replay(config, run, int(attempt), int(first_token))
+    config = read_run_config(run, attempt)
+    return replay(config, run, attempt, first_token, *max_steps_again)
+
+
+def _arguments() -> tuple[Any, ...]:
+    directory, *numbers = sys.argv[1:] or [""]
+    if len(numbers) not in (2, 3) or not all(number.isdecimal() for number in numbers):
+        raise UserError(
+            f"the arguments are {' '.join(sys.argv[1:]) or 'missing'}; they must be RUN_DIR "
+            "ATTEMPT FIRST_TOKEN [MAX_STEPS_AGAIN], as `farspan replay RUN --step N` lists them"
+        )
+    return directory, *map(int, numbers)
 
 
 if __name__ == "__main__":

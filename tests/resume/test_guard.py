@@ -9,7 +9,7 @@ import pytest
 
 from launch.train import prepare
 from pretrain.ledger import AttemptBegun, RollbackBegun, RolledBack, Skipped, Trained, read_ledger
-from pretrain.replay import tries
+from pretrain.replay_plan import tries
 from pretrain.run_dir import RunDirectory
 from tests.e2e.test_cli import farspan
 from tests.ranks import run_on_ranks
