@@ -1,7 +1,6 @@
 """The manifest that makes a folder a checkpoint: written last, and at once.
 
-It holds how far the run had come, size and sha256 of each file, where each part of each tensor
-lies, and a sha256 of itself.
+It holds how far the run had come, size and sha256 of each file, and a sha256 of itself.
 """
 
 import hashlib
@@ -27,48 +26,17 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """A part of a tensor, stored in one piece.
-
-    Attributes:
-        file: its name.
-        start: of its first byte in the file.
-        offsets, sizes: which part it is, per dimension.
-    """
-
-    file: str
-    start: int
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor, in chunks that together are the whole.
-
-    Attributes:
-        dtype: as safetensors names it.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    chunks: tuple[Chunk, ...]
-
-
-@dataclass(frozen=True)
 class Manifest:
     """
     Attributes:
         attempt: that wrote the checkpoint.
         progress: how far the run had come (`store.Progress`).
         files: by name.
-        tensors: by name.
     """
 
     attempt: int
     progress: dict[str, Any]
     files: dict[str, FileEntry]
-    tensors: dict[str, StoredTensor]
 
     def to_bytes(self) -> bytes:
         content = asdict(self)
@@ -94,7 +62,6 @@ class Manifest:
             content["attempt"],
             content["progress"],
             {name: FileEntry(**entry) for name, entry in content["files"].items()},
-            {name: _stored_tensor(entry) for name, entry in content["tensors"].items()},
         )
 
 
@@ -108,23 +75,46 @@ def check_files(checkpoint: Target, manifest: Manifest, part: int = 0, parts: in
         DamageError: names the first file that differs, and how.
     """
     for name in sorted(manifest.files)[part::parts]:
-        file, expected = checkpoint / name, manifest.files[name]
-        try:
-            size = file.size()
-            if size != expected.bytes:
-                raise DamageError(f"{file} has {size} bytes, expected {expected.bytes}")
-            if _sha256_of_chunks(file.chunks()) != expected.sha256:
-                raise DamageError(f"{file} has another sha256 than {MANIFEST} says")
-        except FileNotFoundError:
-            raise DamageError(f"{file} is missing") from None
+        for _ in _checked(checkpoint / name, manifest.files[name]):
+            pass
 
 
-def _stored_tensor(entry: dict[str, Any]) -> StoredTensor:
-    chunks = tuple(
-        Chunk(chunk["file"], chunk["start"], tuple(chunk["offsets"]), tuple(chunk["sizes"]))
-        for chunk in entry["chunks"]
-    )
-    return StoredTensor(entry["dtype"], tuple(entry["shape"]), chunks)
+def attempt_prefix(attempt: int) -> str:
+    """What the names of all files of an attempt begin with."""
+    return f"attempt-{attempt:04d}-"
+
+
+def index_name(attempt: int) -> str:
+    """Of the file that says which part of which tensor lies where.
+
+    It is the last in the order of names: rank n of those that check files together has the file
+    that rank n wrote, and reads from it next.
+    """
+    return f"{attempt_prefix(attempt)}tensors.npz"
+
+
+def read_index(checkpoint: Target, manifest: Manifest) -> bytes:
+    """Raises DamageError."""
+    name = index_name(manifest.attempt)
+    if name not in manifest.files:
+        raise DamageError(f"{checkpoint / MANIFEST} lists no {name}")
+    return b"".join(_checked(checkpoint / name, manifest.files[name]))
+
+
+def _checked(file: Target, expected: FileEntry) -> Iterator[bytes]:
+    """The content of a file, piece by piece. Raises DamageError, at the end at the latest."""
+    digest = hashlib.sha256()
+    try:
+        size = file.size()
+        if size != expected.bytes:
+            raise DamageError(f"{file} has {size} bytes, expected {expected.bytes}")
+        for chunk in file.chunks():
+            digest.update(chunk)
+            yield chunk
+    except FileNotFoundError:
+        raise DamageError(f"{file} is missing") from None
+    if digest.hexdigest() != expected.sha256:
+        raise DamageError(f"{file} has another sha256 than {MANIFEST} says")
 
 
 def _dump(content: Any) -> bytes:
@@ -133,10 +123,3 @@ def _dump(content: Any) -> bytes:
 
 def _sha256_of(content: Any) -> str:
     return hashlib.sha256(_dump(content)).hexdigest()
-
-
-def _sha256_of_chunks(chunks: Iterator[bytes]) -> str:
-    digest = hashlib.sha256()
-    for chunk in chunks:
-        digest.update(chunk)
-    return digest.hexdigest()

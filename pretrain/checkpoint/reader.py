@@ -1,10 +1,13 @@
-"""Read a checkpoint through torch's distributed checkpointing, whatever layout wrote it."""
+"""Read a checkpoint, whatever layout wrote it, through torch's planner of distributed loading.
+
+Each rank plans for itself, of the chunks that it needs alone.
+"""
 
 from collections import defaultdict
-from typing import Any
+from collections.abc import Mapping
+from typing import IO, Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import (
@@ -14,46 +17,26 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
-from torch.distributed.checkpoint.storage import StorageReader
-from torch.futures import Future
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.tensor import DTensor
 
-from pretrain.checkpoint.manifest import Chunk, Manifest
+from pretrain.checkpoint.index import Chunk, Index
 from pretrain.checkpoint.target import Target
-from pretrain.checkpoint.tensor_file import DTYPES, read_rows
-from pretrain.errors import UserError
+from pretrain.checkpoint.tensor_file import DTYPES, first_byte, read_rows
+from pretrain.errors import AttemptError, UserError
 
 NAMED_AT_MOST = 4
 
 
-def read_tensors(
-    checkpoint: Target, manifest: Manifest, into: dict[str, Tensor], *, alone: bool = False
-) -> None:
-    """Fill tensors, which may be DTensors of any layout, in place. Collective unless `alone`.
-
-    Raises:
-        UserError: the checkpoint has no such tensors; nothing has been changed then.
-    """
-    # What is empty is not stored.
-    into = {name: tensor for name, tensor in into.items() if tensor.numel()}
-    _refuse_another_model(checkpoint, manifest, into)
-    dcp.load(
-        into,
-        storage_reader=_Reader(checkpoint, manifest),
-        planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-        no_dist=alone,
-    )
-
-
-def _refuse_another_model(
-    checkpoint: Target, manifest: Manifest, wanted: dict[str, Tensor]
-) -> None:
+def refuse_another_model(checkpoint: Target, index: Index, wanted: Mapping[str, Tensor]) -> None:
+    """Raises UserError if a checkpoint does not have all of these tensors, in their shapes."""
     problems = []
     for name, tensor in wanted.items():
-        stored = manifest.tensors.get(name)
-        if stored is None:
+        stored = index.by_name.get(name)
+        # What is empty is not stored.
+        if stored is None and tensor.numel():
             problems.append(f"{name} is not in it")
-        elif stored.shape != tuple(tensor.shape):
+        elif stored is not None and stored.shape != tuple(tensor.shape):
             problems.append(f"{name} is {list(stored.shape)} there, {list(tensor.shape)} here")
     if problems:
         more = (
@@ -66,76 +49,75 @@ def _refuse_another_model(
         )
 
 
-class _Reader(StorageReader):
-    """Reads only the rows that a rank asks for, and nothing that could run code."""
+def read_tensors(checkpoint: Target, index: Index, into: Mapping[str, Tensor]) -> None:
+    """Fill tensors, which may be DTensors of any layout, in place, with what this rank has of them.
 
-    def __init__(self, checkpoint: Target, manifest: Manifest) -> None:
-        self._checkpoint = checkpoint
-        self._tensors = manifest.tensors
+    Raises:
+        AttemptError: a file can no longer be read.
+    """
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    wanted = {name: tensor for name, tensor in into.items() if tensor.numel()}
+    chunks = {name: _chunks_for(index, name, tensor) for name, tensor in wanted.items()}
+    planner.set_up_planner(wanted, _metadata(index, chunks))
+    places = {
+        MetadataIndex(name, chunk.offsets): chunk for name in chunks for chunk in chunks[name]
+    }
+    by_file: dict[str, list[tuple[Chunk, ReadItem]]] = defaultdict(list)
+    for item in planner.create_local_plan().items:
+        chunk = places[item.storage_index]
+        by_file[chunk.file].append((chunk, item))
+    for name, reads in by_file.items():
+        file = checkpoint / name
+        try:
+            with file.open() as opened:
+                _read(opened, reads, planner)
+        except (OSError, EOFError) as error:
+            raise AttemptError(f"{file} cannot be read: {error}") from error
 
-    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        return Metadata(
-            {
-                name: TensorStorageMetadata(
-                    TensorProperties(dtype=DTYPES[tensor.dtype]),
-                    torch.Size(tensor.shape),
-                    [
-                        ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))
-                        for chunk in tensor.chunks
-                    ],
-                )
-                for name, tensor in self._tensors.items()
-            },
-            storage_data={
-                MetadataIndex(name, chunk.offsets): (chunk, DTYPES[tensor.dtype])
-                for name, tensor in self._tensors.items()
-                for chunk in tensor.chunks
-            },
-        )
 
-    def set_up_storage_reader(self, metadata: Metadata, *_: Any, **__: Any) -> None:
-        self._stored: dict[MetadataIndex, tuple[Chunk, torch.dtype]] = metadata.storage_data
+def _chunks_for(index: Index, name: str, tensor: Tensor) -> list[Chunk]:
+    """Those of a tensor in which there is something of this rank's part of it."""
+    if not isinstance(tensor, DTensor):
+        return index.chunks(name, [0] * tensor.dim(), tensor.shape)
+    (local,) = tensor.__create_chunk_list__()
+    return index.chunks(name, local.offsets, local.sizes)
 
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        by_file: dict[str, list[ReadItem]] = defaultdict(list)
-        for item in plan.items:
-            by_file[self._stored[item.storage_index][0].file].append(item)
-        for name, items in by_file.items():
-            with (self._checkpoint / name).open() as file:
-                for item in sorted(
-                    items, key=lambda item: self._stored[item.storage_index][0].start
-                ):
-                    chunk, dtype = self._stored[item.storage_index]
-                    part = _read_part(file, chunk, dtype, item.storage_offsets, item.lengths)
-                    target = planner.resolve_tensor(item).detach()
-                    target.copy_(part)
-                    planner.commit_tensor(item, target)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
 
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
+def _metadata(index: Index, chunks: Mapping[str, list[Chunk]]) -> Metadata:
+    return Metadata(
+        {
+            name: TensorStorageMetadata(
+                TensorProperties(dtype=DTYPES[index.by_name[name].dtype]),
+                torch.Size(index.by_name[name].shape),
+                [
+                    ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))
+                    for chunk in of_tensor
+                ],
+            )
+            for name, of_tensor in chunks.items()
+        }
+    )
 
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
 
-    def reset(self, checkpoint_id: Any = None) -> None:
-        """One reader is of one checkpoint."""
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return False
+def _read(
+    file: IO[bytes], reads: list[tuple[Chunk, ReadItem]], planner: DefaultLoadPlanner
+) -> None:
+    begin = first_byte(file)
+    for chunk, item in sorted(reads, key=lambda read: read[0].start):
+        target: Any = planner.resolve_tensor(item)
+        part = _read_part(file, begin + chunk.start, chunk, item.storage_offsets, item.lengths)
+        target.detach().copy_(part)
 
 
 def _read_part(
-    file: Any, chunk: Chunk, dtype: torch.dtype, offsets: torch.Size, lengths: torch.Size
+    file: IO[bytes], start: int, chunk: Chunk, offsets: torch.Size, lengths: torch.Size
 ) -> Tensor:
     """The part of a chunk; along its first dimension no more than that is read."""
+    dtype = DTYPES[chunk.dtype]
     if not chunk.sizes:
-        return read_rows(file, chunk.start, dtype, torch.Size())
+        return read_rows(file, start, dtype, torch.Size())
     inner = torch.Size(chunk.sizes[1:])
-    start = chunk.start + offsets[0] * inner.numel() * dtype.itemsize
+    start += offsets[0] * inner.numel() * dtype.itemsize
     part = read_rows(file, start, dtype, torch.Size([lengths[0], *inner]))
     for dim in range(1, len(inner) + 1):
         part = part.narrow(dim, offsets[dim], lengths[dim])

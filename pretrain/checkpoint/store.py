@@ -6,28 +6,33 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pretrain.checkpoint.index import Index
 from pretrain.checkpoint.manifest import (
     MANIFEST,
     SET_ASIDE,
     DamageError,
     FileEntry,
     Manifest,
+    attempt_prefix,
     check_files,
+    read_index,
 )
-from pretrain.checkpoint.reader import read_tensors
-from pretrain.checkpoint.staging import Staging, attempt_prefix
+from pretrain.checkpoint.reader import read_tensors, refuse_another_model
+from pretrain.checkpoint.staging import Staging
 from pretrain.checkpoint.target import Target
 from pretrain.errors import AttemptError, TrainingError, UserError
 from pretrain.optim import moments
 
 # A full disk may be emptied by a person while training goes on.
 FAILURES_IN_A_ROW = 3
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -77,7 +82,7 @@ class _Pending:
     """A checkpoint whose files are being written."""
 
     progress: Progress
-    written: Future[FileEntry]
+    written: Future[dict[str, FileEntry]]
 
 
 class CheckpointStore:
@@ -152,19 +157,8 @@ class CheckpointStore:
         if pending is None:
             return False
         step = pending.progress.step
-        results: list[FileEntry | str] = _gather(_outcome(pending.written))
-        problem = next((result for result in results if isinstance(result, str)), None)
-        fenced: Exception | None = None
-        if problem is None and dist.get_rank() == 0:
-            try:
-                self._commit(pending.progress, results)
-            except (OSError, AttemptError) as error:
-                problem = _describe(error)
-            except Exception as error:
-                fenced = error
-        problem, fenced = _from_rank_0((problem, fenced))
-        if fenced:
-            raise fenced
+        outcomes = _gather_on_rank_0(_outcome(pending.written))
+        problem = _on_rank_0(lambda: self._commit(pending.progress, outcomes))
         if problem is None:
             self._failures, self.newest = 0, step
             if dist.get_rank() == 0:
@@ -199,15 +193,19 @@ class CheckpointStore:
         Raises:
             UserError: there are checkpoints, and all of them are damaged or of another model.
         """
-        steps = _from_rank_0(saved_steps(self.target))
+        steps = _on_rank_0(lambda: saved_steps(self.target))
         wanted = [step for step in steps if up_to is None or step <= up_to]
         wanted = wanted or (steps[:1] if or_oldest else [])
         found = newest_whole(self.target, wanted, _check_together)
-        if found is not None:
-            step, manifest = found
-            into = _tensors(weights, optimizer, routers)
-            read_tensors(checkpoint_in(self.target, step), manifest, into)
-        return Progress(**found[1].progress) if found else None
+        if found is None:
+            return None
+        step, manifest = found
+        checkpoint = checkpoint_in(self.target, step)
+        index = Index.from_bytes(_on_rank_0(lambda: read_index(checkpoint, manifest)))
+        into = _tensors(weights, optimizer, routers)
+        _together(lambda: refuse_another_model(checkpoint, index, into))
+        _together(lambda: read_tensors(checkpoint, index, into))
+        return Progress(**manifest.progress)
 
     def go_on_from(self, step: int) -> None:
         """Set checkpoints of later steps aside, damaged ones among them, and remove what was never
@@ -219,21 +217,29 @@ class CheckpointStore:
         self.newest = step
         dist.barrier()
 
-    def _write(self, folder: Target) -> FileEntry:
+    def _write(self, folder: Target) -> dict[str, FileEntry]:
         assert self._staging is not None
         # A run directory that has vanished must not come back half.
         folder.make(parents=False)
         return self._staging.write(folder)
 
-    def _commit(self, progress: Progress, files: list[Any]) -> None:
-        assert self._staging is not None
-        names = sorted({chunk.file for t in self._staging.tensors.values() for chunk in t.chunks})
-        by_rank = {_rank_of(name): name for name in names}
-        entries = {name: files[rank] for rank, name in by_rank.items()}
-        manifest = Manifest(self._attempt, asdict(progress), entries, self._staging.tensors)
+    def _commit(
+        self, progress: Progress, outcomes: Sequence[dict[str, FileEntry] | str]
+    ) -> str | None:
+        """Returns what has gone wrong."""
+        files: dict[str, FileEntry] = {}
+        for outcome in outcomes:
+            if isinstance(outcome, str):
+                return outcome
+            files |= outcome
+        manifest = Manifest(self._attempt, asdict(progress), files)
         folder = checkpoint_in(self.target, progress.step)
-        (folder / MANIFEST).commit(manifest.to_bytes(), self._check_attempt)
+        try:
+            (folder / MANIFEST).commit(manifest.to_bytes(), self._check_attempt)
+        except (OSError, AttemptError) as error:
+            return _describe(error)
         self._losses[progress.step] = progress.loss
+        return None
 
     def _retain(self) -> None:
         """Remove what need not stay; what cannot be removed now is tried again next time."""
@@ -336,17 +342,9 @@ def newest_whole(
 
 
 def _check_together(checkpoint: Target) -> Manifest:
-    """`check_alone`; the ranks share the work and agree."""
-    manifest, damage = None, None
-    try:
-        manifest = Manifest.read(checkpoint)
-        check_files(checkpoint, manifest, dist.get_rank(), dist.get_world_size())
-    except DamageError as error:
-        damage = str(error)
-    found = next((damage for damage in _gather(damage) if damage), None)
-    if found:
-        raise DamageError(found)
-    assert manifest is not None
+    """`check_alone`; rank 0 reads the manifest, the ranks share the files. Raises on all alike."""
+    manifest = _on_rank_0(lambda: Manifest.read(checkpoint))
+    _together(lambda: check_files(checkpoint, manifest, dist.get_rank(), dist.get_world_size()))
     return manifest
 
 
@@ -385,11 +383,7 @@ def _loss_of(checkpoint: Target) -> float | None:
     return loss
 
 
-def _rank_of(file: str) -> int:
-    return int(file.partition("-rank-")[2].partition(".")[0])
-
-
-def _outcome(written: Future[FileEntry]) -> FileEntry | str:
+def _outcome(written: Future[dict[str, FileEntry]]) -> dict[str, FileEntry] | str:
     try:
         return written.result()
     except (OSError, AttemptError) as error:
@@ -402,13 +396,38 @@ def _describe(error: OSError | AttemptError) -> str:
     return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
 
 
-def _from_rank_0(value: Any) -> Any:
-    box = [value]
+def _on_rank_0(work: Callable[[], T]) -> T:
+    """What rank 0 does, told or raised on all ranks. Collective."""
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = work()
+        except Exception as error:
+            box[1] = error
     dist.broadcast_object_list(box, src=0)
-    return box[0]
+    if box[1] is not None:
+        raise box[1]
+    result: T = box[0]
+    return result
 
 
-def _gather(value: Any) -> list[Any]:
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+def _together(work: Callable[[], None]) -> None:
+    """What each rank does; fails on all ranks if it fails on one. Collective."""
+    error: Exception | None = None
+    try:
+        work()
+    except (AttemptError, DamageError, UserError) as raised:
+        error = raised
+    errors: list[Exception | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    raised_anywhere = [error for error in errors if error is not None]
+    # What cannot be read now is no reason to give a checkpoint up, even if another file is damaged.
+    for error in sorted(raised_anywhere, key=lambda error: not isinstance(error, AttemptError)):
+        raise error
+
+
+def _gather_on_rank_0(value: T) -> list[T]:
+    """Of all ranks; nothing on the others."""
+    values: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
+    dist.gather_object(value, values or None)
     return values

@@ -16,6 +16,7 @@ from torch import Tensor
 
 WRITE_BYTES = 1 << 26
 ALIGNMENT = 8
+LENGTH = struct.Struct("<Q")
 
 DTYPES = {
     "F64": torch.float64,
@@ -55,28 +56,17 @@ class HashedStream:
         return self._hash.hexdigest()
 
 
-def header_of(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]:
-    """The bytes before the tensors, and the place in the file where each of them begins."""
-    starts, entries, place = {}, {}, 0
-    for name, tensor in tensors.items():
-        starts[name] = place
-        entries[name] = {
-            "dtype": NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [place, place + tensor.nbytes],
-        }
-        place += tensor.nbytes
-    header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % ALIGNMENT)
-    before = struct.pack("<Q", len(header)) + header
-    return before, {name: len(before) + start for name, start in starts.items()}
-
-
 def write_tensors(stream: HashedStream, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors, which are contiguous and in the memory of the CPU."""
-    stream.write(header_of(tensors)[0])
+    stream.write(_header_of(tensors))
     for tensor in tensors.values():
         stream.write(tensor.view(-1).view(torch.uint8).numpy())
+
+
+def first_byte(file: IO[bytes]) -> int:
+    """Where the tensors begin."""
+    file.seek(0)
+    return LENGTH.size + int(LENGTH.unpack(file.read(LENGTH.size))[0])
 
 
 def read_rows(file: IO[bytes], start: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
@@ -96,3 +86,17 @@ def read_rows(file: IO[bytes], start: int, dtype: torch.dtype, shape: torch.Size
                 raise EOFError("the file ends in the middle of a tensor")
             view = view[count:]
     return tensor
+
+
+def _header_of(tensors: Mapping[str, Tensor]) -> bytes:
+    entries, place = {}, 0
+    for name, tensor in tensors.items():
+        entries[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [place, place + tensor.nbytes],
+        }
+        place += tensor.nbytes
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % ALIGNMENT)
+    return LENGTH.pack(len(header)) + header

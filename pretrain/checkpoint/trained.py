@@ -1,11 +1,11 @@
 """A trained model, whole, in one process: for evaluation, generation and export."""
 
 import sys
-import warnings
 
 from pretrain.balancing import RouterState
-from pretrain.checkpoint.manifest import Manifest
-from pretrain.checkpoint.reader import read_tensors
+from pretrain.checkpoint.index import Index
+from pretrain.checkpoint.manifest import Manifest, read_index
+from pretrain.checkpoint.reader import read_tensors, refuse_another_model
 from pretrain.checkpoint.store import checkpoint_in, newest_whole, saved_steps
 from pretrain.checkpoint.target import Target
 from pretrain.config import Config, read_run_config
@@ -48,7 +48,7 @@ def load_weights(model: Transformer, checkpoint: Target, manifest: Manifest) -> 
     routers = RouterState(model.config.n_layers, model.config.moe)
     tensors = {f"model.{name}": weight for name, weight in model.state_dict().items()}
     tensors |= {f"routers.{name}": value for name, value in routers.state_dict().items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        read_tensors(checkpoint, manifest, tensors, alone=True)
+    index = Index.from_bytes(read_index(checkpoint, manifest))
+    refuse_another_model(checkpoint, index, tensors)
+    read_tensors(checkpoint, index, tensors)
     routers.copy_to(dict(model.layers))

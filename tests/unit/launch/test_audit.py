@@ -126,7 +126,7 @@ class Simulated:
         progress = Progress(self.step, 0, self.saved[self.step])
         folder = checkpoint_in(Target(str(self.run.checkpoints)), self.step)
         Path(str(folder)).mkdir(parents=True)
-        manifest = Manifest(self.attempt, vars(progress), {}, {})
+        manifest = Manifest(self.attempt, vars(progress), {})
         Path(str(folder / MANIFEST)).write_bytes(manifest.to_bytes())
 
 

@@ -1,6 +1,7 @@
 """A checkpoint is complete or absent, and what is damaged is named and not used."""
 
 import errno
+import json
 import re
 import resource
 import signal
@@ -15,10 +16,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from pretrain.checkpoint.manifest import MANIFEST, DamageError, Manifest
-from pretrain.checkpoint.store import Retention, check_alone, checkpoint_in, saved_steps
+from pretrain.checkpoint.manifest import (
+    MANIFEST,
+    DamageError,
+    Manifest,
+    check_files,
+    read_index,
+)
+from pretrain.checkpoint.store import (
+    CheckpointStore,
+    Retention,
+    check_alone,
+    checkpoint_in,
+    saved_steps,
+)
 from pretrain.checkpoint.target import Target
+from pretrain.config import OptimConfig
 from pretrain.errors import AttemptError, TrainingError, UserError
+from pretrain.optim import build_optimizer
 from tests.unit.pretrain.checkpoint.conftest import Saved
 
 
@@ -93,8 +108,12 @@ def places(saved: Saved, kind: str) -> list[int]:
     """Bytes of a rank's file that belong to the header, to weights, moments or routers."""
     if kind == "header":
         return [0, 9, 40]
-    tensors = Manifest.read(checkpoint_in(saved.target, 2)).tensors
-    return [t.chunks[0].start for name, t in tensors.items() if name.startswith(kind)]
+    content = only_file(saved, 2).read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    entries = json.loads(content[8:begin])
+    return [
+        begin + entry["data_offsets"][0] for name, entry in entries.items() if name.startswith(kind)
+    ]
 
 
 @pytest.mark.parametrize("kind", ["header", "model.", "optimizer.", "routers."])
@@ -119,6 +138,30 @@ def test_a_flipped_byte_of_any_kind_is_named_and_the_one_before_is_used(
     told = capsys.readouterr().err
     assert told.count("warning: the checkpoint of step 2 is damaged") == 1
     assert saved_steps(saved.target) == [1]
+
+
+def test_a_flipped_byte_of_the_index_is_found(saved: Saved) -> None:
+    saved.save(1)
+    (index,) = folder(saved, 1).glob("*.npz")
+    manifest, whole = Manifest.read(checkpoint_in(saved.target, 1)), index.read_bytes()
+    for place in range(0, len(whole), 50):
+        flip(index, place)
+        for check in (check_files, read_index):
+            with pytest.raises(DamageError, match=f"{index.name} has another sha256"):
+                check(checkpoint_in(saved.target, 1), manifest)
+        index.write_bytes(whole)
+    assert read_index(checkpoint_in(saved.target, 1), manifest) == whole
+
+
+def test_the_manifest_does_not_grow_with_the_tensors(saved: Saved) -> None:
+    sizes = []
+    for layers in (1, 100):
+        saved.weights = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(layers)))
+        saved.optimizer = build_optimizer(saved.weights, OptimConfig())
+        saved.store = CheckpointStore(saved.target, Retention(2), 1, lambda: None)
+        saved.save(layers)
+        sizes.append((folder(saved, layers) / MANIFEST).stat().st_size)
+    assert max(sizes) - min(sizes) < 20
 
 
 def test_every_flipped_byte_of_the_manifest_is_found(saved: Saved) -> None:
@@ -202,7 +245,7 @@ def test_an_attempt_that_another_has_followed_commits_nothing(saved: Saved) -> N
     with pytest.raises(RuntimeError, match="another attempt has begun"):
         saved.store.finish_save()
     assert saved_steps(saved.target) == [1]
-    assert [path.name for path in folder(saved, 2).iterdir()] == [only_file(saved, 2).name]
+    assert not (folder(saved, 2) / MANIFEST).exists()
 
 
 def test_a_folder_that_has_vanished_does_not_come_back(
