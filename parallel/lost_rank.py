@@ -20,18 +20,13 @@ the job, but its heartbeats are old.
 """
 
 import faulthandler
-import json
-import os
 import re
-import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self, TextIO
@@ -47,20 +42,22 @@ from parallel.call_stack import (
 )
 from parallel.flight_recorder import write_dump
 from parallel.heartbeat import Heartbeat
+from parallel.inquiry import Inquiry, Verdict
 from parallel.job_status import JobStatus
 from parallel.stragglers import Slowest
-from parallel.verdict import Answer, first_of, who_has_not_arrived
+from parallel.verdict import VERDICT_S, Answer
 
-# A thread answers in milliseconds, unless its process is starved of a core.
-ANSWER_S = 6.0
 POLL_S = 0.1
+# Silence of the job's store, in polls of a process that itself runs.
+STORE_POLLS = 200
+# A file system that hangs must not keep the others from the verdict.
+WRITE_S = 3.0
 # How often the watching thread looks whether the main thread waits.
 WATCH_S = 0.05
 # What one look can have missed at most; a process that was stopped was not silent meanwhile.
 MISSED_S = 1.0
 # Thousands of ranks write to the store of rank 0.
 HEARTBEAT_S = 10.0
-FOREVER = timedelta(days=365)
 STACKS = "stacks"
 FLIGHT_RECORDER = "flight_recorder"
 
@@ -95,20 +92,23 @@ class RankMonitor:
         self._heartbeat_s = heartbeat_s
         self._heart = Heartbeat(hang_timeout_s)
         self._is_on_gpu = torch.cuda.is_available()
-        self._rank, self._size = dist.get_rank(), dist.get_world_size()
+        self._rank = dist.get_rank()
         store: Any = dist.distributed_c10d._get_default_store()
-        self._store = dist.PrefixStore("lost_rank", store.clone())
         # A call that waits holds on to its connection.
-        self._store_of_thread = dist.PrefixStore("lost_rank", store.clone())
+        shared, own = (dist.PrefixStore("lost_rank", store.clone()) for _ in range(2))
+        self._inquiry = Inquiry(shared, self._rank, dist.get_world_size())
+        self._inquiry_of_thread = Inquiry(own, self._rank, dist.get_world_size())
         self._is_leaving = False
         self._is_closed = threading.Event()
         self._is_ending = threading.Lock()
         self._is_written_down = threading.Lock()
         self._error: Exception | None = None
         self._failed_in: Activity | None = None
-        self._verdict: dict[str, str | int] | None = None
+        self._verdict: Verdict | None = None
+        # The rank that has asked and never told, if the store is there to say so.
+        self._asker: int | None = None
         self._process_of_store = ""
-        self._status = JobStatus(self._store, self._heart)
+        self._status = JobStatus(shared, self._heart)
         self._answering = threading.Thread(target=self._answer_calls, daemon=True)
         self._watching = threading.Thread(target=self._watch, daemon=True)
         self._reporting = threading.Thread(target=self._report_status, daemon=True)
@@ -127,7 +127,7 @@ class RankMonitor:
         return self._status.slowest
 
     def __enter__(self) -> Self:
-        self._store.set(f"process/{self._rank}", f"{socket.gethostname()} {os.getpid()}")
+        self._inquiry.introduce()
         self._status.report(self.folder)
         self._dump_if_interpreter_is_blocked()
         for thread in (self._answering, self._watching, self._reporting):
@@ -151,7 +151,7 @@ class RankMonitor:
         self._is_closed.set()
         faulthandler.cancel_dump_traceback_later()
         with suppress(dist.DistError):
-            self._store.set(f"call/{self._rank}", "")
+            self._inquiry.call_off()
         self._answering.join(timeout=1)
 
     def _may_end(self) -> bool:
@@ -180,21 +180,21 @@ class RankMonitor:
         faulthandler.dump_traceback_later(self._hang_timeout_s)
 
     def _answer_calls(self) -> None:
-        store = self._store_of_thread
         with suppress(dist.DistError):
-            self._process_of_store = _process_of_store(store)
-            store.wait([f"call/{self._rank}"], FOREVER)
+            self._process_of_store = self._inquiry_of_thread.process_of_store()
+            self._inquiry_of_thread.wait_for_call()
             if self._is_closed.is_set():
                 return
-            answer = self._answer(self._activity())
-            store.set(f"answer/{self._rank}", json.dumps(asdict(answer)))
+            self._inquiry_of_thread.answer(self._answer(self._activity()))
             self._write_down()
-            store.wait(["verdict"], timedelta(seconds=2 * ANSWER_S))
-            self._verdict = json.loads(store.get("verdict"))
-            store.add("told", 1)
+            verdict = self._inquiry_of_thread.wait_for_verdict()
+            if verdict is None:
+                return
+            self._verdict = verdict
+            self._inquiry_of_thread.note_told()
             if self._may_end():
-                self._stay_while_others_ask()
-                self._end(str(self._verdict["text"]))
+                self._stay_while_others_ask(self._inquiry_of_thread)
+                self._end(verdict.text)
 
     def _activity(self) -> Activity:
         """What this rank is doing, or did when a collective of its own failed."""
@@ -216,70 +216,52 @@ class RankMonitor:
         answer = self._answer(activity)
         noticed = f"noticed by rank {self._rank} in {activity.what} {answer.when()}: {reason}"
         self._write_down()
-        # A store whose process is stopped never answers, and no timeout applies.
         asking = threading.Thread(target=self._ask, args=(answer, noticed), daemon=True)
         asking.start()
-        asking.join(timeout=2 * ANSWER_S)
+        self._wait_while_store_answers(asking)
         if self._verdict:
-            self._end(str(self._verdict["text"]))
-        self._end(
-            f"{self._process_of_store} is dead, stopped or cut off, and the job's store with it; "
-            + noticed
-        )
+            self._end(self._verdict.text)
+        who = f"{self._process_of_store} is dead, stopped or cut off, and the job's store with it"
+        if self._asker is not None and not asking.is_alive():
+            who = f"rank {self._asker} has asked all ranks, and not said who is lost"
+        self._end(f"{who}; {noticed}")
+
+    def _wait_while_store_answers(self, asking: threading.Thread) -> None:
+        """Until `asking` ends, or hears nothing any more.
+
+        A store whose process is stopped never answers, and no timeout applies.
+        """
+        heard, quiet = -1, 0
+        while asking.is_alive() and quiet < STORE_POLLS:
+            now = self._inquiry.heard + self._inquiry_of_thread.heard
+            quiet = 0 if now != heard else quiet + 1
+            heard = now
+            asking.join(timeout=POLL_S)
 
     def _ask(self, answer: Answer, noticed: str) -> None:
         """Reach a verdict, or hear that of the rank that was first to ask."""
+        is_asker = False
         with suppress(dist.DistError):
-            if self._store.add("noticed", 1) == 1:
-                lost, answered = self._call_on_others(answer)
+            is_asker = self._inquiry.asker() == self._rank
+            if is_asker:
                 stacks = f"; stacks: {self.folder / STACKS}" if self.folder else ""
-                self._verdict = {"text": f"{lost}; {noticed}{stacks}", "answered": answered}
-                self._store.set("verdict", json.dumps(self._verdict))
+                self._verdict = self._inquiry.ask(answer, noticed + stacks)
+            elif verdict := self._inquiry.wait_for_verdict():
+                self._verdict = verdict
             else:
-                self._answering.join()
-            self._stay_while_others_ask()
-        if self._verdict is None:
-            # The thread may have heard it before the store went.
+                self._asker = self._inquiry.asker()
+            self._stay_while_others_ask(self._inquiry)
+        if not is_asker:
+            # That has to say that it has heard the verdict, or has heard it before the store went.
             self._answering.join(timeout=1)
-
-    def _call_on_others(self, own: Answer) -> tuple[str, int]:
-        """Who is lost, in words, and how many ranks answered."""
-        others = [rank for rank in range(self._size) if rank != self._rank]
-        for rank in others:
-            self._store.set(f"call/{rank}", "")
-        silent = self._wait_for_answers(set(others))
-        answers = {rank: self._answer_of(rank) for rank in others if rank not in silent}
-        failed, text = self._failure()
-        lost = [f"{self._process(failed)} failed: {text}"] if text else []
-        for rank in sorted(silent - {failed}):
-            how = "is dead" if self._is_dead(rank) else "does not answer (stopped, or cut off)"
-            lost.append(f"{self._process(rank)} {how}")
-        late = [] if lost else who_has_not_arrived(self._rank, answers | {self._rank: own})
-        lost += [f"{self._process(rank)} {how}" for rank, how in late]
-        nobody = "all ranks answer, and none is elsewhere: the network or its backend is stuck"
-        return first_of(lost or [nobody]), len(answers)
-
-    def _wait_for_answers(self, silent: set[int]) -> set[int]:
-        """Those of `silent` that have not answered in time."""
-        deadline = time.monotonic() + ANSWER_S
-        while silent and time.monotonic() < deadline:
-            time.sleep(POLL_S)
-            silent = {rank for rank in silent if not self._has(f"answer/{rank}")}
-            if all(rank == self._failure()[0] or self._is_dead(rank) for rank in silent):
-                break
-        return silent
-
-    def _answer_of(self, rank: int) -> Answer:
-        return Answer(**json.loads(self._store.get(f"answer/{rank}")))
 
     def _write_down(self) -> None:
         """Write down the stacks of all threads, and what the flight recorder holds; once."""
         if not self._is_written_down.acquire(blocking=False):
             return
-        # A file system that hangs must not keep the others from the verdict.
         writing = threading.Thread(target=self._write_files, daemon=True)
         writing.start()
-        writing.join(timeout=ANSWER_S / 2)
+        writing.join(timeout=WRITE_S)
 
     def _write_files(self) -> None:
         if self.folder is None:
@@ -309,67 +291,20 @@ class RankMonitor:
             while not self._is_closed.wait(self._heartbeat_s):
                 self._status.report(self.folder)
 
-    def _stay_while_others_ask(self) -> None:
+    def _stay_while_others_ask(self, inquiry: Inquiry) -> None:
         """The store lives in rank 0: it leaves once the others know."""
-        deadline = time.monotonic() + ANSWER_S
-        while self._rank == 0 and self._verdict and time.monotonic() < deadline:
-            if self._store.add("told", 0) >= int(self._verdict["answered"]):
-                break
-            time.sleep(POLL_S)
+        if self._rank == 0 and self._verdict:
+            inquiry.stay_until_told(self._verdict)
 
     def _report(self, error: Exception) -> None:
-        """Let the others know why this rank leaves them, if it is the first to."""
-        report = json.dumps([self._rank, f"{type(error).__name__}: {error}".splitlines()[0]])
+        """Let the others know why this rank leaves them."""
         with suppress(dist.DistError):
-            self._store.compare_set("failure", "", report)
-
-    def _failure(self) -> tuple[int, str]:
-        """The rank that reported an error of its own, and the error; or -1 and nothing."""
-        if not self._has("failure"):
-            return -1, ""
-        rank, text = json.loads(self._store.get("failure"))
-        return rank, text
-
-    def _has(self, key: str) -> bool:
-        return bool(self._store.check([key]))
-
-    def _process(self, rank: int) -> str:
-        if not self._has(f"process/{rank}"):
-            return f"rank {rank}"
-        return _named(rank, self._store.get(f"process/{rank}"))
-
-    def _is_dead(self, rank: int) -> bool:
-        """Whether that is certain: it was a process of this machine."""
-        if not self._has(f"process/{rank}"):
-            return False
-        host, pid = self._store.get(f"process/{rank}").decode().split()
-        if host != socket.gethostname():
-            return False
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            pass
-        return False
+            self._inquiry.report_failure(f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 def _wait_for_the_end() -> None:
     """Another thread is about to end this process."""
-    time.sleep(4 * ANSWER_S)
-
-
-def _process_of_store(store: dist.Store) -> str:
-    """What to call the process that the store lives in; waits until it has introduced itself."""
-    first = _named(0, store.get("process/0"))
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
-        return f"torchrun's agent on {os.environ['MASTER_ADDR']}"
-    return first
-
-
-def _named(rank: int, process: bytes) -> str:
-    host, pid = process.decode().split()
-    return f"rank {rank} (process {pid} on {host})"
+    time.sleep(2 * VERDICT_S)
 
 
 def _reason(error: Exception) -> str:

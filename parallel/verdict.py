@@ -1,9 +1,13 @@
 """Who is to blame, from what the ranks of a job say that they are doing."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Self
 
 NAMED_AT_MOST = 8
+# How long the ranks of a job take at most to find out; NCCL must not end them meanwhile.
+VERDICT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,25 @@ class Answer:
 
     def when(self) -> str:
         return f"at step {self.step} ({self.phase}, for {self.silent_s:.0f} s)"
+
+    def to_json(self) -> str:
+        """As short for thousands of ranks as for two, where they lie along an axis of a mesh."""
+        return json.dumps(asdict(self) | {"ranks": _as_range(self.ranks) or list(self.ranks)})
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        fields = json.loads(text)
+        ranks = fields["ranks"]
+        fields["ranks"] = range(*ranks["range"]) if isinstance(ranks, dict) else tuple(ranks)
+        return cls(**fields)
+
+
+def _as_range(ranks: Sequence[int]) -> dict[str, list[int]] | None:
+    """Start, stop and step of evenly spaced ranks."""
+    if len(ranks) < 2:
+        return None
+    spaced = [ranks[0], ranks[-1] + 1, ranks[1] - ranks[0]]
+    return {"range": spaced} if spaced[2] > 0 and [*range(*spaced)] == [*ranks] else None
 
 
 def first_of(lines: Sequence[str]) -> str:
@@ -51,12 +74,24 @@ def who_has_not_arrived(asking: int, answers: Mapping[int, Answer]) -> list[tupl
 
 
 def _chain(first: int, answers: Mapping[int, Answer]) -> list[int]:
-    """The ranks that `first` waits for, then those that they wait for, and so on."""
-    chain = [first]
-    for waiting in chain:
-        chain += [
-            rank
-            for rank in answers[waiting].ranks
-            if rank not in chain and answers[rank].what != answers[waiting].what
-        ]
-    return chain[1:]
+    """The ranks that `first` waits for, then those that they wait for, and so on; `first` itself
+    where it comes to that.
+
+    Each group is gone through twice at most: all its ranks are in one of two collectives, or else
+    in another one than that.
+    """
+    # A dictionary keeps the order and knows its members.
+    chain: dict[int, None] = {}
+    collectives: dict[Sequence[int], set[str]] = {}
+    waiting = [first]
+    for rank in waiting:
+        answer = answers[rank]
+        seen = collectives.setdefault(answer.ranks, set())
+        if answer.what in seen or len(seen) == 2:
+            continue
+        seen.add(answer.what)
+        awaited = (other for other in answer.ranks if other not in chain)
+        late = [other for other in awaited if answers[other].what != answer.what]
+        chain |= dict.fromkeys(late)
+        waiting += late
+    return list(chain)

@@ -25,7 +25,10 @@ from parallel.lost_rank import RankMonitor
 from parallel.mesh import join_ranks, limit_collectives
 
 RANK = int(os.environ["RANK"])
-TIMEOUT_S = 4
+# A busy machine may take as long as that to run a rank that is well.
+TIMEOUT_S = 20
+# Until the lost rank is killed, with whatever it does.
+VERY_LONG_S = 10**4
 LOST = 3
 SLOW = 2
 EXIT_CODE = 70
@@ -54,7 +57,7 @@ def kill() -> None:
 
 
 def wait_for_data() -> None:
-    time.sleep(60)
+    time.sleep(VERY_LONG_S)
 
 
 def loop_forever() -> None:
@@ -66,7 +69,7 @@ def loop_forever() -> None:
 
 def block_interpreter() -> None:
     # A PyDLL keeps the interpreter's lock while it calls.
-    ctypes.PyDLL(None).sleep(60)
+    ctypes.PyDLL(None).sleep(VERY_LONG_S)
 
 
 def call_another_collective() -> None:
@@ -152,11 +155,11 @@ def train_slowly(folder: Path) -> None:
     long a step takes, and then where it has taken as long before.
     """
     join_ranks(timedelta(minutes=1))
-    with monitor_in(folder, 2) as monitor:
+    with monitor_in(folder, TIMEOUT_S) as monitor:
         for step in (1, 2):
             monitor.beat(step, "train")
             if RANK == LOST:
-                time.sleep(3)
+                time.sleep(1.2 * TIMEOUT_S)
             dist.barrier()
     write(folder / f"rank-{RANK}.txt", "finished")
 
@@ -168,7 +171,7 @@ def train_beside_a_straggler(folder: Path) -> None:
         for step in range(1, 200):
             monitor.beat(step, "train")
             if RANK == SLOW:
-                time.sleep(0.2)
+                time.sleep(0.5)
             slowest = monitor.slowest
             has_warned = torch.tensor(slowest is not None and slowest.is_persistent)
             dist.broadcast(has_warned, src=0)

@@ -112,7 +112,7 @@ def test_every_rank_that_runs_leaves_its_stacks(folder: Path) -> None:
 
 def test_stacks_of_a_rank_whose_interpreter_is_blocked_are_in_its_log(folder: Path) -> None:
     log = (folder / "hang-native" / "rank-3.log").read_text()
-    assert "Timeout (0:00:04)!" in log
+    assert "Timeout (0:00:20)!" in log
     assert "in block_interpreter" in log
 
 
