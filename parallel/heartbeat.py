@@ -3,10 +3,15 @@
 import time
 from dataclasses import dataclass
 
-# A phase that has never ended may compile; a slow one waits for storage.
-PATIENCE_AT_FIRST = 4
+# A phase that has never ended may compile; a slow one waits for storage. Nothing may take longer.
+PATIENCE_AT_MOST = 4
 # A phase that has taken long before may do so again.
 PATIENCE_LATER = 2
+
+
+def longest_silence_s(timeout_s: float) -> float:
+    """How long a rank may be silent at most, in any phase."""
+    return PATIENCE_AT_MOST * timeout_s
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,8 @@ class Heartbeat:
     """Beats of the main thread, and what a thread that watches them makes of their absence.
 
     A step that is slow is not taken for one that hangs: a phase may take twice as long as it has
-    ever taken, but at least `timeout_s`, and four times that when it happens for the first time or
-    is slow by nature.
+    ever taken, but at least `timeout_s` and at most four times that; and four times that when it
+    happens for the first time or is slow by nature.
 
     Attributes:
         last: the newest beat.
@@ -93,9 +98,11 @@ class Heartbeat:
     def allowed_s(self) -> float:
         """How long the rank may be silent in the phase that it is in."""
         beat = self._watched
-        is_patient = beat.is_slow or beat.phase not in self._finished
-        least_s = self._timeout_s * (PATIENCE_AT_FIRST if is_patient else 1)
-        return max(least_s, PATIENCE_LATER * self._longest_s.get(beat.phase, 0.0))
+        most_s = longest_silence_s(self._timeout_s)
+        if beat.is_slow or beat.phase not in self._finished:
+            return most_s
+        longer_s = PATIENCE_LATER * self._longest_s.get(beat.phase, 0.0)
+        return min(most_s, max(self._timeout_s, longer_s))
 
     def is_overdue(self) -> bool:
         return self.silent_s > self.allowed_s()

@@ -15,7 +15,9 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from parallel.heartbeat import longest_silence_s
 from parallel.pipeline.plan import Schedule
+from parallel.verdict import VERDICT_S
 from pretrain.errors import UserError
 from pretrain.model.config import LayerKind, ModelConfig
 from pretrain.run_dir import RunDirectory
@@ -77,13 +79,15 @@ class TrainConfig(Section):
         2048, description="Tokens whose logits exist at a time in the cross-entropy."
     )
     collective_timeout_s: Positive = Field(
-        600, description="How long a rank waits for the others before the attempt is given up."
+        1800,
+        description="How long a rank waits for the others before the attempt is given up, whoever "
+        "is to blame; at least four times train.hang_timeout_s and a minute.",
     )
     hang_timeout_s: Positive = Field(
         300,
         description="How long a phase of a step (data, forward and backward, optimizer) may take "
         "before all ranks end, with the one that is stuck named: so long, or twice as long as ever "
-        "before; four times as long when it happens first, and for a checkpoint.",
+        "before, up to four times as long; and that when it happens first, and for a checkpoint.",
     )
 
 
@@ -225,7 +229,9 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
     tree = _read_yaml(_recipe_path(recipe))
     for override in overrides:
         _apply_override(tree, override)
-    return parse_config(tree)
+    config = parse_config(tree)
+    _check_timeouts(config.train)
+    return config
 
 
 def parse_config(tree: Mapping[str, Any]) -> Config:
@@ -384,6 +390,18 @@ def _description(location: Sequence[Any]) -> str | None:
         field = getattr(section, "model_fields", {}).get(name)
         section = field.annotation if field else None
     return field.description if field else None
+
+
+def _check_timeouts(train: TrainConfig) -> None:
+    """Refuse what lets NCCL abort the ranks (SIGABRT) before they know which of them hangs."""
+    least = math.ceil(longest_silence_s(train.hang_timeout_s) + VERDICT_S)
+    if train.collective_timeout_s < least:
+        raise UserError(
+            f"train.collective_timeout_s = {train.collective_timeout_s}: must be at least {least}, "
+            f"which is four times train.hang_timeout_s = {train.hang_timeout_s} and a minute, or "
+            "NCCL ends the ranks before they find out which of them hangs: raise it, or lower "
+            "train.hang_timeout_s"
+        )
 
 
 def _check_model(model: ModelConfig) -> None:

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from parallel.heartbeat import Heartbeat
+from parallel.heartbeat import Heartbeat, longest_silence_s
 
 TIMEOUT_S = 10.0
 
@@ -41,11 +41,21 @@ def test_a_phase_that_has_ended_may_take_the_timeout() -> None:
 
 def test_a_phase_that_has_taken_long_before_may_take_twice_as_long() -> None:
     heart = Heartbeat(TIMEOUT_S)
-    go_through(heart, 1, "forward", 30)
+    go_through(heart, 1, "forward", 15)
     go_through(heart, 1, "data", 1)
-    go_through(heart, 2, "forward", 59)
+    go_through(heart, 2, "forward", 29)
     heart.beat(2, "data")
     assert silent_after(heart, 11)
+
+
+def test_no_phase_may_take_more_than_four_times_the_timeout() -> None:
+    heart = Heartbeat(TIMEOUT_S)
+    go_through(heart, 1, "forward", 30)
+    go_through(heart, 1, "data", 1)
+    go_through(heart, 2, "forward", 39)
+    go_through(heart, 2, "data", 1)
+    heart.beat(3, "forward")
+    assert silent_after(heart, longest_silence_s(TIMEOUT_S) + 1)
 
 
 def test_a_slow_phase_may_always_take_four_times_as_long() -> None:

@@ -183,3 +183,9 @@ def test_a_layout_that_cannot_be_is_refused_with_the_nearest_that_works(
         resolve_layout(load_config("tiny-hybrid-moe", overrides), ranks)
     for word in words:
         assert word in str(refusal.value)
+
+
+def test_timeouts_that_let_nccl_end_the_ranks_before_they_know_who_hangs_are_refused() -> None:
+    with pytest.raises(UserError, match=r"must be at least 460, which is four times.* = 100 and a"):
+        load_config("tiny", ["train.hang_timeout_s=100", "train.collective_timeout_s=459"])
+    load_config("tiny", ["train.hang_timeout_s=100", "train.collective_timeout_s=460"])
