@@ -115,6 +115,9 @@ class CheckpointStore:
         self._pending: _Pending | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._losses: dict[int, float | None] = {}
+        # Steps, on rank 0.
+        self._set_aside: set[int] = set()
+        self._retained: Future[None] | None = None
         self._failures = 0
         self.newest: int | None = None
 
@@ -162,7 +165,10 @@ class CheckpointStore:
         if problem is None:
             self._failures, self.newest = 0, step
             if dist.get_rank() == 0:
-                self._retain()
+                # Thousands of files are not removed within a step, nor left when the run ends.
+                self._retained = self._writer.submit(self._retain)
+                if is_last:
+                    self.wait_for_removals()
             return True
         self._failures += 1
         self._give_up(step, problem)
@@ -193,7 +199,7 @@ class CheckpointStore:
         Raises:
             UserError: there are checkpoints, and all of them are damaged or of another model.
         """
-        steps = _on_rank_0(lambda: saved_steps(self.target))
+        steps = _on_rank_0(self._saved_steps)
         wanted = [step for step in steps if up_to is None or step <= up_to]
         wanted = wanted or (steps[:1] if or_oldest else [])
         found = newest_whole(self.target, wanted, _check_together)
@@ -209,13 +215,19 @@ class CheckpointStore:
 
     def go_on_from(self, step: int) -> None:
         """Set checkpoints of later steps aside, damaged ones among them, and remove what was never
-        finished. Collective.
+        finished, and what had been set aside when the run went back before. Collective.
         """
-        if dist.get_rank() == 0:
-            self.target.make()
-            self._clear_away(step)
+        _on_rank_0(lambda: self._clear_away(step))
         self.newest = step
-        dist.barrier()
+
+    def wait_for_removals(self) -> None:
+        """Of what need not stay since the newest checkpoint was committed."""
+        if self._retained is not None:
+            self._retained.result()
+
+    def _saved_steps(self) -> list[int]:
+        self.wait_for_removals()
+        return saved_steps(self.target)
 
     def _write(self, folder: Target) -> dict[str, FileEntry]:
         assert self._staging is not None
@@ -244,12 +256,34 @@ class CheckpointStore:
     def _retain(self) -> None:
         """Remove what need not stay; what cannot be removed now is tried again next time."""
         for step in sorted(self._losses.keys() - self._retention.stays(self._losses)):
-            try:
-                _remove(checkpoint_in(self.target, step))
+            if self._has_removed(step):
                 del self._losses[step]
-            except (OSError, AttemptError) as error:
-                what = _describe(error)
-                print(f"warning: old checkpoint not removed: {what}", file=sys.stderr, flush=True)
+        for step in sorted(self._set_aside):
+            later = sum(saved > step for saved in self._losses)
+            if step in self._losses:
+                self._remove_replaced(step)
+            elif later >= self._retention.newest and self._has_removed(step):
+                self._set_aside.remove(step)
+
+    def _has_removed(self, step: int) -> bool:
+        try:
+            _remove(checkpoint_in(self.target, step))
+        except (OSError, AttemptError) as error:
+            _warn_of_leftovers(error)
+            return False
+        return True
+
+    def _remove_replaced(self, step: int) -> None:
+        """What was set aside, from the folder of a step that has been saved again."""
+        checkpoint = checkpoint_in(self.target, step)
+        try:
+            stays = {MANIFEST, *Manifest.read(checkpoint).files}
+            for name in sorted({*checkpoint.names()} - stays):
+                (checkpoint / name).remove()
+        except (OSError, AttemptError, DamageError) as error:
+            _warn_of_leftovers(error)
+        else:
+            self._set_aside.remove(step)
 
     def _give_up(self, step: int, problem: str) -> None:
         if dist.get_rank() != 0:
@@ -276,21 +310,30 @@ class CheckpointStore:
             )
 
     def _clear_away(self, newest: int) -> None:
-        saved = saved_steps(self.target)
+        self.target.make()
+        saved = self._saved_steps()
+        for step in _steps_of_folders(self.target):
+            checkpoint = checkpoint_in(self.target, step)
+            if (checkpoint / SET_ASIDE).exists():
+                self._set_aside.add(step)
+            elif step not in saved:
+                self._check_attempt()
+                print(f"warning: {checkpoint} was never finished: removed", file=sys.stderr)
+                _remove(checkpoint)
+        if saved and saved[-1] > newest:
+            self._check_attempt()
+            for step in sorted(self._set_aside.difference(saved)):
+                if self._has_removed(step):
+                    self._set_aside.remove(step)
         for step in saved:
             checkpoint = checkpoint_in(self.target, step)
             if step > newest:
                 self._check_attempt()
                 (checkpoint / MANIFEST).rename(SET_ASIDE)
+                self._set_aside.add(step)
                 self._losses.pop(step, None)
             elif step not in self._losses:
                 self._losses[step] = _loss_of(checkpoint) if self._retention.best else None
-        for step in _steps_of_folders(self.target):
-            checkpoint = checkpoint_in(self.target, step)
-            if step not in saved and not (checkpoint / SET_ASIDE).exists():
-                self._check_attempt()
-                print(f"warning: {checkpoint} was never finished: removed", file=sys.stderr)
-                _remove(checkpoint)
 
 
 def checkpoint_in(target: Target, step: int) -> Target:
@@ -390,8 +433,13 @@ def _outcome(written: Future[dict[str, FileEntry]]) -> dict[str, FileEntry] | st
         return f"{_describe(error)} (rank {dist.get_rank()})"
 
 
-def _describe(error: OSError | AttemptError) -> str:
-    if isinstance(error, AttemptError):
+def _warn_of_leftovers(error: OSError | AttemptError | DamageError) -> None:
+    what = _describe(error)
+    print(f"warning: old checkpoint not removed: {what}", file=sys.stderr, flush=True)
+
+
+def _describe(error: OSError | AttemptError | DamageError) -> str:
+    if not isinstance(error, OSError):
         return str(error)
     return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
 

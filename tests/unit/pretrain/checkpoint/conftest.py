@@ -46,7 +46,9 @@ class Saved:
 
     def save(self, step: int, loss: float | None = None) -> bool:
         self.begin(step, loss)
-        return self.store.finish_save()
+        is_saved = self.store.finish_save()
+        self.store.wait_for_removals()
+        return is_saved
 
     def load(self, up_to: int | None = None) -> Progress | None:
         state = self.weights, self.optimizer, self.routers

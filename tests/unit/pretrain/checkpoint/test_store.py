@@ -238,6 +238,70 @@ def test_going_back_sets_newer_checkpoints_aside(saved: Saved) -> None:
     assert saved_steps(saved.target) == [2, 3]
 
 
+def folders(saved: Saved) -> set[int]:
+    return {int(path.name.removeprefix("step-")) for path in Path(str(saved.target)).iterdir()}
+
+
+def test_only_what_the_newest_rollback_has_set_aside_stays(tmp_path: Path) -> None:
+    saved = Saved(Target(str(tmp_path)), Retention(9))
+    for step in (1, 2, 3, 4, 5):
+        saved.save(step)
+    saved.load(up_to=3)
+    # Another attempt that goes back nowhere leaves them.
+    successor = Saved(saved.target, Retention(9), attempt=2)
+    successor.load()
+    assert folders(saved) == {1, 2, 3, 4, 5}
+    successor.load(up_to=2)
+    assert folders(saved) == {1, 2, 3}
+    assert saved_steps(saved.target) == [1, 2]
+
+
+def test_what_is_set_aside_goes_once_as_many_later_ones_are_saved_as_stay(saved: Saved) -> None:
+    for step in (1, 2, 3):
+        saved.save(step)
+    saved.load(up_to=2)
+    saved.save(4)
+    assert folders(saved) == {2, 3, 4}
+    successor = Saved(saved.target, attempt=2)
+    successor.load()
+    successor.save(5)
+    assert folders(saved) == {4, 5}
+
+
+def test_what_is_set_aside_goes_once_its_step_is_saved_again(saved: Saved) -> None:
+    saved.save(1)
+    saved.save(2)
+    flip(only_file(saved, 2), -1)
+    successor = Saved(saved.target, attempt=2)
+    assert successor.load().step == 1
+    assert len(list(folder(saved, 2).iterdir())) == 3
+    successor.save(2)
+    names = {path.name for path in folder(saved, 2).iterdir()}
+    assert names == {MANIFEST, *check_alone(checkpoint_in(saved.target, 2)).files}
+    assert all("attempt-0001" not in name for name in names)
+
+
+def test_what_was_set_aside_and_cannot_be_removed_does_not_stop_a_run(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (1, 2):
+        saved.save(step)
+    saved.load(up_to=1)
+    saved.save(3)
+
+    def fail(self: Target) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy", str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Target, "remove", fail)
+        assert saved.load(up_to=1).step == 1
+    assert "warning: old checkpoint not removed: Device or resource busy" in capsys.readouterr().err
+    assert folders(saved) == {1, 2, 3}
+    saved.save(4)
+    saved.save(5)
+    assert folders(saved) == {4, 5}
+
+
 def test_an_attempt_that_another_has_followed_commits_nothing(saved: Saved) -> None:
     saved.save(1)
     saved.begin(2)
