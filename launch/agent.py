@@ -27,6 +27,7 @@ from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCP
 from launch.local import (
     Rank,
     StopSignals,
+    end_ranks,
     free_port,
     note_pids,
     rank_environment,
@@ -51,7 +52,9 @@ SETTLE_S = 1.0
 # How long a rank that another has reported as failed takes to end.
 LATE_S = 5.0
 # How long the others take to find out who was killed, and in which collective (parallel.lost_rank).
-DIAGNOSIS_S = 15.0
+DIAGNOSIS_S = 40.0
+# How long the kernel takes at most to end a process that does not wait for something that is gone.
+KILL_S = 30.0
 RENDEZVOUS_S = 60
 # The agent would end the ranks at these.
 HANDLED_BY_TORCH = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -142,6 +145,7 @@ class _Agent(LocalElasticAgent):
         self._ranks: list[Rank] = []
         self._screen = _Screen()
         self._failed_at: float | None = None
+        self._not_ended: list[int] = []
         self._furthest = 0
         self.exit_code = 0
 
@@ -180,15 +184,24 @@ class _Agent(LocalElasticAgent):
             if not self._have_settled(codes):
                 return RunResult(WorkerState.HEALTHY)
             self._end_attempt(codes)
+            if self._not_ended:
+                return RunResult(WorkerState.FAILED)
         elif None not in codes:
             self._screen.close()
         return super()._monitor_workers(worker_group)
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        # It would wait for ever for a rank that cannot be ended.
+        if not self._not_ended:
+            super()._shutdown(death_sig, timeout)
 
     def _have_settled(self, codes: Sequence[int | None]) -> bool:
         """Whether all have ended that fail together, or that stop together."""
         self._failed_at = self._failed_at or time.monotonic()
         failures = {code for code in codes if code}
-        if STOPPED_ON_REQUEST in failures:
+        if self._stop.at_once:
+            patience = SETTLE_S
+        elif STOPPED_ON_REQUEST in failures:
             patience = GRACE_S
         elif failures == {LOST_RANK}:
             patience = LATE_S
@@ -200,9 +213,7 @@ class _Agent(LocalElasticAgent):
 
     def _end_attempt(self, codes: Sequence[int | None]) -> None:
         """End what is left of a failed attempt, tell why it failed, and decide on another one."""
-        for rank in self._ranks:
-            rank.kill()
-            rank.wait()
+        self._not_ended = end_ranks(self._ranks, KILL_S)
         self._screen.close()
         failed = _to_blame(codes)
         code = codes[failed]
@@ -214,7 +225,15 @@ class _Agent(LocalElasticAgent):
             print("ended at once; the same command goes on from the newest checkpoint")
         else:
             _explain(failed, codes, self._logs.logs)
-        if code in NOT_RESTARTED or self._stop.requested or not self._is_ours():
+        if self._not_ended:
+            print(
+                f"not restarted: SIGKILL does not end {_named(self._not_ended)}: the kernel waits "
+                "for a device, or a file system that is gone (/proc/PID/stack says where). After "
+                "its end the same command goes on from the newest checkpoint",
+                file=sys.stderr,
+            )
+        is_over = code in NOT_RESTARTED or self._stop.requested or not self._is_ours()
+        if is_over or self._not_ended:
             self._remaining_restarts = 0
         else:
             self._count_progress()
@@ -283,6 +302,10 @@ class _Screen:
         if steps := re.findall(r"^step (\d+)/(\d+)", text, re.MULTILINE):
             done, total = map(int, steps[-1])
             self._bars.update(self._steps, completed=done, total=total, visible=True)
+
+
+def _named(pids: Sequence[int]) -> str:
+    return f"process{'es' if len(pids) > 1 else ''} {', '.join(map(str, pids))}"
 
 
 def _to_blame(codes: Sequence[int | None]) -> int:

@@ -7,8 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
@@ -30,6 +31,22 @@ def rank_pids(run: RunDirectory) -> list[int]:
     newest = max(run.attempts.iterdir())
     pids: list[int] = json.loads((newest / PIDS).read_text())
     return pids
+
+
+def end_ranks(ranks: Sequence[Rank], patience_s: float) -> list[int]:
+    """Kill `ranks`, all of them before one is waited for.
+
+    Returns:
+        The process ids of those that have not ended after `patience_s`: the kernel keeps a process
+        that waits for a device or a file system, such as NFS without its server.
+    """
+    for rank in ranks:
+        rank.kill()
+    deadline = time.monotonic() + patience_s
+    for rank in ranks:
+        with suppress(subprocess.TimeoutExpired):
+            rank.wait(timeout=max(0.0, deadline - time.monotonic()))
+    return [rank.pid for rank in ranks if rank.poll() is None]
 
 
 def rank_environment(rank: int, nproc: int, port: int) -> dict[str, str]:

@@ -1,7 +1,9 @@
 """Which failures are followed by another attempt; the ranks are scripts that end as planned."""
 
 import json
+import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch.agent import run_ranks
-from launch.local import STOP_SIGNALS, StopSignals
+from launch.local import STOP_SIGNALS, StopSignals, end_ranks
 from pretrain.errors import CANNOT_GO_ON, LOST_RANK, STOPPED_ON_REQUEST
 from pretrain.run_dir import RunDirectory
 
@@ -134,6 +136,51 @@ def test_a_second_interrupt_ends_ranks_that_do_not_stop(
     with StopSignals() as stop:
         assert run_ranks(run, [sys.executable, "-c", script], 1, 3, stop) == (1, 1)
     assert "ended at once" in capfd.readouterr().out
+
+
+# Rank 0 fails; rank 1 says who it is, and waits.
+ONE_WAITS = """
+import os, sys, time
+from pathlib import Path
+if os.environ["RANK"] == "0":
+    while not Path(sys.argv[1]).exists():
+        time.sleep(0.01)
+    sys.exit(1)
+Path(sys.argv[1] + ".new").write_text(str(os.getpid()))
+Path(sys.argv[1] + ".new").rename(sys.argv[1])
+time.sleep(10_000)
+"""
+
+
+def test_a_rank_that_the_kernel_keeps_is_named_and_not_waited_for(
+    run: RunDirectory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    # A process in uninterruptible sleep gets no signal, as far as others can tell.
+    kill, waiting = os.kill, tmp_path / "pid"
+    monkeypatch.setattr(subprocess.Popen, "send_signal", lambda self, number: None)
+    monkeypatch.setattr(os, "killpg", lambda group, number: None)
+    monkeypatch.setattr("launch.agent.KILL_S", 0.5)
+    with StopSignals() as stop:
+        command = [sys.executable, "-c", ONE_WAITS, str(waiting)]
+        ended = run_ranks(run, command, 2, 3, stop)
+    pid = int(waiting.read_text())
+    kill(pid, signal.SIGKILL)
+    assert ended == (1, 1)
+    assert attempts(run) == ["0001"]
+    assert f"not restarted: SIGKILL does not end process {pid}, " in capfd.readouterr().err
+
+
+def test_ranks_are_killed_before_one_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    sleep = [sys.executable, "-c", "import time; time.sleep(10_000)"]
+    kept, ended = (subprocess.Popen(sleep) for _ in range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(kept, "kill", lambda: None)
+        assert end_ranks([kept, ended], patience_s=3) == [kept.pid]
+    kept.kill()
+    assert (kept.wait(), ended.wait()) == (KILLED, KILLED)
 
 
 def test_a_request_that_came_before_there_were_ranks_starts_none(run: RunDirectory) -> None:
