@@ -170,7 +170,7 @@ def test_a_rank_that_the_kernel_keeps_is_named_and_not_waited_for(
     kill(pid, signal.SIGKILL)
     assert ended == (1, 1)
     assert attempts(run) == ["0001"]
-    assert f"not restarted: SIGKILL does not end process {pid}, " in capfd.readouterr().err
+    assert f"not restarted: SIGKILL does not end process {pid}: " in capfd.readouterr().err
 
 
 def test_ranks_are_killed_before_one_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
