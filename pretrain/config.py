@@ -61,6 +61,11 @@ class DataConfig(Section):
         return (ShardSource(path=self.shards),) if isinstance(self.shards, str) else self.shards
 
 
+def _outlasting(hang_timeout_s: int) -> int:
+    """Seconds after which all ranks know which of them hangs."""
+    return math.ceil(longest_silence_s(hang_timeout_s) + VERDICT_S)
+
+
 class TrainConfig(Section):
     steps: Positive = 1000
     global_batch: Positive = Field(8, description="Sequences per optimizer step, over all ranks.")
@@ -78,16 +83,16 @@ class TrainConfig(Section):
     loss_chunk: Positive = Field(
         2048, description="Tokens whose logits exist at a time in the cross-entropy."
     )
-    collective_timeout_s: Positive = Field(
-        1800,
-        description="How long a rank waits for the others before the attempt is given up, whoever "
-        "is to blame; at least four times train.hang_timeout_s and a minute.",
-    )
     hang_timeout_s: Positive = Field(
         300,
         description="How long a phase of a step (data, forward and backward, optimizer) may take "
         "before all ranks end, with the one that is stuck named: so long, or twice as long as ever "
         "before, up to four times as long; and that when it happens first, and for a checkpoint.",
+    )
+    collective_timeout_s: Positive = Field(
+        default_factory=lambda known: max(1800, _outlasting(known.get("hang_timeout_s", 0))),
+        description="How long a rank waits for the others before the attempt is given up, whoever "
+        "is to blame; at least four times train.hang_timeout_s and a minute.",
     )
 
 
@@ -394,7 +399,7 @@ def _description(location: Sequence[Any]) -> str | None:
 
 def _check_timeouts(train: TrainConfig) -> None:
     """Refuse what lets NCCL abort the ranks (SIGABRT) before they know which of them hangs."""
-    least = math.ceil(longest_silence_s(train.hang_timeout_s) + VERDICT_S)
+    least = _outlasting(train.hang_timeout_s)
     if train.collective_timeout_s < least:
         raise UserError(
             f"train.collective_timeout_s = {train.collective_timeout_s}: must be at least {least}, "

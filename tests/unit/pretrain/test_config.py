@@ -189,3 +189,10 @@ def test_timeouts_that_let_nccl_end_the_ranks_before_they_know_who_hangs_are_ref
     with pytest.raises(UserError, match=r"must be at least 460, which is four times.* = 100 and a"):
         load_config("tiny", ["train.hang_timeout_s=100", "train.collective_timeout_s=459"])
     load_config("tiny", ["train.hang_timeout_s=100", "train.collective_timeout_s=460"])
+
+
+@pytest.mark.parametrize(("hang", "collective"), [(15, 1800), (86400, 345660)])
+def test_the_collective_timeout_follows_the_hang_timeout(hang: int, collective: int) -> None:
+    config = load_config("tiny", [f"train.hang_timeout_s={hang}"])
+    assert config.train.collective_timeout_s == collective
+    assert parse_config(yaml.safe_load(config.to_yaml())) == config
