@@ -15,7 +15,7 @@ from data_pipeline import ledger
 from data_pipeline.crawl import Archive, Page, Reject
 from data_pipeline.extract import ExtractError, extract_text
 from data_pipeline.language import detect_language
-from data_pipeline.quality.words import split_words
+from data_pipeline.quality import Text
 from data_pipeline.recipe import Recipe
 
 DOCUMENT_SCHEMA = pa.schema({"id": pa.string(), "document_id": pa.string(), "text": pa.string()})
@@ -115,12 +115,13 @@ def judge(document: Page | Reject, recipe: Recipe) -> tuple[dict[str, Any], str 
     except ExtractError as error:
         return drop("extract", error.reason, str(error))
     language, probability = detect_language(text)
-    row |= {"language": language, "words": len(split_words(text))}
+    extracted = Text(text)
+    row |= {"language": language, "words": extracted.words.words}
     if probability < recipe.language.threshold:
         return drop("language", "uncertain", f"{language} with probability {probability:.2f}")
     if recipe.language.allowed and language not in recipe.language.allowed:
         return drop("language", language)
-    verdict = recipe.judge_quality(text, language)
+    verdict = recipe.judge_quality(extracted, language)
     if verdict.reason is not None:
         return drop("quality", verdict.reason)
-    return row | {"words": len(split_words(verdict.text))}, verdict.text
+    return row | {"words": verdict.document.words.words}, verdict.document.text

@@ -14,7 +14,7 @@ from data_pipeline.dedup.run import LOWEST_RECALL
 from data_pipeline.errors import DataError
 from data_pipeline.extract import Mode
 from data_pipeline.language import LANGUAGES
-from data_pipeline.quality import C4, GopherQuality, GopherRepetition, Verdict
+from data_pipeline.quality import C4, FineWeb, GopherQuality, GopherRepetition, Text, Verdict
 from data_pipeline.quality.verdict import Thresholds
 
 Count = Annotated[int, Field(ge=1)]
@@ -79,9 +79,10 @@ class Recipe(_Section):
     gopher_repetition: GopherRepetition | None
     gopher_quality: GopherQuality | None
     c4: C4 | None
+    fineweb: FineWeb | None
     dedup: Dedup
 
-    @field_validator("gopher_repetition", "gopher_quality", "c4")
+    @field_validator("gopher_repetition", "gopher_quality", "c4", "fineweb")
     @classmethod
     def _possible(cls, heuristic: Thresholds | None) -> Thresholds | None:
         settings = {} if heuristic is None else heuristic.model_dump()
@@ -109,12 +110,12 @@ class Recipe(_Section):
                 ) from error
         return self.model_copy(update={"extract": extract, "language": language})
 
-    def judge_quality(self, text: str, language: str) -> Verdict:
+    def judge_quality(self, document: Text, language: str) -> Verdict:
         """Ask each heuristic in turn, on the text as the one before it left it."""
-        verdict = Verdict(text)
-        for heuristic in (self.gopher_repetition, self.gopher_quality, self.c4):
+        verdict = Verdict(document)
+        for heuristic in (self.gopher_repetition, self.gopher_quality, self.c4, self.fineweb):
             if heuristic is not None and verdict.keep:
-                verdict = heuristic.judge(verdict.text, language)
+                verdict = heuristic.judge(verdict.document, language)
         return verdict
 
 
@@ -178,6 +179,7 @@ def _fields_of(location: list[str]) -> list[str]:
         "gopher_repetition": GopherRepetition,
         "gopher_quality": GopherQuality,
         "c4": C4,
+        "fineweb": FineWeb,
         "dedup": Dedup,
     }
     section = sections[location[0]] if location else Recipe

@@ -5,15 +5,18 @@ that work on documents. Its list of bad words is not shipped; a recipe may give 
 """
 
 import re
+from collections.abc import Callable
 
+from data_pipeline.quality.text import Text
 from data_pipeline.quality.verdict import Thresholds, Verdict
-from data_pipeline.quality.words import count_sentences, split_words
+from data_pipeline.quality.words import WORD, has_sentences
 
 TERMINAL_PUNCTUATION = (".", "!", "?", '"', "”", "。", "！", "？")
 ELLIPSIS = "..."
 CITATION = re.compile(r"\[(?:\d*|edit|citation needed)\]")
-WORD = re.compile(r"\w+")
-POLICY_PHRASES = (
+BAD_WORD = re.compile(r"\w+")
+UNWANTED_PHRASES = (
+    "javascript",
     "terms of use",
     "privacy policy",
     "cookie policy",
@@ -26,37 +29,61 @@ POLICY_PHRASES = (
 class C4(Thresholds):
     """Page and line rules.
 
-    Lines without terminal punctuation (an ellipsis is none) or with too few words are removed, and
-    so are lines about JavaScript, cookies or terms of use; a page is dropped for what is left.
+    Lines without terminal punctuation (an ellipsis is none), with too few words or with one that is
+    too long are removed, and so are lines about JavaScript, cookies or terms of use; a page is
+    dropped for what is left. `max_word_length` is in the authors' code, not in the paper.
     """
 
     require_terminal_punctuation: bool
     min_words_per_line: int
+    max_word_length: int | None
     min_sentences: int
     drop_curly_brackets: bool
     bad_words: tuple[str, ...]
 
-    def judge(self, text: str, language: str) -> Verdict:
+    def judge(self, document: Text, language: str) -> Verdict:
+        text = document.text
         lowered = text.lower()
         if "lorem ipsum" in lowered:
-            return Verdict(text, "c4.lorem_ipsum")
+            return Verdict(document, "c4.lorem_ipsum")
         if self.drop_curly_brackets and "{" in text:
-            return Verdict(text, "c4.curly_bracket")
-        if self.bad_words and not set(self.bad_words).isdisjoint(WORD.findall(lowered)):
-            return Verdict(text, "c4.bad_words")
-        lines = (CITATION.sub("", line).rstrip() for line in text.splitlines())
-        kept = "\n".join(line for line in lines if self._keeps_line(line))
-        if count_sentences(kept) < self.min_sentences:
+            return Verdict(document, "c4.curly_bracket")
+        if self.bad_words and not set(self.bad_words).isdisjoint(BAD_WORD.findall(lowered)):
+            return Verdict(document, "c4.bad_words")
+        kept = Text("\n".join(self._kept_lines(document)))
+        if not has_sentences(kept.text, self.min_sentences):
             return Verdict(kept, "c4.sentences")
         return Verdict(kept)
 
-    def _keeps_line(self, line: str) -> bool:
-        is_terminated = line.endswith(TERMINAL_PUNCTUATION) and not line.endswith(ELLIPSIS)
-        if self.require_terminal_punctuation and not is_terminated:
-            return False
-        if len(split_words(line)) < self.min_words_per_line:
-            return False
-        lowered = line.lower()
-        return "javascript" not in lowered and not any(
-            phrase in lowered for phrase in POLICY_PHRASES
+    def _kept_lines(self, document: Text) -> list[str]:
+        text = CITATION.sub("", document.text)
+        lowered = text.lower()
+        unwanted = [phrase for phrase in UNWANTED_PHRASES if phrase in lowered]
+        has_words = self._has_words(document)
+        lines = [line for line in map(str.rstrip, text.splitlines()) if has_words(line)]
+        if self.require_terminal_punctuation:
+            lines = [
+                line
+                for line in lines
+                if line.endswith(TERMINAL_PUNCTUATION) and not line.endswith(ELLIPSIS)
+            ]
+        if unwanted:
+            lines = [line for line in lines if not any(x in line.lower() for x in unwanted)]
+        if self.max_word_length is not None:
+            lines = [line for line in lines if not self._has_long_word(line)]
+        return lines
+
+    def _has_words(self, document: Text) -> Callable[[str], bool]:
+        """Whether a line has enough words; words in a text with spaces are found faster."""
+        minimum = self.min_words_per_line
+        if document.words.spaced < document.words.words:
+            return lambda line: len(WORD.findall(line)) >= minimum
+        return lambda line: len(line.split(None, minimum)) >= minimum
+
+    def _has_long_word(self, line: str) -> bool:
+        longest = self.max_word_length
+        return (
+            longest is not None
+            and len(line) > longest
+            and any(len(word) > longest for word in line.split())
         )

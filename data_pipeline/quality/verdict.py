@@ -4,12 +4,14 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
+from data_pipeline.quality.text import Text
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """The text as the heuristic leaves it, and the name of the rule that drops it, if one does."""
+    """The document as the heuristic leaves it, and the rule that drops it, if one does."""
 
-    text: str
+    document: Text
     reason: str | None = None
 
     @property

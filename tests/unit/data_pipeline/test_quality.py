@@ -1,15 +1,18 @@
 """Every rule fires on the text it was written for, and only that rule does."""
 
 import random
-from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_pipeline.errors import DataError
-from data_pipeline.quality.gopher import ngram_shares
-from data_pipeline.quality.words import count_sentences
+from data_pipeline.quality import Text
+from data_pipeline.quality.ngrams import ngram_shares
+from data_pipeline.quality.words import has_sentences
 from data_pipeline.recipe import Recipe, load_recipe, shipped_recipes
+from tests.unit.data_pipeline import plain_quality as plain
 
 PROSE = """\
 The ferry that crosses the river leaves from the old pier every morning at seven.
@@ -57,13 +60,13 @@ def lines(*texts: str) -> str:
 )
 def test_gopher_quality(recipe: Recipe, reason: str | None, text: str) -> None:
     assert recipe.gopher_quality is not None
-    assert recipe.gopher_quality.judge(text, "en").reason == reason
+    assert recipe.gopher_quality.judge(Text(text), "en").reason == reason
 
 
 def test_stop_words_are_asked_only_of_their_language(recipe: Recipe) -> None:
     assert recipe.gopher_quality is not None
     german = words(60).removeprefix("the be to of ")
-    assert recipe.gopher_quality.judge(german, "de").keep
+    assert recipe.gopher_quality.judge(Text(german), "de").keep
 
 
 def repeats(text: str, times: int, separator: str) -> str:
@@ -101,31 +104,14 @@ def test_gopher_repetition(recipe: Recipe, limit: str, reason: str, text: str) -
     """Each limit by itself: a text that repeats paragraphs also repeats lines and n-grams."""
     strict = recipe.gopher_repetition
     assert strict is not None
-    assert strict.judge(PROSE, "en").keep
-    assert not strict.judge(text, "en").keep
+    assert strict.judge(Text(PROSE), "en").keep
+    assert not strict.judge(Text(text), "en").keep
     others = {
         name: {} if isinstance(value, dict) else 1.0
         for name, value in strict.model_dump().items()
         if name != limit
     }
-    assert strict.model_copy(update=others).judge(text, "en").reason == f"gopher.{reason}"
-
-
-def reference_shares(words: list[str], n: int) -> tuple[float, float]:
-    """Table A1's two shares, word by word."""
-    grams = [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
-    total = sum(map(len, words))
-    most = max(Counter(grams).values())
-    if most == 1:
-        return 0.0, 0.0
-    top = max(most * sum(map(len, gram)) for gram, count in Counter(grams).items() if count == most)
-    seen: set[tuple[str, ...]] = set()
-    covered: set[int] = set()
-    for start, gram in enumerate(grams):
-        if gram in seen:
-            covered.update(range(start, start + n))
-        seen.add(gram)
-    return top / total, sum(len(words[position]) for position in covered) / total
+    assert strict.model_copy(update=others).judge(Text(text), "en").reason == f"gopher.{reason}"
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -133,10 +119,10 @@ def test_ngram_shares_equal_a_count_by_hand(seed: int) -> None:
     draw = random.Random(seed)
     vocabulary = ["a", "bb", "ccc", "dddd", "é", "語"][: draw.randint(1, 6)]
     text = draw.choices(vocabulary, k=draw.randint(2, 60))
-    shares = list(ngram_shares(text, 10))
+    shares = list(ngram_shares(Text(" ".join(text)).pieces, 10))
     assert [n for n, _, _ in shares] == list(range(2, min(10, len(text)) + 1))
     for n, top, duplicate in shares:
-        assert (top, duplicate) == pytest.approx(reference_shares(text, n)), n
+        assert (top, duplicate) == pytest.approx(plain.ngrams(text, n)), n
 
 
 @pytest.mark.parametrize(
@@ -151,7 +137,7 @@ def test_ngram_shares_equal_a_count_by_hand(seed: int) -> None:
 )
 def test_c4_pages(recipe: Recipe, reason: str | None, text: str) -> None:
     assert recipe.c4 is not None
-    assert recipe.c4.judge(text, "en").reason == reason
+    assert recipe.c4.judge(Text(text), "en").reason == reason
 
 
 def test_c4_drops_lines_and_citations(recipe: Recipe) -> None:
@@ -172,7 +158,106 @@ def test_c4_drops_lines_and_citations(recipe: Recipe) -> None:
         kept[2] + "[citation needed]",
         "",
     ]
-    assert recipe.c4.judge("\n".join(text), "en").text == "\n".join(kept)
+    assert recipe.c4.judge(Text("\n".join(text)), "en").document.text == "\n".join(kept)
+
+
+@pytest.fixture(scope="module")
+def fineweb() -> Recipe:
+    return load_recipe("fineweb")
+
+
+def test_fineweb_has_c4_without_terminal_punctuation(fineweb: Recipe) -> None:
+    assert fineweb.c4 is not None
+    text = f"{PROSE}\nA heading without an end\nNo end"
+    assert fineweb.c4.judge(Text(text), "en").document.text.endswith("\nA heading without an end")
+    assert "x" * 1001 not in fineweb.c4.judge(Text(f"{PROSE} {'x' * 1001}"), "en").document.text
+
+
+@pytest.mark.parametrize(
+    ("reason", "text"),
+    [
+        (None, PROSE),
+        ("punctuated_lines", lines(PROSE, *(words(9, n) for n in range(3, 55)))),
+        ("duplicate_line_character_fraction", lines(PROSE, PROSE.split("\n")[0])),
+        ("short_lines", lines(PROSE, *(f"{n} is short." for n in range(15)))),
+    ],
+)
+def test_fineweb_rules(fineweb: Recipe, reason: str | None, text: str) -> None:
+    assert fineweb.fineweb is not None
+    found = fineweb.fineweb.judge(Text(text), "en").reason
+    assert found == (reason and f"fineweb.{reason}")
+
+
+def test_fineweb_drops_at_its_thresholds(fineweb: Recipe) -> None:
+    """12 of 100 lines punctuated are too few, 13 are enough; 67 of 100 short ones too many."""
+    assert fineweb.fineweb is not None
+    long = [f"line {n} of a hundred that all differ" for n in range(100)]
+    ends = [f"{line}." for line in long]
+    short = [f"{n}." for n in range(100)]
+
+    def reason(*lines: str) -> str | None:
+        return fineweb.fineweb and fineweb.fineweb.judge(Text("\n".join(lines)), "en").reason
+
+    assert reason(*ends[:12], *long[12:]) == "fineweb.punctuated_lines"
+    assert reason(*ends[:13], *long[13:]) is None
+    assert reason(*short[:67], *ends[67:]) == "fineweb.short_lines"
+    assert reason(*short[:66], *ends[66:]) is None
+
+
+LETTERS_AND_SIGNS = """a b c The the of and be to é İ ǅ x1 1 22 ² _ . ... … ! ? # - • * " ” ' ( {
+    [1] [edit] [] 語 か ー 々 。 、 ！ ： 𠀀 한국 ไทย 😀 javascript java[1]script U.S. Dr."""
+SPACES = [" ", "\n", "\n\n", "\t", "\u00a0", "\u2028", "\x1c", "\x85", "\u3000"]
+LONGER = [
+    "A sentence of six short words. ",
+    "word word word word word ",
+    "Use Cookies",
+    "lorem ipsum",
+    "x" * 30,
+    "y" * 1001,
+]
+PIECES = st.one_of(
+    st.sampled_from(LETTERS_AND_SIGNS.split()),
+    st.just(" "),
+    st.sampled_from([*SPACES, *LONGER, "\u0301", "\ud800"]),
+)
+
+
+@settings(deadline=None)
+@given(pieces=st.lists(PIECES, max_size=60), times=st.integers(1, 3), seed=st.integers(0, 9))
+def test_every_verdict_is_the_one_of_the_plain_rules(
+    pieces: list[str], times: int, seed: int
+) -> None:
+    text = "".join(pieces) * times
+    relaxed = {"min_words": 1 + seed, "min_mean_word_length": 1.5, "min_alphabetic_words": 0.3}
+    for name in ("c4-gopher", "fineweb"):
+        recipe = load_recipe(name)
+        repetition, quality, c4 = recipe.gopher_repetition, recipe.gopher_quality, recipe.c4
+        assert repetition is not None
+        assert quality is not None
+        assert c4 is not None
+        quality = quality.model_copy(update=relaxed)
+        c4 = c4.model_copy(update={"min_sentences": seed % 4, "min_words_per_line": seed % 5})
+        document = Text(text)
+        expected = next(plain.gopher_repetition(repetition, text), None)
+        assert repetition.judge(document, "en").reason == expected
+        assert quality.judge(document, "en").reason == next(
+            plain.gopher_quality(quality, text, "en"), None
+        )
+        verdict = c4.judge(document, "en")
+        assert (verdict.document.text, verdict.reason) == plain.c4(c4, text)
+        if recipe.fineweb is not None:
+            assert recipe.fineweb.judge(document, "en").reason == next(
+                plain.fineweb(recipe.fineweb, text), None
+            )
+
+
+@settings(deadline=None)
+@given(words=st.lists(st.sampled_from(["a", "bb", "ccc", "dddd"]), max_size=80))
+def test_shares_of_repeated_lines_and_words_are_exact(words: list[str]) -> None:
+    text = Text("\n".join(words))
+    assert text.duplicate_lines == pytest.approx(plain.duplicates(words))
+    for n, top, repeated in ngram_shares(text.pieces, 10):
+        assert (top, repeated) == plain.ngrams(words, n)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +272,8 @@ def test_c4_drops_lines_and_citations(recipe: Recipe) -> None:
     ],
 )
 def test_sentences_are_counted_by_their_ends(sentences: int, text: str) -> None:
-    assert count_sentences(text) == sentences
+    assert has_sentences(text, sentences)
+    assert not has_sentences(text, sentences + 1)
 
 
 def test_chinese_and_japanese_texts_can_pass(recipe: Recipe) -> None:
@@ -197,31 +283,31 @@ def test_chinese_and_japanese_texts_can_pass(recipe: Recipe) -> None:
         text = "\n".join(line.replace("船", ship) for ship in "船舟艇")
         assert recipe.c4 is not None
         assert recipe.gopher_quality is not None
-        assert recipe.c4.judge(text, language).text == text
-        assert recipe.gopher_quality.judge(text, language).keep
-        assert recipe.gopher_quality.judge(line, language).reason == "gopher.word_count"
+        assert recipe.c4.judge(Text(text), language).document.text == text
+        assert recipe.gopher_quality.judge(Text(text), language).keep
+        assert recipe.gopher_quality.judge(Text(line), language).reason == "gopher.word_count"
 
 
 def test_c4_bad_words_are_the_recipes_own(recipe: Recipe) -> None:
     assert recipe.c4 is not None
     strict = recipe.c4.model_copy(update={"bad_words": ("guitar",)})
-    assert strict.judge(PROSE, "en").reason == "c4.bad_words"
+    assert strict.judge(Text(PROSE), "en").reason == "c4.bad_words"
 
 
 def test_later_heuristics_see_the_edited_text(recipe: Recipe) -> None:
-    verdict = recipe.judge_quality("A heading without an end\n" + PROSE, "en")
+    verdict = recipe.judge_quality(Text("A heading without an end\n" + PROSE), "en")
     assert verdict.keep
-    assert verdict.text.startswith("The ferry")
+    assert verdict.document.text.startswith("The ferry")
 
 
-@pytest.mark.parametrize("name", ["minimal", "c4-gopher", "demo"])
+@pytest.mark.parametrize("name", ["minimal", "c4-gopher", "demo", "fineweb"])
 def test_shipped_recipes_load(name: str) -> None:
     assert name in shipped_recipes()
     assert load_recipe(name).description
 
 
 def test_minimal_judges_nothing() -> None:
-    assert load_recipe("minimal").judge_quality("{ }", "xx").keep
+    assert load_recipe("minimal").judge_quality(Text("{ }"), "xx").keep
 
 
 @pytest.mark.parametrize(

