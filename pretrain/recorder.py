@@ -11,6 +11,7 @@ from pretrain.guard import Rollback, Verdict
 from pretrain.ledger import Ledger, LedgerSource
 from pretrain.metrics.expert_load import DeadExperts
 from pretrain.metrics.sinks import JsonlSink, MetricsWriter, WandbSink, step_line
+from pretrain.numerics import numerics_of
 from pretrain.run_dir import RunDirectory, write_atomically
 from pretrain.trainer import StepResult, Trainer
 
@@ -48,6 +49,7 @@ class Recorder:
         )
         write_atomically(run.config_of(attempt), config.to_yaml())
         ranks = {"ranks": dist.get_world_size(), "layout": str(trainer.layout)}
+        ranks |= numerics_of(config, trainer.device)
         write_atomically(run.ranks_of(attempt), json.dumps(ranks) + "\n")
         self._dead_experts = DeadExperts(config.guard.window)
         self._run, self._attempt = run, attempt

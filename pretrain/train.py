@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 import torch.distributed as dist
 
 from parallel.lost_rank import RankMonitor
@@ -30,7 +29,7 @@ from pretrain.guard import Past, Verdict
 from pretrain.ledger import read_ledger
 from pretrain.lineage import past_of_guard
 from pretrain.metrics.expert_load import summarise_load
-from pretrain.model.kernels.backends import kernels_in_use
+from pretrain.numerics import numerics_of
 from pretrain.recorder import Recorder
 from pretrain.run_dir import ATTEMPT_VARIABLE, RunDirectory
 from pretrain.signals import StopRequest
@@ -55,9 +54,7 @@ def train(config: Config, run: RunDirectory) -> int:
         is_first = dist.get_rank() == 0
         recorder = Recorder(run, attempt, trainer) if is_first else None
         if recorder:
-            model, dtype = config.model, getattr(torch, config.train.dtype)
-            kernels = kernels_in_use(device, dtype, model.attention.head_dim, model.linear.key_dim)
-            print(f"kernels: {kernels}", flush=True)
+            print(f"kernels: {numerics_of(config, device)['kernels']}", flush=True)
         run_steps(trainer, stop, recorder, monitor)
         if recorder:
             recorder.close()
