@@ -42,7 +42,7 @@ def train(
     overrides: Overrides = None,
     nproc: Annotated[int, typer.Option(min=1, help="Ranks on this machine.")] = 1,
     run_dir: Annotated[
-        Path | None, typer.Option(help="Where the run lives [default: runs/RECIPE].")
+        Path | None, typer.Option(help="Where the run lives (default: runs/RECIPE).")
     ] = None,
     max_restarts: Annotated[
         int,
@@ -62,9 +62,9 @@ def train(
         typer.Option("--dry-run", help="Print what a rank would hold, need and send; start none."),
     ] = False,
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="How many a dry run plans for [default: nproc].")
+        int | None, typer.Option(min=1, help="How many a dry run plans for (default: nproc).")
     ] = None,
-    rank: Annotated[int | None, typer.Option(min=0, help="The one to plan [default: 0].")] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="The one to plan (default: 0).")] = None,
 ) -> None:
     """Train a model; the same command again resumes.
 
@@ -94,7 +94,7 @@ def evaluate(
     run: Run,
     text: Annotated[Path, typer.Option(help="A UTF-8 text file.")],
     context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens seen at most [default: data.seq_len].")
+        int | None, typer.Option(min=1, help="Tokens seen at most (default: data.seq_len).")
     ] = None,
     nproc: Annotated[
         int, typer.Option(min=1, help="Processes that share each window of the text.")
