@@ -9,7 +9,8 @@ from launch.local import free_port, rank_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN_RANK = Path(__file__).with_name("run_rank.py")
-TIMEOUT_S = 300
+# Against hanging for ever: a busy machine may take ten times as long as a quiet one.
+TIMEOUT_S = 1200
 
 
 def run_on_ranks(nproc: int, script: Path, *arguments: str) -> None:

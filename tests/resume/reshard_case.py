@@ -19,7 +19,7 @@ from pretrain.trainer import Trainer
 
 def main() -> None:
     shards, run, results, *steps = sys.argv[1:]
-    device = join_ranks(timedelta(minutes=2))
+    device = join_ranks(timedelta(minutes=15))
     if dist.get_rank() == 0:
         Path(run).mkdir()
         RunDirectory(Path(run)).begin_attempt()
