@@ -75,8 +75,10 @@ def plan_of(run: RunDirectory, step: int) -> ReplayPlan:
 
 
 def numerics(run: RunDirectory, attempt: int, **values: str) -> None:
+    """Record these in place of what the attempt has computed with."""
     path = run.ranks_of(attempt)
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    recorded = json.loads(path.read_text())
+    path.write_text(json.dumps({name: recorded[name] for name in ("ranks", "layout")} | values))
 
 
 def test_more_steps_than_are_allowed_are_refused_before_any_rank_is_started(
@@ -103,6 +105,10 @@ def test_the_newest_checkpoint_that_can_be_read_is_planned_with(run: RunDirector
 
 def test_what_may_make_a_difference_is_told(run: RunDirectory) -> None:
     now = {"torch": "2.13", "device": "cpu"}
+    assert {"version of torch", "device", "kernels"} < json.loads(
+        run.ranks_of(2).read_text()
+    ).keys()
+    numerics(run, 2)
     plan = plan_of(run, 6)
     (unknown,) = plan.caveats(4, now)
     assert "attempt 2 has not recorded its torch, device; now: 2.13, cpu" in unknown
