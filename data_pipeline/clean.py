@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline import ledger
-from data_pipeline.crawl import Archive, Page, Reject
+from data_pipeline.crawl import Archive, Page, Reject, Source
 from data_pipeline.extract import ExtractError, extract_text
 from data_pipeline.language import detect_language
 from data_pipeline.quality import Text
@@ -41,7 +41,7 @@ class Piece:
 
     @property
     def summary(self) -> Path:
-        """The archive's size, and its records by WARC type."""
+        """The archive's name, size, records by WARC type, and the sha256 of what was read."""
         return self.folder / "archive.json"
 
     @property
@@ -49,13 +49,17 @@ class Piece:
         return self.folder.is_dir()
 
 
-def clean_archive(archive: Path, piece: Piece, recipe: Recipe, id_header: str) -> None:
-    """Write the piece of one archive; equal archives and recipes give equal bytes."""
+def clean_archive(source: Source, piece: Piece, recipe: Recipe, id_header: str) -> None:
+    """Write the piece of one archive; equal archives and recipes give equal bytes.
+
+    Raises:
+        DataError: the archive cannot be read to its end, or is not the one it was.
+    """
     aside = piece.folder.with_name(f".{piece.folder.name}.{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     written = Piece(aside)
-    records = Archive(archive, id_header=id_header)
+    records = Archive(source, id_header=id_header)
     count = 0
     with (
         pq.ParquetWriter(written.audit, ledger.SCHEMA) as audit,
@@ -66,10 +70,11 @@ def clean_archive(archive: Path, piece: Piece, recipe: Recipe, id_header: str) -
             audit.write_table(pa.Table.from_pylist(rows, ledger.SCHEMA))
             documents.write_table(pa.Table.from_pylist(texts, DOCUMENT_SCHEMA))
     summary = {
-        "path": str(archive),
-        "bytes": archive.stat().st_size,
+        "path": source.name,
+        "bytes": records.bytes,
         "documents": count,
         "records": dict(sorted(records.records.items())),
+        "sha256": records.sha256,
     }
     written.summary.write_text(json.dumps(summary))
     aside.rename(piece.folder)

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from data_pipeline import ledger
 from data_pipeline.clean import Piece, clean_archive
-from data_pipeline.crawl import find_archives
+from data_pipeline.crawl import CRAWL_URL, Source, find_archives, identify
 from data_pipeline.dedup import deduplicate
 from data_pipeline.errors import file_errors
 from data_pipeline.recipe import Recipe
@@ -59,6 +59,7 @@ def run(
     id_header: str = "WARC-Record-ID",
     tokenizer: Path | None = None,
     vocab_size: int = 8192,
+    crawl_url: str = CRAWL_URL,
     progress: Progress = lambda stage, done, total: None,
 ) -> RunResult:
     """Clean, deduplicate, tokenize and shard the documents of web archives.
@@ -67,36 +68,40 @@ def run(
     workers, also when the run was killed in between and started again.
 
     Args:
-        inputs: paths, folders and glob patterns of WARC and WET files.
+        inputs: WARC and WET files: paths, folders, patterns, URLs and crawls, as `find_archives`
+            resolves them.
         tokenizer: a Hugging Face tokenizer.json; without one a BPE of `vocab_size` is trained on
             the kept texts.
+        crawl_url: where the crawls of Common Crawl are found.
 
     Raises:
-        DataError: an input that does not exist or cannot be read, or a folder that cannot be
-            written, is in use, or holds another run or other files.
+        DataError: an input that does not exist or cannot be read, one that has changed since the
+            run began, or a folder that cannot be written, is in use, or holds another run or other
+            files.
     """
     with file_errors():
         # Sorted, so that neither the bytes nor the pieces of a killed run depend on their order.
-        archives = sorted(find_archives(inputs))
+        sources = sorted(find_archives(inputs, crawl_url), key=lambda source: source.name)
         if tokenizer is None:
             require_vocab_size(vocab_size)
         else:
             vocab_size = load_tokenizer(tokenizer).vocab_size
         with exclusive(out):
-            hashes = _hashes(archives, progress)
+            # For a large crawl on this machine that takes a while: it is read once more.
+            sources = identify(sources, lambda done, total: progress("inputs", done, total))
             plan = {
-                "inputs": hashes,
+                "inputs": {source.name: source.identity for source in sources},
                 "recipe": recipe.model_dump(mode="json", exclude={"description"}),
                 "id_header": id_header,
                 "tokenizer": None if tokenizer is None else _sha256(tokenizer),
                 "vocab_size": vocab_size,
             }
             record_plan(out, plan)
-            return _run(hashes, out, recipe, workers, id_header, tokenizer, vocab_size, progress)
+            return _run(sources, out, recipe, workers, id_header, tokenizer, vocab_size, progress)
 
 
 def _run(
-    hashes: dict[str, str],
+    sources: Sequence[Source],
     out: Path,
     recipe: Recipe,
     workers: int,
@@ -109,9 +114,8 @@ def _run(
     if (out / "manifest.json").exists():
         shutil.rmtree(work, ignore_errors=True)
         return _result(load_manifest(out), is_new=False)
-    archives = [Path(name) for name in hashes]
-    pieces = [Piece(work / "pieces" / f"{number:05d}") for number in range(len(archives))]
-    _clean(archives, pieces, recipe, id_header, workers, progress)
+    pieces = [Piece(work / "pieces" / f"{number:05d}") for number in range(len(sources))]
+    _clean(sources, pieces, recipe, id_header, workers, progress)
     documents = _deduplicate(pieces, work, recipe, workers, progress)
     _write_audit(pieces, work / "dedup" / "clusters.parquet", out / "audit")
     if tokenizer is None:
@@ -119,10 +123,7 @@ def _run(
     funnel = ledger.funnel(out / "audit")
     extra = {
         "recipe": recipe.model_dump(mode="json"),
-        "inputs": [
-            json.loads(piece.summary.read_text()) | {"sha256": sha256}
-            for piece, sha256 in zip(pieces, hashes.values(), strict=True)
-        ],
+        "inputs": [json.loads(piece.summary.read_text()) for piece in pieces],
         "funnel": funnel,
     }
     kept = sum(row["documents"] for row in funnel if row["reason"] == ledger.KEPT)
@@ -137,23 +138,13 @@ def _result(manifest: Manifest, is_new: bool) -> RunResult:
     return RunResult(manifest, manifest.extra["funnel"], damage, is_new)
 
 
-def _hashes(archives: Sequence[Path], progress: Progress) -> dict[str, str]:
-    """The sha256 of each archive, in order; for a large crawl that takes a while."""
-    hashes = {}
-    for done, archive in enumerate(archives):
-        progress("inputs", done, len(archives))
-        hashes[str(archive)] = _sha256(archive)
-    progress("inputs", len(archives), len(archives))
-    return hashes
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _clean(
-    archives: Sequence[Path],
+    sources: Sequence[Source],
     pieces: Sequence[Piece],
     recipe: Recipe,
     id_header: str,
@@ -162,8 +153,8 @@ def _clean(
 ) -> None:
     """Clean the archives whose piece is not there yet, one process per archive at a time."""
     tasks = [
-        (archive, piece, recipe, id_header)
-        for archive, piece in zip(archives, pieces, strict=True)
+        (source, piece, recipe, id_header)
+        for source, piece in zip(sources, pieces, strict=True)
         if not piece.is_complete
     ]
     done = len(pieces) - len(tasks)

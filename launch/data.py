@@ -38,7 +38,16 @@ class Mode(StrEnum):
 
 
 Archives = Annotated[
-    list[str], typer.Argument(metavar="INPUT...", help="WARC or WET files, folders, patterns.")
+    list[str],
+    typer.Argument(
+        metavar="INPUT...",
+        help="WARC or WET files, folders and patterns, here or in s3://; https:// URLs; crawls of "
+        "Common Crawl, as in CC-MAIN-2024-10, or files of one: CC-MAIN-2024-10:0-9 for the first "
+        "ten WARC files, CC-MAIN-2024-10/wet:0-9 for texts.",
+    ),
+]
+CrawlUrl = Annotated[
+    str, typer.Option(help="Where CC-MAIN-... is found: a URL or folder that holds crawl-data/.")
 ]
 IdHeader = Annotated[str, typer.Option(help="WARC header that holds a document's id.")]
 
@@ -58,6 +67,7 @@ def run(
     languages: Annotated[
         str | None, typer.Option(help="ISO 639-1 codes, as in en,de, instead of the recipe's.")
     ] = None,
+    crawl_url: CrawlUrl = "https://data.commoncrawl.org",
 ) -> None:
     """Clean, deduplicate, tokenize and shard; audit what became of every document."""
     from data_pipeline.recipe import load_recipe
@@ -76,6 +86,7 @@ def run(
             id_header=id_header,
             tokenizer=tokenizer,
             vocab_size=vocab_size,
+            crawl_url=crawl_url,
             progress=progress,
         )
     _report(result, out)
@@ -132,13 +143,19 @@ def extract(
     out: Annotated[Path, typer.Option(help="JSONL file to write.")],
     mode: Annotated[Mode, typer.Option(help="resiliparse or trafilatura.")] = Mode.fast,
     id_header: IdHeader = "WARC-Record-ID",
+    crawl_url: CrawlUrl = "https://data.commoncrawl.org",
 ) -> None:
     """Write {"id", "url", "text"} of every page."""
     from data_pipeline.extract import extract_archives
 
     with show_progress(console) as progress:
         outcomes = extract_archives(
-            inputs, out, mode=mode.value, id_header=id_header, progress=progress
+            inputs,
+            out,
+            mode=mode.value,
+            id_header=id_header,
+            crawl_url=crawl_url,
+            progress=progress,
         )
     for outcome, documents in outcomes.most_common():
         _say(f"{outcome}: {documents}")

@@ -1,20 +1,17 @@
 """Stream the pages of one WARC or WET file, and account for every record that is not one."""
 
-import glob
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from fastwarc.warc import ArchiveIterator, WarcRecord
 
 from data_pipeline.crawl.body import BodyError, decode_body
+from data_pipeline.crawl.inputs import Source
 from data_pipeline.crawl.recovery import ArchiveBytes
-from data_pipeline.errors import DataError
 
 DOCUMENTS = frozenset({"response", "resource", "conversion", "revisit"})
 TEXTUAL_TYPES = frozenset({"text/html", "application/xhtml+xml", "text/plain"})
-ARCHIVE_SUFFIXES = (".warc.gz", ".warc", ".wet.gz", ".wet")
 MAX_BODY_BYTES = 16 << 20
 READ_BYTES = 1 << 20
 
@@ -57,37 +54,6 @@ class _Record:
     outcome: Page | Reject | None
 
 
-def find_archives(inputs: Sequence[str]) -> list[Path]:
-    """Resolve paths, folders and glob patterns to archive files, each once, in the order given.
-
-    Raises:
-        DataError: a path that does not exist, or a pattern or folder without an archive.
-    """
-    found: dict[Path, None] = {}
-    for name in inputs:
-        path = Path(name)
-        if path.is_dir():
-            matches = sorted(p for p in path.rglob("*") if p.name.endswith(ARCHIVE_SUFFIXES))
-        elif path.exists():
-            matches = [path]
-        else:
-            matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
-        files = [match.resolve() for match in matches if match.is_file()]
-        if not files:
-            raise DataError(_nothing_found(name, path))
-        found.update(dict.fromkeys(files))
-    return list(found)
-
-
-def _nothing_found(name: str, path: Path) -> str:
-    suffixes = ", ".join(ARCHIVE_SUFFIXES)
-    if path.is_dir():
-        return f"{name}: no web archive in this folder (a name ends in {suffixes})"
-    if glob.has_magic(name):
-        return f"{name}: no file matches this pattern"
-    return f"{name}: not a regular file" if path.exists() else f"{name}: no such file"
-
-
 class Archive:
     """The documents of one archive file, in file order, each one a `Page` or a `Reject`.
 
@@ -95,55 +61,63 @@ class Archive:
     `Reject`, and reading goes on at the next record that can be found.
 
     Args:
-        path: a .warc or .wet file, compressed (gzip member per record) or not.
+        source: a .warc or .wet file, compressed (gzip member per record) or not. It is read once,
+            as it arrives.
         id_header: WARC header that names a document; one without it is called `file:number`.
         max_body: larger bodies, decoded, are rejected; memory is bounded by it.
     """
 
     def __init__(
-        self, path: Path, *, id_header: str = "WARC-Record-ID", max_body: int = MAX_BODY_BYTES
+        self, source: Source, *, id_header: str = "WARC-Record-ID", max_body: int = MAX_BODY_BYTES
     ) -> None:
-        self.path = path
+        self.source = source
         self.id_header = id_header
         self.max_body = max_body
         self.records: Counter[str] = Counter()
         """Records seen so far by WARC type, documents and others."""
+        self.bytes = 0
+        """Of the file, once the iteration has ended; `sha256` is that of all of them."""
+        self.sha256 = ""
 
     def __iter__(self) -> Iterator[Page | Reject]:
+        """Raises DataError where the file cannot be read, or is not the one it was."""
         self.records.clear()
-        start: int | None = 0
-        while start is not None:
-            start = yield from self._read_from(start)
+        with self.source.open() as reader:
+            archive = ArchiveBytes(reader)
+            start: int | None = 0
+            while start is not None:
+                start = yield from self._read_from(archive, start)
+            self.bytes, self.sha256 = reader.finish()
+        self.source.verify(self.sha256)
 
-    def _read_from(self, start: int) -> Generator[Page | Reject, None, int | None]:
+    def _read_from(
+        self, archive: ArchiveBytes, start: int
+    ) -> Generator[Page | Reject, None, int | None]:
         """Yield documents from byte `start` on; return where to resume after damage, or None.
 
         A document is passed on once its successor has been found where it should be: only then
         was its Content-Length true.
         """
         last: _Record | None = None
-        with self.path.open("rb") as file:
-            file.seek(start)
-            records = iter(ArchiveIterator(file, parse_http=False))
-            while True:
-                try:
-                    record = next(records, None)
-                except OSError as error:
-                    return (yield from self._after_error(start, last, str(error)))
-                if last is not None and last.outcome is not None:
-                    yield last.outcome
-                if record is None:
-                    yield from self._after_end(last.offset if last else start)
-                    return None
-                last = self._take(record)
-                if not last.is_whole:
-                    return (yield from self._reject(last))
+        records = iter(ArchiveIterator(archive.reader.view(start), parse_http=False))
+        while True:
+            try:
+                record = next(records, None)
+            except OSError as error:
+                return (yield from self._after_error(archive, start, last, str(error)))
+            if last is not None and last.outcome is not None:
+                yield last.outcome
+            if record is None:
+                yield from self._after_end(archive, last.offset if last else start)
+                return None
+            last = self._take(record)
+            if not last.is_whole:
+                return (yield from self._reject(archive, last))
 
     def _after_error(
-        self, start: int, last: _Record | None, error: str
+        self, archive: ArchiveBytes, start: int, last: _Record | None, error: str
     ) -> Generator[Page | Reject, None, int | None]:
         """Reject the record that cannot be read, or the one before it whose length was a lie."""
-        archive = ArchiveBytes(self.path)
         if last is None:
             resume = archive.next_record(start + 1)
             begins_well = archive.next_record(start) == start
@@ -152,7 +126,7 @@ class Archive:
             return resume
         end = archive.record_end(last.offset, last.content_length)
         if end is None:
-            return (yield from self._reject(last))
+            return (yield from self._reject(archive, last))
         if last.outcome is not None:
             yield last.outcome
         resume = archive.next_record(end)
@@ -161,13 +135,14 @@ class Archive:
             yield self._damaged(end, reason, f"nothing readable here: {error}")
         return resume
 
-    def _after_end(self, last_offset: int) -> Iterator[Reject]:
-        tail = ArchiveBytes(self.path).unreadable_tail(last_offset)
+    def _after_end(self, archive: ArchiveBytes, last_offset: int) -> Iterator[Reject]:
+        tail = archive.unreadable_tail(last_offset)
         if tail is not None and tail > last_offset:
             yield self._damaged(tail, "truncated", "the file is cut inside this record")
 
-    def _reject(self, record: _Record) -> Generator[Page | Reject, None, int | None]:
-        archive = ArchiveBytes(self.path)
+    def _reject(
+        self, archive: ArchiveBytes, record: _Record
+    ) -> Generator[Page | Reject, None, int | None]:
         resume = archive.next_record(record.offset + 1)
         readable_until = archive.member_end(record.offset) if archive.is_gzip else resume
         if readable_until is not None:
@@ -176,19 +151,19 @@ class Archive:
             reason, detail = "truncated", "the file is cut inside this record"
         else:
             reason, detail = "damaged", "the record cannot be decompressed"
-        where = f"{self.path}, byte {record.offset}: {detail}"
-        yield Reject(record.id, record.url, str(self.path), record.offset, reason, where)
+        where = f"{self.source.name}, byte {record.offset}: {detail}"
+        yield Reject(record.id, record.url, self.source.name, record.offset, reason, where)
         if resume is None:
-            yield from self._after_end(record.offset)
+            yield from self._after_end(archive, record.offset)
         return resume
 
     def _damaged(self, offset: int, reason: str, detail: str) -> Reject:
         self.records["unreadable"] += 1
-        where = f"{self.path}, byte {offset}: {detail}"
-        return Reject(self._fallback_id(), "", str(self.path), offset, reason, where)
+        where = f"{self.source.name}, byte {offset}: {detail}"
+        return Reject(self._fallback_id(), "", self.source.name, offset, reason, where)
 
     def _fallback_id(self) -> str:
-        return f"{self.path.name}:{self.records.total()}"
+        return f"{self.source.basename}:{self.records.total()}"
 
     def _take(self, record: WarcRecord) -> _Record:
         """Read one record to its end."""
@@ -213,7 +188,7 @@ class Archive:
             page = Page(
                 id=id,
                 url=url,
-                file=str(self.path),
+                file=self.source.name,
                 offset=record.stream_pos,
                 status=None if http is None else http.status_code,
                 content_type=_content_type(record, kind),

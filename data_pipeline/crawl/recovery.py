@@ -2,8 +2,8 @@
 
 import zlib
 from collections.abc import Iterator
-from mmap import ACCESS_READ, mmap
-from pathlib import Path
+
+from data_pipeline.crawl.reader import Reader
 
 GZIP_MAGIC = b"\x1f\x8b\x08"
 RECORD_MAGIC = b"WARC/"
@@ -13,13 +13,11 @@ BLOCK = 1 << 16
 
 
 class ArchiveBytes:
-    """A memory-mapped archive: one gzip member per record, or plain records one after another."""
+    """The bytes of an archive: one gzip member per record, or plain records one after another."""
 
-    def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            is_empty = file.seek(0, 2) == 0
-            self._bytes = b"" if is_empty else mmap(file.fileno(), 0, access=ACCESS_READ)
-        self.is_gzip = self._bytes[:2] == GZIP_MAGIC[:2]
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self.is_gzip = reader.read(0, 2) == GZIP_MAGIC[:2]
 
     def next_record(self, start: int) -> int | None:
         """Offset of the first record at or after byte `start`, or None.
@@ -28,14 +26,12 @@ class ArchiveBytes:
         after an empty line.
         """
         if not self.is_gzip:
-            position = self._bytes.find(END_OF_BLOCK + RECORD_MAGIC, max(0, start - 4))
-            return None if position < 0 else position + 4
-        position = self._bytes.find(GZIP_MAGIC, start)
-        while position >= 0:
-            if self._starts_record(position):
-                return position
-            position = self._bytes.find(GZIP_MAGIC, position + 1)
-        return None
+            end = self.reader.find(END_OF_BLOCK + RECORD_MAGIC, max(0, start - 4))
+            return None if end is None else end + 4
+        position = self.reader.find(GZIP_MAGIC, start)
+        while position is not None and not self._starts_record(position):
+            position = self.reader.find(GZIP_MAGIC, position + 1)
+        return position
 
     def record_end(self, start: int, content_length: int) -> int | None:
         """Offset just after the record at byte `start`, or None where it is not as long as it says.
@@ -50,12 +46,12 @@ class ArchiveBytes:
         if self._text(start, end, len(END_OF_BLOCK)) != END_OF_BLOCK:
             return None
         if self.is_gzip:
-            return self.member_end(start) or len(self._bytes)
+            return self.member_end(start) or self.reader.size
         return start + end + len(END_OF_BLOCK)
 
     def member_end(self, start: int) -> int | None:
         """Offset just after the gzip member at byte `start`; None where none is whole there."""
-        member = _Member(self._bytes, start)
+        member = _Member(self.reader, start)
         for _ in member:
             pass
         return member.end
@@ -66,7 +62,7 @@ class ArchiveBytes:
         A stream reader cannot tell a file cut inside a member's header from its end.
         """
         position = start
-        while self.is_gzip and position < len(self._bytes):
+        while self.is_gzip and position < self.reader.size:
             end = self.member_end(position)
             if end is None:
                 return position
@@ -79,9 +75,9 @@ class ArchiveBytes:
     def _text(self, start: int, position: int, size: int) -> bytes:
         """At most `size` bytes from `position` on in the uncompressed text at byte `start`."""
         if not self.is_gzip:
-            return self._bytes[start + position : start + position + size]
+            return self.reader.read(start + position, size)
         text, seen = b"", 0
-        for block in _Member(self._bytes, start):
+        for block in _Member(self.reader, start):
             text += block[max(0, position - seen) :]
             seen += len(block)
             if len(text) >= size:
@@ -96,7 +92,7 @@ class _Member:
         end: offset just after the member, once all blocks of a whole one have been read.
     """
 
-    def __init__(self, archive: bytes | mmap, start: int) -> None:
+    def __init__(self, archive: Reader, start: int) -> None:
         self._archive = archive
         self._start = start
         self.end: int | None = None
@@ -106,7 +102,7 @@ class _Member:
         position, compressed = self._start, b""
         while not stream.eof:
             if not compressed:
-                compressed = self._archive[position : position + BLOCK]
+                compressed = self._archive.read(position, BLOCK)
                 position += len(compressed)
             if not compressed:
                 return

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from data_pipeline.crawl import Archive, Reject, find_archives
+from data_pipeline.crawl import CRAWL_URL, Archive, Reject, Source, find_archives
 from data_pipeline.errors import DataError, file_errors
 from data_pipeline.extract.text import ExtractError, Mode, extract_text
 
@@ -21,6 +21,7 @@ def extract_archives(
     *,
     mode: Mode = "fast",
     id_header: str = "WARC-Record-ID",
+    crawl_url: str = CRAWL_URL,
     progress: Progress = lambda stage, done, total: None,
 ) -> Counter[str]:
     """Write {"id", "url", "text"} for every page with text, and count documents by outcome.
@@ -35,22 +36,22 @@ def extract_archives(
     if out.suffix != ".jsonl":
         raise DataError(f"{out}: the file to write is plain JSONL; give it a name in .jsonl")
     with file_errors():
-        return _extract_archives(inputs, out, mode, id_header, progress)
+        if out.is_dir():
+            raise DataError(f"{out}: is a folder; name the file to write")
+        sources = find_archives(inputs, crawl_url)
+        return _extract_archives(sources, out, mode, id_header, progress)
 
 
 def _extract_archives(
-    inputs: Sequence[str], out: Path, mode: Mode, id_header: str, progress: Progress
+    sources: Sequence[Source], out: Path, mode: Mode, id_header: str, progress: Progress
 ) -> Counter[str]:
-    if out.is_dir():
-        raise DataError(f"{out}: is a folder; name the file to write")
-    archives = find_archives(inputs)
     outcomes: Counter[str] = Counter()
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f".{out.name}.{os.getpid()}")
-    progress("extract", 0, len(archives))
+    progress("extract", 0, len(sources))
     with aside.open("w", encoding="utf-8") as file:
-        for done, archive in enumerate(archives, 1):
-            for document in Archive(archive, id_header=id_header):
+        for done, source in enumerate(sources, 1):
+            for document in Archive(source, id_header=id_header):
                 if isinstance(document, Reject):
                     outcomes[f"crawl: {document.reason}"] += 1
                     continue
@@ -62,6 +63,6 @@ def _extract_archives(
                 row = {"id": document.id, "url": document.url, "text": text}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 outcomes[PAGES] += 1
-            progress("extract", done, len(archives))
+            progress("extract", done, len(sources))
     aside.rename(out)
     return outcomes

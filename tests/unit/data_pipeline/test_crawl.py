@@ -1,70 +1,23 @@
 """Archives written by warcio are read whole; damage costs the damaged record and no other."""
 
 import gzip
-import io
 import random
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from warcio.statusandheaders import StatusAndHeaders
-from warcio.warcwriter import WARCWriter
 
 from data_pipeline.crawl import Archive, Page, Reject, find_archives
+from data_pipeline.crawl.local import LocalFile
 from data_pipeline.errors import DataError
-
-HTML = b"<html><body><p>Some words on a page.</p></body></html>"
-
-
-def record(
-    number: int,
-    body: bytes = HTML,
-    *,
-    kind: str = "response",
-    status: str = "200 OK",
-    http: Iterable[tuple[str, str]] = (("Content-Type", "text/html"),),
-    compressed: bool = True,
-) -> bytes:
-    """One record of an archive, as warcio writes it."""
-    out = io.BytesIO()
-    writer = WARCWriter(out, gzip=compressed)
-    headers = StatusAndHeaders(status, list(http), protocol="HTTP/1.1")
-    has_http = kind in ("response", "revisit")
-    warc_headers = {
-        "WARC-Record-ID": f"<urn:uuid:{number}>",
-        "X-Doc-Id": f"doc-{number}",
-        # With the time of the run its compressed bytes would be others each time.
-        "WARC-Date": "2026-01-01T00:00:00Z",
-    }
-    if kind == "conversion":
-        warc_headers["Content-Type"] = "text/plain"
-    writer.write_record(
-        writer.create_warc_record(
-            f"http://example.org/{number}",
-            kind,
-            payload=io.BytesIO(body),
-            http_headers=headers if has_http else None,
-            warc_headers_dict=warc_headers,
-        )
-    )
-    return out.getvalue()
-
-
-def lying(number: int, by: int, *, compressed: bool = True) -> bytes:
-    """A record whose Content-Length is off by `by` bytes."""
-    plain = record(number, compressed=False)
-    name = b"\r\nContent-Length: "
-    start = plain.index(name) + len(name)
-    end = plain.index(b"\r\n", start)
-    wrong = plain[:start] + str(int(plain[start:end]) + by).encode() + plain[end:]
-    return gzip.compress(wrong, mtime=0) if compressed else wrong
+from tests.unit.data_pipeline.warc_records import HTML, lying, record
 
 
 def read(tmp_path: Path, content: bytes, **options: object) -> list[Page | Reject]:
     path = tmp_path / "crawl.warc.gz"
     path.write_bytes(content)
-    return list(Archive(path, **options))  # type: ignore[arg-type]
+    return list(Archive(LocalFile(path), **options))  # type: ignore[arg-type]
 
 
 def outcomes(documents: Iterable[Page | Reject]) -> list[tuple[str, str]]:
@@ -98,7 +51,7 @@ def test_records_that_are_no_documents_are_counted_but_not_given(tmp_path: Path)
     path = tmp_path / "crawl.warc.gz"
     kinds = ["warcinfo", "response", "metadata", "conversion"]
     path.write_bytes(b"".join(record(n, b"text", kind=kind) for n, kind in enumerate(kinds)))
-    archive = Archive(path)
+    archive = Archive(LocalFile(path))
     assert outcomes(archive) == ids(1, 3)
     assert archive.records == dict.fromkeys(kinds, 1)
 
@@ -237,7 +190,7 @@ def test_inputs_are_files_folders_and_patterns_each_taken_once(tmp_path: Path) -
     for name in ("b.warc.gz", "a.warc.gz", "c.warc", "d.wet.gz", "notes.txt"):
         (tmp_path / name).touch()
     found = find_archives([str(tmp_path / "b*.gz"), str(tmp_path)])
-    assert [path.name for path in found] == ["b.warc.gz", "a.warc.gz", "c.warc", "d.wet.gz"]
+    assert [source.basename for source in found] == ["b.warc.gz", "a.warc.gz", "c.warc", "d.wet.gz"]
 
 
 @pytest.mark.parametrize("name", ["missing.warc.gz", "*.warc.gz", "."])
