@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launch.local import StopSignals
 from pretrain.config import load_config, read_run_config
-from pretrain.errors import TrainingError
+from pretrain.errors import TrainingError, UserError
 from pretrain.layouts import resolve_layout
 from pretrain.run_dir import RunDirectory
 
@@ -61,8 +61,16 @@ def _train_locally(run: RunDirectory, nproc: int, max_restarts: int) -> int:
         command = [sys.executable, "-m", "launch.rank", str(run.root), str(os.getpid())]
         code, attempt = run_ranks(run, command, nproc, max_restarts, stop)
         if run.current_attempt() == attempt and run.metrics.exists():
-            print(f"report: {write_run_report(run.root)}")
+            _report(run)
     return code
+
+
+def _report(run: RunDirectory) -> None:
+    # What became of the run does not depend on it.
+    try:
+        print(f"report: {write_run_report(run.root)}")
+    except (OSError, UserError, TrainingError) as error:
+        print(f"warning: no report: {error}; `farspan report {run.root}`", file=sys.stderr)
 
 
 def write_run_report(directory: Path) -> Path:

@@ -7,7 +7,7 @@ of the user's, 65 another attempt would fail alike, 70 another rank failed, 1 an
 import os
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from pretrain.lineage import past_of_guard
 from pretrain.metrics.expert_load import summarise_load
 from pretrain.numerics import numerics_of
 from pretrain.recorder import Recorder
-from pretrain.run_dir import ATTEMPT_VARIABLE, RunDirectory
+from pretrain.run_dir import ATTEMPT_VARIABLE, NO_ROOM, RunDirectory
 from pretrain.signals import StopRequest
 from pretrain.trainer import StepResult, Trainer
 
@@ -169,18 +169,25 @@ def main() -> int:
         return train(read_run_config(run), run)
     except Exception as error:
         if (code := getattr(error, "exit_code", None)) is not None:
-            print(f"error: {error}", file=sys.stderr)
+            tell(str(error))
             return CANNOT_GO_ON if isinstance(error, TrainingError) else int(code)
         if isinstance(error, dist.DistError):
-            print(f"error: the ranks did not come together: {error}", file=sys.stderr)
+            tell(f"the ranks did not come together: {error}")
             return LOST_RANK
         if isinstance(error, OSError) and run.is_cause_of(error):
-            print(f"error: {run.explain(error)}", file=sys.stderr)
-            return 1 if run.root.is_dir() else CANNOT_GO_ON
+            tell(run.explain(error))
+            is_here_to_stay = not run.root.is_dir() or error.errno in NO_ROOM
+            return CANNOT_GO_ON if is_here_to_stay else 1
         raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def tell(what: str) -> None:
+    # The log may lie on the disk that is full.
+    with suppress(OSError):
+        print(f"error: {what}", file=sys.stderr, flush=True)
 
 
 def is_under_torchrun() -> bool:
