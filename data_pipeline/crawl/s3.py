@@ -1,17 +1,26 @@
 """Objects of S3 and of stores that speak its protocol, through s3fs."""
 
+import glob
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from typing import Any
 
+import aiohttp
 import s3fs
-from botocore.exceptions import NoCredentialsError, ParamValidationError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    NoCredentialsError,
+    ParamValidationError,
+)
 
 from data_pipeline.crawl.transfer import RefusedError, TransferError, Version
 
 # Each request asks for this much, so that much is in memory.
 REQUEST_BYTES = 4 << 20
 READ_BYTES = 1 << 20
+PASSING = (OSError, BotoCoreError, ClientError, aiohttp.ClientError, HTTPException)
 
 
 def probe(url: str, silence: float) -> Version:
@@ -38,7 +47,7 @@ def find(pattern: str, silence: float) -> dict[str, Version]:
     """The objects under a folder, or those that match a glob pattern, by their URLs."""
     store = _store(silence)
     with _refusals():
-        look = store.glob if store.has_magic(pattern) else store.find
+        look = store.glob if glob.has_magic(pattern) else store.find
         found = look(pattern, detail=True)
     return {
         f"s3://{path}": _version(info) for path, info in found.items() if info["type"] == "file"
@@ -78,5 +87,5 @@ def _refusals() -> Iterator[None]:
         raise RefusedError("the file has changed while it was read") from error
     except (NoCredentialsError, ParamValidationError, ValueError) as error:
         raise RefusedError(str(error)) from error
-    except Exception as error:
+    except PASSING as error:
         raise TransferError(str(error) or type(error).__name__) from error
