@@ -358,6 +358,7 @@ class Trainer:
         self.store.finish_save()
         if self.store.newest == self.progress.step:
             # Nothing was trained since; what was skipped since is in the ledger.
+            self.store.wait_for_removals()
             return
         check_weights(self.weights, self.config.guard.max_weight)
         self.progress.loss = fmean(self._losses) if self._losses else None
