@@ -33,15 +33,8 @@ from launch.local import (
     rank_environment,
     stop_signals_blocked,
 )
-from pretrain.config import read_run_config
-from pretrain.errors import (
-    CANNOT_GO_ON,
-    LOST_RANK,
-    STOPPED_ON_REQUEST,
-    AttemptError,
-    UserError,
-)
-from pretrain.metrics.sinks import last_step
+from launch.restarts import furthest_step
+from pretrain.errors import CANNOT_GO_ON, LOST_RANK, STOPPED_ON_REQUEST, UserError
 from pretrain.run_dir import ATTEMPT_VARIABLE, RunDirectory
 
 POLL_S = 0.1
@@ -175,7 +168,7 @@ class _Agent(LocalElasticAgent):
             self._screen.show(self._logs.logs[0])
             self._stop.pass_on_to(self._ranks)
         if not is_restart:
-            self._furthest = _furthest_step(self._run)
+            self._furthest = furthest_step(self._run)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self._screen.refresh()
@@ -245,7 +238,7 @@ class _Agent(LocalElasticAgent):
 
     def _count_progress(self) -> None:
         """Give a run that has got further all its restarts back."""
-        furthest = _furthest_step(self._run)
+        furthest = furthest_step(self._run)
         if furthest > self._furthest:
             self._furthest = furthest
             self._remaining_restarts = self._max_restarts
@@ -256,21 +249,6 @@ class _Agent(LocalElasticAgent):
                 "same command goes on from the newest checkpoint",
                 file=sys.stderr,
             )
-
-
-def _furthest_step(run: RunDirectory) -> int:
-    """The last step that is logged or saved, 0 before the first."""
-    # Half a second that the ranks need not wait for.
-    from pretrain.checkpoint.store import saved_steps
-    from pretrain.checkpoint.trained import checkpoints_of
-
-    steps = [0]
-    # What cannot be read now is no reason to give the run up.
-    with suppress(OSError, UserError, AttemptError):
-        steps += saved_steps(checkpoints_of(read_run_config(run), run))
-    with suppress(OSError, UserError):
-        steps.append(last_step(run.metrics))
-    return max(steps)
 
 
 class _Screen:

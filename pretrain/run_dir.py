@@ -149,6 +149,11 @@ class RunDirectory:
         return self.root / "stopped.json"
 
     @property
+    def requeues(self) -> Path:
+        """How often a batch job has been requeued without progress."""
+        return self.root / "requeues.json"
+
+    @property
     def attempt(self) -> Path:
         """The number of the attempt that may change the run directory."""
         return self.root / "attempt.json"
