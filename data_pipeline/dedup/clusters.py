@@ -1,17 +1,23 @@
 """Clusters of duplicates, from signatures to the document that survives each."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_pipeline.dedup.components import UnionFind
-from data_pipeline.dedup.lsh import Signatures, bucket_documents, shingle_sets
-from data_pipeline.dedup.shingles import jaccard
+from data_pipeline.dedup.inputs import Part
+from data_pipeline.dedup.lsh import Buckets, share_band
+from data_pipeline.dedup.shingle_file import ShingleFile
+from data_pipeline.dedup.signatures import Signatures
+
+# No document is compared with more others of one bucket, lest a million pages of one template,
+# alike but for less than the threshold, take a million comparisons each.
+MOST_COMPARISONS = 256
+# Shingles that are in memory at a time.
+SHINGLES_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -32,85 +38,113 @@ class Clusters:
 
 
 def find_clusters(
-    parts: Sequence[Path],
-    ids: pa.Array,
+    parts: Sequence[Part],
     signatures: Signatures,
+    scratch: Path,
     *,
     threshold: float,
     ngram: int,
     workers: int,
 ) -> Clusters:
-    """Join equal texts, then candidate pairs whose true similarity is at least `threshold`."""
-    original = _first_with_equal_text(signatures.digests)
+    """Join equal texts, then candidate pairs whose true similarity is at least `threshold`.
+
+    The shingles of candidates lie in the file `scratch` meanwhile.
+    """
+    original = _first_with_equal_text(signatures)
     rows = np.arange(len(original))
-    sets = UnionFind(len(original))
-    for row in np.flatnonzero(original != rows).tolist():
-        sets.union(row, int(original[row]))
+    compared = rows[(original == rows) & signatures.has_words]
+    candidates = _candidates(signatures.bands, compared)
+    shingles = ShingleFile(scratch, parts, candidates, ngram=ngram, workers=workers)
+    parent = original.copy()
+    for band in signatures.bands:
+        join_buckets(share_band(band, compared), shingles, threshold, parent)
+    scratch.unlink()
 
-    originals = rows[original == rows]
-    buckets = bucket_documents(originals, signatures.bands.take(pa.array(originals)))
-    candidates = sorted({row for bucket in buckets for row in bucket})
-    names = ids.take(pa.array(candidates, pa.int64()))
-    by_name = shingle_sets(parts, names, ngram=ngram, workers=workers)
-    shingles = {row: by_name[name] for row, name in zip(candidates, names.to_pylist(), strict=True)}
-    for bucket in buckets:
-        _join_similar(bucket, shingles, threshold, sets)
-
-    roots = sets.roots()
-    twin = _longest(roots, signatures.lengths.to_numpy())
+    twin = _preferred(parent, signatures.preference)
     return Clusters(
-        number=np.unique(roots, return_inverse=True)[1],
+        number=np.unique(parent, return_inverse=True)[1],
         twin=twin,
-        jaccard=np.array(
-            [
-                1.0 if a == b else jaccard(shingles[a], shingles[b])
-                for a, b in zip(original.tolist(), original[twin].tolist(), strict=True)
-            ]
-        ),
+        jaccard=_similarities(shingles, original, original[twin]),
         exact=(twin != rows) & (original == original[twin]),
     )
 
 
-def _first_with_equal_text(digests: pa.Array) -> NDArray[np.int64]:
+def _first_with_equal_text(signatures: Signatures) -> NDArray[np.int64]:
     """For each document the first one of the same text; a blank text only has itself."""
-    original = np.arange(len(digests))
-    known = np.flatnonzero(digests.is_valid())
-    texts = digests.drop_null().dictionary_encode().indices.to_numpy()
+    original = np.arange(len(signatures.digests))
+    known = np.flatnonzero(~signatures.is_blank)
+    digests = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(signatures.digests.shape[1]),
+        len(known),
+        [None, pa.py_buffer(signatures.digests[known])],
+    )
+    texts = digests.dictionary_encode().indices.to_numpy()
     _, first, inverse = np.unique(texts, return_index=True, return_inverse=True)
     original[known] = known[first[inverse]]
     return original
 
 
-def _join_similar(
-    bucket: Sequence[int],
-    shingles: Mapping[int, NDArray[np.uint64]],
-    threshold: float,
-    sets: UnionFind,
-) -> None:
-    """Join all similar pairs of a bucket; only rows of different sets are compared."""
-    joined: dict[int, list[int]] = {}
-    for row in bucket:
-        joined.setdefault(sets.find(row), []).append(row)
-    apart: list[list[int]] = []
-    for rows in joined.values():
-        near: list[list[int]] = []
-        far: list[list[int]] = []
-        for others in apart:
-            pairs = product(rows, others)
-            similar = any(jaccard(shingles[a], shingles[b]) >= threshold for a, b in pairs)
-            (near if similar else far).append(others)
-        for others in near:
-            sets.union(rows[0], others[0])
-        # Growing the longest list keeps a bucket of similar documents linear.
-        *short, longest = sorted([rows, *near], key=len)
-        longest.extend(chain.from_iterable(short))
-        apart = [*far, longest]
+def _candidates(bands: NDArray[np.uint32], compared: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The documents that share a band with another one."""
+    is_candidate = np.zeros(bands.shape[1], np.bool_)
+    for band in bands:
+        is_candidate[share_band(band, compared).documents] = True
+    return np.flatnonzero(is_candidate)
 
 
-def _longest(roots: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For each document the longest of its cluster, the first among equals."""
-    order = np.lexsort((np.arange(len(roots)), -lengths, roots))
+def join_buckets(
+    buckets: Buckets, shingles: ShingleFile, threshold: float, parent: NDArray[np.int64]
+) -> int:
+    """Join the similar documents of each bucket in the forest `parent`, see `set_kernels`.
+
+    Returns:
+        How many pairs were compared.
+    """
+    from data_pipeline.dedup.set_kernels import flatten, join_similar
+
+    compared = 0
+    sizes = shingles.sizes(shingles.sets_of(buckets.documents))
+    for some in buckets.split(sizes, SHINGLES_AT_ONCE):
+        compared += join_similar(
+            some.documents,
+            shingles.sets_of(some.documents),
+            some.starts,
+            parent,
+            shingles.hashes,
+            shingles.first,
+            threshold,
+            MOST_COMPARISONS,
+        )
+        shingles.forget()
+    flatten(parent)
+    return compared
+
+
+def _preferred(roots: NDArray[np.int64], preference: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each document the one preferred of its cluster, the first among equals."""
+    order = np.lexsort((-preference, roots))  # stable
     _, first, inverse = np.unique(roots[order], return_index=True, return_inverse=True)
     twin = np.empty_like(roots)
     twin[order] = order[first[inverse]]
     return twin
+
+
+def _similarities(
+    shingles: ShingleFile, left: NDArray[np.int64], right: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """The similarity of each pair of documents, which are equal or candidates."""
+    from data_pipeline.dedup.set_kernels import jaccards
+
+    similarities = np.ones(len(left))
+    pairs = np.flatnonzero(left != right)
+    for some in _chunks(pairs, shingles.sizes(shingles.sets_of(left[pairs]))):
+        a, b = (shingles.sets_of(documents[some]) for documents in (left, right))
+        similarities[some] = jaccards(shingles.hashes, shingles.first, a, b)
+        shingles.forget()
+    return similarities
+
+
+def _chunks(items: NDArray[np.int64], sizes: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """The items in pieces of at most about SHINGLES_AT_ONCE."""
+    cuts = np.flatnonzero(np.diff(np.cumsum(sizes) // SHINGLES_AT_ONCE)) + 1
+    yield from np.split(items, cuts)

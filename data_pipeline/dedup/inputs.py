@@ -1,14 +1,13 @@
-"""Documents of any accepted file type, as Parquet parts that Daft reads in order.
+"""Documents of any accepted file type, as Parquet parts.
 
-JSON Lines are not read by Daft or pyarrow: Daft drops fields that first appear late in a file, both
-rewrite values to fit one type per field, and pyarrow refuses what does not.
+JSON Lines are not read by pyarrow: it rewrites values to fit one type per field, and refuses what
+does not.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -31,6 +30,10 @@ class Part:
     source: Path
     first_row: int
     rows: int
+
+    def locate(self, row: int) -> str:
+        """Where the user finds the document of a row."""
+        return f"document {self.first_row + row} (counted from 0) of {self.source}"
 
 
 def parquet_parts(inputs: Sequence[Path], scratch: Path) -> list[Part]:
@@ -67,10 +70,11 @@ def read_ids(parts: Sequence[Part]) -> pa.Array:
     Raises:
         DataError: an id is missing or stands twice.
     """
-    columns = [_read(part, ["id"])["id"] for part in parts]
-    chunks = [chunk.cast(pa.large_string()) for column in columns for chunk in column.chunks]
+    chunks = [chunk for part in parts for chunk in _read_ids(part)]
     ids = pa.chunked_array(chunks, pa.large_string()).combine_chunks()
-    refuse_null(parts, "id", ids)
+    if ids.null_count:
+        row = ids.is_null().index(True).as_py()
+        raise DataError(f"{_locate(parts, row)} has no `id`; add it or remove the document")
     if len(ids.unique()) < len(ids):
         seen: dict[str, int] = {}
         for row, name in enumerate(ids.to_pylist()):
@@ -81,31 +85,6 @@ def read_ids(parts: Sequence[Part]) -> pa.Array:
     return ids
 
 
-def refuse_null(parts: Sequence[Part], column: str, values: pa.Array) -> None:
-    """Raise a DataError that names the first document without a value."""
-    if values.null_count:
-        row = int(np.flatnonzero(values.is_null())[0])
-        raise DataError(f"{_locate(parts, row)} has no `{column}`; add it or remove the document")
-
-
-def refuse_damage(parts: Sequence[Part]) -> None:
-    """Raise a DataError that names the first input whose documents cannot be read."""
-    for part in parts:
-        _read(part, REQUIRED)
-
-
-def read_batches(part: Part) -> Iterator[pa.RecordBatch]:
-    """The documents of a part with all their columns.
-
-    Raises:
-        DataError: the input is damaged.
-    """
-    try:
-        yield from pq.ParquetFile(part.path).iter_batches()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{part.source}: damaged, its documents cannot be read: {error}") from error
-
-
 def _refuse_unreadable(path: Path) -> None:
     try:
         with path.open("rb"):
@@ -114,19 +93,19 @@ def _refuse_unreadable(path: Path) -> None:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _read(part: Part, columns: Sequence[str]) -> pa.Table:
+def _read_ids(part: Part) -> list[pa.Array]:
     try:
-        table = pq.read_table(part.path, columns=list(columns))
+        table = pq.read_table(part.path, columns=["id"])
         table.validate(full=True)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{part.source}: damaged, its documents cannot be read: {error}") from error
-    return table
+    return [chunk.cast(pa.large_string()) for chunk in table["id"].chunks]
 
 
 def _locate(parts: Sequence[Part], row: int) -> str:
     for part in parts:
         if row < part.rows:
-            return f"document {part.first_row + row} (counted from 0) of {part.source}"
+            return part.locate(row)
         row -= part.rows
     raise IndexError(row)
 

@@ -1,38 +1,38 @@
 """Exact and near-duplicate removal, from files of documents to files of documents."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from daft.exceptions import DaftCoreException
 from numpy.typing import NDArray
 
+from data_pipeline.dedup.batches import read_batches
 from data_pipeline.dedup.clusters import Clusters, find_clusters
-from data_pipeline.dedup.inputs import (
-    Part,
-    parquet_parts,
-    read_batches,
-    read_ids,
-    refuse_damage,
-    refuse_null,
-)
-from data_pipeline.dedup.lsh import sign
+from data_pipeline.dedup.inputs import Part, parquet_parts, read_ids
 from data_pipeline.dedup.minhash import candidate_probability, choose_bands
 from data_pipeline.dedup.outputs import CLUSTERS, DOCUMENTS, staged_results
+from data_pipeline.dedup.repeated_units import RepeatedUnits, has_words
+from data_pipeline.dedup.signatures import Keep, sign_documents
+from data_pipeline.dedup.timestamps import require_timestamps
 from data_pipeline.errors import DataError
 
 LOWEST_RECALL = 0.5
+
+Exact = Literal["document", "paragraph", "line"]
 
 
 @dataclass(frozen=True)
 class DedupReport:
     """Counts of documents, the duplicates by whether the one kept has the very same text.
 
-    `clusters` counts those of two or more documents.
+    `clusters` counts those of two or more documents, `removed_units` the repeated paragraphs or
+    lines, and `emptied` the documents that had nothing else, which are dropped, too.
     """
 
     documents: int
@@ -40,19 +40,23 @@ class DedupReport:
     exact_duplicates: int
     near_duplicates: int
     clusters: int
+    removed_units: int = 0
+    emptied: int = 0
 
 
 def deduplicate(
     inputs: Sequence[Path],
     out: Path,
     *,
-    threshold: float = 0.8,
+    threshold: float | None = 0.8,
     bands: int | None = None,
     rows: int | None = None,
     ngram: int = 5,
+    exact: Exact = "document",
+    keep: Keep = "longest",
     workers: int = 1,
 ) -> DedupReport:
-    r"""Keep the longest document of every cluster of duplicates, the first among equals.
+    r"""Keep one document of every cluster of duplicates.
 
     Two documents are duplicates if their texts are equal, or if they share a MinHash band and the
     Jaccard similarity of their sets of word n-grams is at least `threshold`. Clusters are the
@@ -63,19 +67,29 @@ def deduplicate(
             Parquet are carried along; other fields of JSONL become one column `extra`, a JSON
             object of the fields as they were written, or null.
         out: gets documents/*.parquet, in input order, and clusters.parquet, a row per input
-            document: id, cluster, kept, exact (dropped for a twin of the very same text), twin
-            (the kept document of its cluster) and jaccard (with its twin), both null if it is kept
-            itself.
-        bands: of the MinHash signature, with `rows` values each; both or neither. By default they
-            follow from `threshold`, such that a pair exactly there is found in 95 of 100 cases.
+            document: id, cluster, kept, exact (dropped, and nothing of its text is lost), twin
+            (the document kept of its cluster), jaccard (with its twin), both null if it is that
+            document itself, and removed_units.
+        threshold: None removes exact duplicates alone.
+        bands: of the MinHash signature, with `rows` values each; both or neither. By default 14 of
+            8, as in FineWeb; below 0.79 such that a pair exactly at `threshold` is found in 95 of
+            100 cases.
         ngram: words of a shingle. Words are lower-cased runs of `\w`; a shorter text is one
             shingle.
-        workers: processes that hash the texts.
+        exact: with "paragraph" (separated by an empty line) or "line", those that an earlier kept
+            document has, or the same one before, are removed from the kept documents; a document
+            that loses every word so is dropped.
+        keep: the "longest" document of a cluster, the "newest" by the column `timestamp`, or the
+            "first"; the first among equals. `timestamp` is of that type or a string as
+            2024-03-01T00:00:00Z.
+        workers: threads that hash the texts.
 
     Raises:
         DataError: a setting or a file is wrong; `out` keeps what it had.
     """
     _check_settings(threshold, ngram=ngram, workers=workers)
+    _check_choice("exact", exact, Exact)
+    _check_choice("keep", keep, Keep)
     bands, rows = _checked_bands(threshold, bands, rows)
     folder = out / DOCUMENTS
     for path in inputs:
@@ -83,40 +97,52 @@ def deduplicate(
             raise DataError(f"{path}: lies in {folder}, which will be replaced; name another --out")
     with staged_results(out) as scratch:
         parts = parquet_parts(inputs, scratch)
-        files = [part.path for part in parts if part.rows]
+        if keep == "newest":
+            require_timestamps(parts)
         ids = read_ids(parts)
-        try:
-            signatures = sign(files, ids, bands=bands, rows=rows, ngram=ngram, workers=workers)
-        except DaftCoreException:
-            refuse_damage(parts)
-            raise
-        if signatures.lengths.null_count:
-            refuse_damage(parts)  # of which Daft makes nulls, too
-            refuse_null(parts, "text", signatures.lengths)
-        clusters = find_clusters(
-            files, ids, signatures, threshold=threshold, ngram=ngram, workers=workers
+        signatures = sign_documents(
+            parts, keep=keep, bands=bands, rows=rows, ngram=ngram, workers=workers
         )
-        kept = clusters.twin == np.arange(len(clusters.twin))
-        _write_kept(parts, kept, scratch / DOCUMENTS)
-        pq.write_table(_table(ids, clusters, kept), scratch / CLUSTERS)
+        clusters = find_clusters(
+            parts,
+            signatures,
+            scratch / "shingles",
+            threshold=threshold or 1.0,
+            ngram=ngram,
+            workers=workers,
+        )
+        is_best = clusters.twin == np.arange(len(clusters.twin))
+        units = None if exact == "document" else RepeatedUnits(exact)
+        kept, removed = _write_kept(parts, is_best, units, scratch / DOCUMENTS, workers)
+        pq.write_table(_table(ids, clusters, kept, removed), scratch / CLUSTERS)
     return DedupReport(
         documents=len(kept),
         kept=int(kept.sum()),
         exact_duplicates=int(clusters.exact.sum()),
-        near_duplicates=int((~kept & ~clusters.exact).sum()),
+        near_duplicates=int((~is_best & ~clusters.exact).sum()),
         clusters=int((np.bincount(clusters.number) > 1).sum()),
+        removed_units=int(removed.sum()),
+        emptied=int((is_best & ~kept).sum()),
     )
 
 
-def _check_settings(threshold: float, **counts: int) -> None:
-    if not 0 < threshold <= 1:
+def _check_settings(threshold: float | None, **counts: int) -> None:
+    if threshold is not None and not 0 < threshold <= 1:
         raise DataError(f"threshold={threshold} is not allowed: it is above 0 and at most 1")
     for name, count in counts.items():
         if count < 1:
             raise DataError(f"{name}={count} is not allowed: it is at least 1")
 
 
-def _checked_bands(threshold: float, bands: int | None, rows: int | None) -> tuple[int, int]:
+def _check_choice(name: str, value: str, choices: object) -> None:
+    if value not in get_args(choices):
+        allowed = ", ".join(get_args(choices))
+        raise DataError(f"{name}={value} is not allowed; it is one of {allowed}")
+
+
+def _checked_bands(threshold: float | None, bands: int | None, rows: int | None) -> tuple[int, int]:
+    if threshold is None:
+        return 0, 0
     if bands is None and rows is None:
         return choose_bands(threshold)
     if bands is None or rows is None:
@@ -132,26 +158,67 @@ def _checked_bands(threshold: float, bands: int | None, rows: int | None) -> tup
     return bands, rows
 
 
-def _write_kept(parts: Sequence[Part], kept: NDArray[np.bool_], folder: Path) -> None:
-    """Write the kept documents with all their columns, one file per part."""
+def _write_kept(
+    parts: Sequence[Part],
+    is_best: NDArray[np.bool_],
+    units: RepeatedUnits | None,
+    folder: Path,
+    workers: int,
+) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Write the best documents with all their columns, one file per part.
+
+    Returns:
+        Which documents were written, and how many units each one lost.
+    """
     folder.mkdir()
-    row = 0
-    for number, part in enumerate(parts):
-        schema = pq.read_schema(part.path)
+    kept = is_best.copy()
+    removed = np.zeros(len(is_best), np.int64)
+    first_rows = np.cumsum([0, *(part.rows for part in parts)]).tolist()
+
+    def write_part(number: int) -> None:
+        schema = pq.read_schema(parts[number].path)
         with pq.ParquetWriter(folder / f"part-{number:05d}.parquet", schema) as writer:
-            for batch in read_batches(part):
-                writer.write_batch(batch.filter(pa.array(kept[row : row + len(batch)])))
-                row += len(batch)
+            for batch in read_batches([parts[number]]):
+                start = first_rows[number] + batch.row
+                rows = start + np.flatnonzero(is_best[start : start + len(batch.records)])
+                records = batch.records.take(pa.array(rows - start))
+                if units is not None:
+                    records, removed[rows], kept[rows] = _without_repeated(records, units)
+                if len(records):
+                    writer.write_batch(records)
+
+    # Which unit is the first of its kind is known only in order.
+    with ThreadPoolExecutor(workers if units is None else 1) as pool:
+        for _ in pool.map(write_part, range(len(parts))):
+            pass
+    return kept, removed
 
 
-def _table(ids: pa.Array, clusters: Clusters, kept: NDArray[np.bool_]) -> pa.Table:
+def _without_repeated(
+    records: pa.RecordBatch, units: RepeatedUnits
+) -> tuple[pa.RecordBatch, NDArray[np.int64], NDArray[np.bool_]]:
+    """The documents that keep some words; of each one the units removed and whether it stays."""
+    place = records.schema.get_field_index("text")
+    field = records.schema.field(place)
+    texts, removed = units.remove(records["text"].to_pylist())
+    stays = [not lost or has_words(text) for text, lost in zip(texts, removed, strict=True)]
+    changed = records.set_column(place, field, pa.array(texts, field.type))
+    return changed.filter(pa.array(stays, pa.bool_())), np.array(removed), np.array(stays, np.bool_)
+
+
+def _table(
+    ids: pa.Array, clusters: Clusters, kept: NDArray[np.bool_], removed: NDArray[np.int64]
+) -> pa.Table:
+    is_best = clusters.twin == np.arange(len(kept))
     return pa.table(
         {
             "id": ids,
             "cluster": clusters.number,
             "kept": kept,
-            "exact": clusters.exact,
-            "twin": pc.if_else(kept, None, ids.take(pa.array(clusters.twin))),
-            "jaccard": pa.array(clusters.jaccard, mask=kept),
+            # What is left of an emptied document stands in others word for word.
+            "exact": clusters.exact | (is_best & ~kept),
+            "twin": pc.if_else(is_best, None, ids.take(pa.array(clusters.twin))),
+            "jaccard": pa.array(clusters.jaccard, mask=is_best),
+            "removed_units": removed,
         }
     )

@@ -1,99 +1,52 @@
-"""Word n-grams of many texts at once, as 64-bit hashes."""
+r"""Shingles of many texts as 64-bit hashes: runs of n lower-cased `\w+` words, as Python has them.
 
-import sys
-from collections.abc import Sequence
-from functools import cache, lru_cache
+A text of fewer words is one shingle, a text without words has none.
+"""
+
 from itertools import pairwise
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_pipeline.hashing import mix64
-
-# The arrays over one slice of the texts stay in the processor's cache.
-CHARACTERS_AT_ONCE = 1 << 18
-# Odd multipliers of the polynomial hashes over the characters of a word and the words of a shingle.
-CHARACTER_BASE = 0x9E3779B97F4A7C15
+# An odd multiplier of the polynomial hash over the words of a shingle.
 WORD_BASE = 0xD1342543DE82EF95
 
 
-def shingle_hashes(
-    texts: Sequence[str], ngram: int
-) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    r"""Hash the shingles of each text: its runs of `ngram` lower-cased `\w+` words.
+def shingle_sets(texts: pa.Array, ngram: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """The shingles of each text, sorted and without repeats.
 
-    A text of fewer words is one shingle, a text without words has none.
+    Args:
+        texts: strings of valid UTF-8, none of them null.
 
     Returns:
-        hashes: [m] uint64, text by text, repeated shingles included.
-        first: [len(texts) + 1] int64: text i has hashes [first[i], first[i + 1]).
+        hashes: [m] uint64, text by text.
+        first: [len(texts) + 1] int64: text i has hashes[first[i] : first[i + 1]].
     """
-    ends = np.cumsum([len(text) for text in texts])
-    cuts = np.flatnonzero(np.diff(ends // CHARACTERS_AT_ONCE)) + 1
-    bounds = [0, *cuts.tolist(), len(texts)]
-    slices = [_hash_slice(texts[a:b], ngram) for a, b in pairwise(bounds)]
-    counts = np.concatenate([count for _, count in slices])
-    return np.concatenate([hashes for hashes, _ in slices]), np.concatenate([[0], counts.cumsum()])
+    from data_pipeline.dedup.characters import ascii_words, character_table
+    from data_pipeline.dedup.text_kernels import hash_texts
+
+    data, offsets = utf8(texts)
+    hashes, first = hash_texts(data, offsets, powers(ngram), ascii_words(), character_table())
+    bounds = first.tolist()
+    for start, stop in pairwise(bounds):
+        hashes[start:stop].sort()
+    is_new = np.ones(len(hashes), np.bool_)
+    is_new[1:] = hashes[1:] != hashes[:-1]
+    is_new[first[:-1][np.diff(first) > 0]] = True
+    return hashes[is_new], np.concatenate([[0], np.cumsum(is_new)])[first]
 
 
-def _hash_slice(texts: Sequence[str], ngram: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """All shingles' hashes, and the number of shingles of each text."""
-    lowered = [text.lower() for text in texts]
-    characters = np.frombuffer("\n".join(lowered).encode("utf-32-le"), np.uint32)
-    words, starts = _word_hashes(characters)
-    text_ends = np.cumsum([len(text) + 1 for text in lowered])
-    first_word = np.concatenate([[0], np.searchsorted(starts, text_ends)])
-
-    counts = np.diff(first_word)
-    place = np.arange(len(words))
-    left_in_text = np.repeat(first_word[1:], counts) - place
-    hashes = np.zeros(len(words), np.uint64)
-    padded = np.concatenate([words, np.zeros(ngram, np.uint64)])
-    for k, power in enumerate(_powers(WORD_BASE, ngram)):
-        hashes += np.where(left_in_text > k, padded[k : k + len(words)] * power, np.uint64(0))
-    begins_text = np.repeat(first_word[:-1], counts) == place
-    shingles = np.where(counts > 0, np.maximum(counts - ngram + 1, 1), 0)
-    return mix64(hashes[(left_in_text >= ngram) | begins_text]), shingles
+def powers(ngram: int) -> NDArray[np.uint64]:
+    """The factors of the words of a shingle."""
+    return np.multiply.accumulate(np.full(ngram, WORD_BASE, np.uint64))
 
 
-def _word_hashes(
-    characters: NDArray[np.uint32],
-) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """Hash and start of every word.
-
-    The sum of c_i B^i over a word that starts at s, times B^-s, does not depend on s.
-    """
-    in_word = _word_characters()[characters]
-    starts = np.flatnonzero(in_word[1:] & ~in_word[:-1]) + 1
-    if in_word[:1].any():
-        starts = np.concatenate([[0], starts])
-    if not len(starts):
-        return np.zeros(0, np.uint64), starts
-    terms = characters * in_word * _powers(CHARACTER_BASE, len(characters))
-    inverse = _powers(pow(CHARACTER_BASE, -1, 1 << 64), len(characters))
-    return mix64(np.add.reduceat(terms, starts) * inverse[starts]), starts
-
-
-def _powers(base: int, count: int) -> NDArray[np.uint64]:
-    """base, base^2, ... modulo 2^64."""
-    return _power_table(base, 1 << count.bit_length())[:count]
-
-
-@lru_cache(maxsize=4)
-def _power_table(base: int, count: int) -> NDArray[np.uint64]:
-    return np.multiply.accumulate(np.full(count, base, np.uint64))
-
-
-@cache
-def _word_characters() -> NDArray[np.bool_]:
-    r"""Whether each code point matches `\w`, as the `re` module defines it."""
-    table = [chr(point).isalnum() for point in range(sys.maxunicode + 1)]
-    table[ord("_")] = True
-    return np.array(table)
-
-
-def jaccard(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> float:
-    """|a & b| / |a | b| of two non-empty arrays, each sorted and without repeats."""
-    place = np.minimum(np.searchsorted(a, b), len(a) - 1)
-    common = int(np.count_nonzero(a[place] == b))
-    return common / (len(a) + len(b) - common)
+def utf8(texts: pa.Array) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The bytes of an array of strings and where each one begins, without a copy."""
+    texts = texts.cast(pa.large_string())
+    _, offsets, data = texts.buffers()
+    if data is None:
+        data = pa.py_buffer(b"")
+    starts = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+    return np.frombuffer(data, np.uint8), starts

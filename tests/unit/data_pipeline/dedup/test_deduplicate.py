@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from data_pipeline.dedup import DedupReport, deduplicate
-from data_pipeline.dedup.shingles import jaccard
+from data_pipeline.dedup.clusters import join_buckets
 from data_pipeline.errors import DataError
 
 
@@ -148,6 +148,17 @@ def test_blank_texts_match_nothing_and_short_ones_match_whole(tmp_path):
     )
 
 
+def count_comparisons(tmp_path, monkeypatch, corpus):
+    counts = []
+
+    def count(*arguments):
+        counts.append(join_buckets(*arguments))
+
+    monkeypatch.setattr("data_pipeline.dedup.clusters.join_buckets", count)
+    report = deduplicate([write_jsonl(tmp_path / "in.jsonl", corpus)], tmp_path / "out")
+    return report, sum(counts)
+
+
 def test_near_identical_documents_take_linearly_many_comparisons(tmp_path, monkeypatch):
     rng = random.Random(7)
     base = [f"word{i}" for i in range(150)]
@@ -156,17 +167,22 @@ def test_near_identical_documents_take_linearly_many_comparisons(tmp_path, monke
         words = list(base)
         words[rng.randrange(len(words))] = f"other{i}"
         corpus.append({"id": str(i), "text": " ".join(words)})
-    compared = 0
-
-    def count(a, b):
-        nonlocal compared
-        compared += 1
-        return jaccard(a, b)
-
-    monkeypatch.setattr("data_pipeline.dedup.clusters.jaccard", count)
-    report = deduplicate([write_jsonl(tmp_path / "in.jsonl", corpus)], tmp_path / "out")
+    report, compared = count_comparisons(tmp_path, monkeypatch, corpus)
     assert (report.kept, report.near_duplicates) == (1, 2999)
     assert compared < 10 * len(corpus)
+
+
+def test_pages_of_one_template_take_boundedly_many_comparisons(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_pipeline.dedup.clusters.MOST_COMPARISONS", 5)
+    template = " ".join(f"word{i}" for i in range(150))
+    corpus = [
+        {"id": str(i), "text": f"{template} {' '.join(f'own{i}x{k}' for k in range(40))}"}
+        for i in range(1000)
+    ]
+    assert exact_jaccard(corpus[0]["text"], corpus[1]["text"]) == pytest.approx(0.646, abs=1e-3)
+    report, compared = count_comparisons(tmp_path, monkeypatch, corpus)
+    assert report.kept == len(corpus)
+    assert len(corpus) < compared <= 5 * 14 * len(corpus)
 
 
 def test_columns_of_parquet_are_carried_as_they_are(tmp_path):

@@ -1,0 +1,100 @@
+"""Documents in batches of bounded size, worked on by threads, in input order."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_pipeline.dedup.inputs import Part
+from data_pipeline.errors import DataError
+
+BYTES_PER_BATCH = 8 << 20
+ROWS_PER_BATCH = 1 << 14
+BATCHES_PER_WORKER = 2
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive documents of a part.
+
+    Attributes:
+        row: the place of the first one among all documents.
+        row_in_part: the same in its part.
+    """
+
+    part: Part
+    row: int
+    row_in_part: int
+    records: pa.RecordBatch
+
+    def locate(self, document: int) -> str:
+        """Where the user finds a document of the batch."""
+        return self.part.locate(self.row_in_part + document)
+
+
+def read_batches(parts: Sequence[Part], columns: Sequence[str] | None = None) -> Iterator[Batch]:
+    """The documents of all parts, about 8 MB at a time.
+
+    Args:
+        columns: those of them that a part has are read; by default all.
+
+    Raises:
+        DataError: an input is damaged, or a document has no text.
+    """
+    row = 0
+    for part in parts:
+        row_in_part = 0
+        for records in _read(part, columns):
+            batch = Batch(part, row, row_in_part, records)
+            _refuse_no_text(batch)
+            yield batch
+            row += len(records)
+            row_in_part += len(records)
+
+
+def map_batches(
+    function: Callable[[Batch], Result], batches: Iterator[Batch], workers: int
+) -> Iterator[Result]:
+    """function(batch) of each batch, in order; few are in memory at a time.
+
+    One worker is this thread. The functions spend their time outside the interpreter lock, so that
+    threads are as good as processes and need no copies.
+    """
+    if workers == 1:
+        yield from map(function, batches)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Future[Result]] = deque()
+        for batch in batches:
+            waiting.append(pool.submit(function, batch))
+            if len(waiting) > BATCHES_PER_WORKER * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _read(part: Part, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+    try:
+        with pq.ParquetFile(part.path) as file:
+            groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+            size = sum(group.total_byte_size for group in groups) // max(part.rows, 1)
+            rows = max(1, min(ROWS_PER_BATCH, BYTES_PER_BATCH // max(size, 1)))
+            names = columns and [name for name in columns if name in file.schema_arrow.names]
+            for records in file.iter_batches(rows, columns=names, use_threads=False):
+                records.validate(full=True)
+                yield records
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{part.source}: damaged, its documents cannot be read: {error}") from error
+
+
+def _refuse_no_text(batch: Batch) -> None:
+    texts = batch.records["text"]
+    if texts.null_count:
+        document = texts.is_null().index(True).as_py()
+        raise DataError(f"{batch.locate(document)} has no `text`; add it or remove the document")

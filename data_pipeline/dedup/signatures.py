@@ -1,0 +1,101 @@
+"""One pass over all texts: what is kept in memory of each document."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from data_pipeline.dedup.batches import Batch, map_batches, read_batches
+from data_pipeline.dedup.inputs import Part
+from data_pipeline.dedup.minhash import sign
+from data_pipeline.dedup.shingles import utf8
+from data_pipeline.dedup.timestamps import EXTRA, TIMESTAMP, timestamps
+
+DIGEST_BYTES = 16
+
+Keep = Literal["longest", "newest", "first"]
+
+
+@dataclass(frozen=True)
+class Signatures:
+    """One entry per document, in input order: 26 bytes, and 4 for each band.
+
+    Attributes:
+        digests: [documents, 16] uint8, a hash of the text.
+        is_blank: [documents] bool, whether the text is empty or white space.
+        has_words: [documents] bool.
+        preference: [documents] int64, greater for the one to keep of a cluster.
+        bands: [bands, documents] uint32, a hash of each band, without meaning where there are no
+            words.
+    """
+
+    digests: NDArray[np.uint8]
+    is_blank: NDArray[np.bool_]
+    has_words: NDArray[np.bool_]
+    preference: NDArray[np.int64]
+    bands: NDArray[np.uint32]
+
+
+def sign_documents(
+    parts: Sequence[Part], *, keep: Keep, bands: int, rows: int, ngram: int, workers: int
+) -> Signatures:
+    """Sign the documents; 0 bands give none.
+
+    Raises:
+        DataError: a document cannot be read, or has no text or no timestamp that is needed.
+    """
+
+    def sign_batch(batch: Batch) -> tuple[slice, Signatures]:
+        texts = batch.records["text"]
+        hashes, has_words = sign(texts, bands=bands, rows=rows, ngram=ngram)
+        is_blank = np.zeros(len(texts), np.bool_)
+        for i in np.flatnonzero(~has_words).tolist():
+            is_blank[i] = not texts[i].as_py().strip()
+        place = slice(batch.row, batch.row + len(texts))
+        return place, Signatures(
+            _digests(texts), is_blank, has_words, _preference(batch, keep), hashes
+        )
+
+    documents = sum(part.rows for part in parts)
+    result = Signatures(
+        digests=np.empty((documents, DIGEST_BYTES), np.uint8),
+        is_blank=np.empty(documents, np.bool_),
+        has_words=np.empty(documents, np.bool_),
+        preference=np.empty(documents, np.int64),
+        bands=np.empty((bands, documents), np.uint32),
+    )
+    columns = ["text", TIMESTAMP, EXTRA] if keep == "newest" else ["text"]
+    for place, signed in map_batches(sign_batch, read_batches(parts, columns), workers):
+        result.digests[place] = signed.digests
+        result.is_blank[place] = signed.is_blank
+        result.has_words[place] = signed.has_words
+        result.preference[place] = signed.preference
+        result.bands[:, place] = signed.bands
+    return result
+
+
+def _digests(texts: pa.Array) -> NDArray[np.uint8]:
+    data, offsets = utf8(texts)
+    view = data.data
+    digests = [
+        hashlib.blake2b(view[start:stop], digest_size=DIGEST_BYTES).digest()
+        for start, stop in pairwise(offsets.tolist())
+    ]
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES)
+
+
+def _preference(batch: Batch, keep: Keep) -> NDArray[np.int64]:
+    if keep == "newest":
+        return timestamps(batch)
+    if keep == "longest":
+        lengths: NDArray[np.int64] = (
+            pc.utf8_length(batch.records["text"]).cast(pa.int64()).to_numpy()
+        )
+        return lengths
+    return np.zeros(len(batch.records), np.int64)
