@@ -121,12 +121,17 @@ def judge(document: Page | Reject, recipe: Recipe) -> tuple[dict[str, Any], str 
         return drop("extract", error.reason, str(error))
     language, probability = detect_language(text)
     extracted = Text(text)
-    row |= {"language": language, "words": extracted.words.words}
+    row |= {
+        "language": language,
+        "language_probability": probability,
+        "words": extracted.words.words,
+    }
     if probability < recipe.language.threshold:
         return drop("language", "uncertain", f"{language} with probability {probability:.2f}")
     if recipe.language.allowed and language not in recipe.language.allowed:
         return drop("language", language)
     verdict = recipe.judge_quality(extracted, language)
+    row["quality_score"] = verdict.score
     if verdict.reason is not None:
         return drop("quality", verdict.reason)
     return row | {"words": verdict.document.words.words}, verdict.document.text

@@ -14,13 +14,26 @@ from data_pipeline.dedup.run import LOWEST_RECALL
 from data_pipeline.errors import DataError
 from data_pipeline.extract import Mode
 from data_pipeline.language import LANGUAGES
-from data_pipeline.quality import C4, FineWeb, GopherQuality, GopherRepetition, Text, Verdict
+from data_pipeline.quality import (
+    C4,
+    GPT3,
+    FineWeb,
+    GopherQuality,
+    GopherRepetition,
+    Text,
+    Verdict,
+)
 from data_pipeline.quality.verdict import Thresholds
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 # Thresholds of the heuristics that are no shares of a text.
-UNBOUNDED = ("min_mean_word_length", "max_mean_word_length", "max_symbol_to_word_ratio")
+UNBOUNDED = (
+    "min_mean_word_length",
+    "max_mean_word_length",
+    "max_symbol_to_word_ratio",
+    "pareto_alpha",
+)
 
 SHIPPED = Path(__file__).parent / "recipes"
 
@@ -80,9 +93,10 @@ class Recipe(_Section):
     gopher_quality: GopherQuality | None
     c4: C4 | None
     fineweb: FineWeb | None
+    gpt3: GPT3 | None
     dedup: Dedup
 
-    @field_validator("gopher_repetition", "gopher_quality", "c4", "fineweb")
+    @field_validator("gopher_repetition", "gopher_quality", "c4", "fineweb", "gpt3")
     @classmethod
     def _possible(cls, heuristic: Thresholds | None) -> Thresholds | None:
         settings = {} if heuristic is None else heuristic.model_dump()
@@ -93,11 +107,17 @@ class Recipe(_Section):
                 raise ValueError(f"{name} = {value} is impossible; allowed: {allowed}")
         return heuristic
 
-    def override(self, mode: Mode | None, languages: tuple[str, ...] | None) -> "Recipe":
-        """This recipe with the extraction mode or the languages that the caller asks for.
+    def override(
+        self,
+        mode: Mode | None = None,
+        languages: tuple[str, ...] | None = None,
+        classifier: Path | None = None,
+    ) -> "Recipe":
+        """This recipe with the extraction mode, languages or classifier that the caller asks for.
 
         Raises:
-            DataError: a language that no text is ever found to be in.
+            DataError: a language that no text is ever found to be in, a classifier that cannot be
+                read or is not asked for, or none where one is.
         """
         extract = self.extract if mode is None else Extraction(mode=mode)
         language = self.language
@@ -108,12 +128,25 @@ class Recipe(_Section):
                 raise DataError(
                     "; ".join(_explain(problem) for problem in error.errors())
                 ) from error
-        return self.model_copy(update={"extract": extract, "language": language})
+        gpt3 = self.gpt3
+        if classifier is not None:
+            if gpt3 is None:
+                raise DataError("--classifier: the recipe asks for none; the recipe gpt3 does")
+            gpt3 = gpt3.with_model(classifier)
+        if gpt3 is not None:
+            gpt3.require_model()
+        return self.model_copy(update={"extract": extract, "language": language, "gpt3": gpt3})
 
     def judge_quality(self, document: Text, language: str) -> Verdict:
         """Ask each heuristic in turn, on the text as the one before it left it."""
         verdict = Verdict(document)
-        for heuristic in (self.gopher_repetition, self.gopher_quality, self.c4, self.fineweb):
+        for heuristic in (
+            self.gopher_repetition,
+            self.gopher_quality,
+            self.c4,
+            self.fineweb,
+            self.gpt3,
+        ):
             if heuristic is not None and verdict.keep:
                 verdict = heuristic.judge(verdict.document, language)
         return verdict
@@ -128,7 +161,8 @@ def load_recipe(name: str) -> Recipe:
     """Load a shipped recipe by name, or any recipe by the path of its YAML file.
 
     Raises:
-        DataError: no such recipe, or a file with an unknown, missing or impossible setting.
+        DataError: no such recipe, a file with an unknown, missing or impossible setting, or the
+            file of a classifier, found from the folder of the recipe, that cannot be read.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else SHIPPED / f"{name}.yaml"
     if not path.is_file():
@@ -142,10 +176,14 @@ def load_recipe(name: str) -> Recipe:
     if not isinstance(settings, dict):
         raise DataError(f"{path}: a recipe is a mapping of sections, this is {settings!r:.80}")
     try:
-        return Recipe.model_validate(settings)
+        recipe = Recipe.model_validate(settings)
     except ValidationError as error:
         problems = [_explain(problem) for problem in error.errors()]
         raise DataError(f"{path}: " + "; ".join(problems)) from error
+    if recipe.gpt3 is None or recipe.gpt3.model is None:
+        return recipe
+    gpt3 = recipe.gpt3.with_model(path.parent / recipe.gpt3.model)
+    return recipe.model_copy(update={"gpt3": gpt3})
 
 
 def _numbers(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, int | float]]:
@@ -180,6 +218,7 @@ def _fields_of(location: list[str]) -> list[str]:
         "gopher_quality": GopherQuality,
         "c4": C4,
         "fineweb": FineWeb,
+        "gpt3": GPT3,
         "dedup": Dedup,
     }
     section = sections[location[0]] if location else Recipe

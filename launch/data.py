@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from launch.data_classifier import train_classifier
 from launch.progress import show_progress
 from pretrain.errors import STOPPED_ON_REQUEST
 
@@ -67,6 +68,9 @@ def run(
     languages: Annotated[
         str | None, typer.Option(help="ISO 639-1 codes, as in en,de, instead of the recipe's.")
     ] = None,
+    classifier: Annotated[
+        Path | None, typer.Option(help="Of train-classifier, for the recipe gpt3.")
+    ] = None,
     crawl_url: CrawlUrl = "https://data.commoncrawl.org",
 ) -> None:
     """Clean, deduplicate, tokenize and shard; audit what became of every document."""
@@ -76,6 +80,7 @@ def run(
     chosen = load_recipe(recipe).override(
         mode=mode.value if mode else None,
         languages=None if languages is None else tuple(languages.split(",")),
+        classifier=classifier,
     )
     with _stoppable(), show_progress(console) as progress:
         result = run_pipeline(
@@ -182,6 +187,9 @@ def dedup(
         f"dropped {report.exact_duplicates} exact and {report.near_duplicates} near duplicates "
         f"in {report.clusters} clusters: {out / 'clusters.parquet'}"
     )
+
+
+app.command()(train_classifier)
 
 
 def _say(line: str) -> None:

@@ -9,10 +9,14 @@ from data_pipeline.quality.text import Text
 
 @dataclass(frozen=True)
 class Verdict:
-    """The document as the heuristic leaves it, and the rule that drops it, if one does."""
+    """The document as the heuristic leaves it, and the rule that drops it, if one does.
+
+    `score` is a classifier's, where one was asked.
+    """
 
     document: Text
     reason: str | None = None
+    score: float | None = None
 
     @property
     def keep(self) -> bool:
