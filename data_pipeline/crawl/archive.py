@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from fastwarc.warc import ArchiveIterator, WarcRecord
 
 from data_pipeline.crawl.body import BodyError, decode_body
-from data_pipeline.crawl.inputs import Source
+from data_pipeline.crawl.inputs import Source, source_named
 from data_pipeline.crawl.recovery import ArchiveBytes
 
 DOCUMENTS = frozenset({"response", "resource", "conversion", "revisit"})
@@ -86,11 +86,11 @@ class Archive:
             archive = ArchiveBytes(reader)
             start: int | None = 0
             while start is not None:
-                start = yield from self._read_from(archive, start)
+                start = yield from self.read_from(archive, start)
             self.bytes, self.sha256 = reader.finish()
         self.source.verify(self.sha256)
 
-    def _read_from(
+    def read_from(
         self, archive: ArchiveBytes, start: int
     ) -> Generator[Page | Reject, None, int | None]:
         """Yield documents from byte `start` on; return where to resume after damage, or None.
@@ -223,6 +223,21 @@ class Archive:
         if not body.strip():
             return reject("empty", "the body is empty")
         return replace(page, body=body)
+
+
+def read_document(file: str, offset: int, id_header: str) -> Page | Reject | None:
+    """The document whose record begins at a byte of a file, both as the audit has them.
+
+    None where a record of another kind begins, a `Reject` where none does.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    source = source_named(file)
+    with source.open(offset) as reader:
+        documents = Archive(source, id_header=id_header).read_from(ArchiveBytes(reader), offset)
+        first = next(documents, None)
+    return first if first is not None and first.offset == offset else None
 
 
 def _content_type(record: WarcRecord, kind: str) -> str | None:

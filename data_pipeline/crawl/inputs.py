@@ -68,15 +68,16 @@ def _resolve(name: str, crawl_url: str) -> list[Source]:
     if separator:
         return _resolve_url(name, scheme.lower())
     if is_crawl(name) and not Path(name).exists():
-        return [_source(place) for place in files_of(name, crawl_url, _open)]
+        return [source_named(place) for place in files_of(name, crawl_url, _open)]
     return _resolve_path(name)
 
 
 def _open(place: str) -> Reader:
-    return _source(place).open()
+    return source_named(place).open()
 
 
-def _source(place: str) -> Source:
+def source_named(place: str) -> Source:
+    """The file at a path or URL, as an audit names it."""
     return RemoteFile(place) if "://" in place else LocalFile(Path(place))
 
 

@@ -38,9 +38,9 @@ class LocalFile:
         with self._readable(), self.path.open("rb") as file:
             return replace(self, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
-    def open(self) -> Reader:
+    def open(self, start: int = 0) -> Reader:
         with self._readable():
-            return Reader(self.blocks, self.path.stat().st_size)
+            return Reader(self.blocks, self.path.stat().st_size, start)
 
     def blocks(self, start: int = 0) -> Blocks:
         with self._readable(), self.path.open("rb") as file:

@@ -21,13 +21,14 @@ class Reader:
     Args:
         blocks: the file's blocks from a byte on.
         size: bytes of the file.
+        start: where the reading begins; what precedes it is fetched only when asked for.
     """
 
-    def __init__(self, blocks: Callable[[int], Blocks], size: int) -> None:
+    def __init__(self, blocks: Callable[[int], Blocks], size: int, start: int = 0) -> None:
         self.size = size
         self._blocks = blocks
         self._digest = hashlib.sha256()
-        self._front = _Stretch(self._hashed(), 0)
+        self._front = _Stretch(self._hashed(start), start)
         self._back: _Stretch | None = None
 
     def __enter__(self) -> "Reader":
@@ -69,13 +70,13 @@ class Reader:
         return View(self, start)
 
     def finish(self) -> tuple[int, str]:
-        """Read to the end; return the number of all bytes and their sha256."""
+        """Read to the end; return where that is, and the sha256 of the bytes since the start."""
         while self._front.advance(self._front.end):
             pass
         return self._front.end, self._digest.hexdigest()
 
-    def _hashed(self) -> Blocks:
-        for block in self._blocks(0):
+    def _hashed(self, start: int) -> Blocks:
+        for block in self._blocks(start):
             self._digest.update(block)
             yield block
 

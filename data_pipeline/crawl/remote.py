@@ -105,10 +105,10 @@ class RemoteFile:
         found = self._ask(lambda: self._s3.find(self.url, self.patience.silence))
         return [replace(self, url=url, version=version) for url, version in sorted(found.items())]
 
-    def open(self) -> Reader:
+    def open(self, start: int = 0) -> Reader:
         known = self.identified()
         assert known.version is not None
-        return Reader(known.blocks, known.version.size)
+        return Reader(known.blocks, known.version.size, start)
 
     def blocks(self, start: int = 0) -> Blocks:
         """The file from byte `start` on, without a gap where connections broke.

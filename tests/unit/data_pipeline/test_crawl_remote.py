@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from data_pipeline.crawl import Archive, Page, Reject, Source, reader, remote
+from data_pipeline.crawl import Archive, Page, Reject, Source, read_document, reader, remote
 from data_pipeline.crawl.local import LocalFile
 from data_pipeline.crawl.remote import Patience, RemoteFile, UnreachableError
 from data_pipeline.errors import DataError
@@ -148,13 +148,41 @@ def test_damage_costs_no_more_than_on_this_machine(
     server: CrawlServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, kept: int
 ) -> None:
     """Also where what recovery looks back at is no more in memory, and connections break."""
-    monkeypatch.setattr(reader, "KEPT_BYTES", kept)
     content = damaged(kind)
     expected = read_local(tmp_path, content)
+    monkeypatch.setattr(reader, "KEPT_BYTES", kept)
     server.files[PATH] = content
     assert read(remote_file(server)) == expected
+    assert read_local(tmp_path, content) == expected
     server.limit = 700
     assert read(remote_file(server)) == expected
+
+
+@pytest.mark.parametrize("kind", ["flipped", "lying", "plain"])
+def test_a_document_is_read_again_from_its_place(
+    server: CrawlServer, tmp_path: Path, kind: str
+) -> None:
+    content = damaged(kind)
+    expected, _, _ = read_local(tmp_path, content)
+    server.files[PATH] = content
+    places = [str(tmp_path / "crawl.warc.gz"), server.url + PATH]
+    for document in expected:
+        for place in places:
+            again = read_document(place, document.offset, "WARC-Record-ID")
+            assert again is not None
+            # An unreadable record is named after the records that precede it: here there are none.
+            assert (again.offset, again.url) == (document.offset, document.url)
+            assert isinstance(again, Page) == isinstance(document, Page)
+        assert (PATH, f"bytes={document.offset}-") in server.requests
+    with pytest.raises(DataError, match=r"gone\.warc: No such file"):
+        read_document(str(tmp_path / "gone.warc"), 0, "WARC-Record-ID")
+
+
+def test_where_no_document_begins_none_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "crawl.warc.gz"
+    path.write_bytes(record(1, kind="metadata") + record(2))
+    assert read_document(str(path), 0, "WARC-Record-ID") is None
+    assert isinstance(read_document(str(path), 1, "WARC-Record-ID"), Reject)
 
 
 def test_an_empty_file_has_no_documents(server: CrawlServer) -> None:
