@@ -61,7 +61,7 @@ def run(
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     id_header: IdHeader = "WARC-Record-ID",
     tokenizer: Annotated[
-        Path | None, typer.Option(help="A tokenizer.json [default: train one].")
+        Path | None, typer.Option(help="A tokenizer.json (default: train one).")
     ] = None,
     vocab_size: Annotated[int, typer.Option(help="Of a trained tokenizer.")] = 8192,
     mode: Annotated[Mode | None, typer.Option(help="Instead of the recipe's.")] = None,
