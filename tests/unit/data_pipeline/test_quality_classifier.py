@@ -291,19 +291,20 @@ def test_a_run_draws_alike_for_any_number_of_workers(tmp_path: Path) -> None:
     ).read_bytes()
     assert any(row["reason"] == "gpt3.pareto" for row in runs[0].funnel)
     rows = pq.read_table(tmp_path / "1" / "audit").to_pylist()
-    scores = {row["quality_score"] for row in rows if row["stage"] in ("quality", "shards")}
-    assert scores == {pytest.approx(0.9)}
+    scores = [row["quality_score"] for row in rows if row["stage"] in ("quality", "shards")]
+    assert scores == pytest.approx([0.9] * len(scores))
 
 
 @pytest.mark.skipif(not DATA.exists(), reason=f"no {DATA}")
 def test_books_and_pages_are_told_apart(tmp_path: Path) -> None:
-    """Held-out pieces of books and English pages of the web, of one length."""
+    """Held-out pieces of books and English pages of the web, of one length; five drawings."""
     with gzip.open(DATA / "prose-en.jsonl.gz", "rt") as file:
         books = [json.loads(line)["text"] for line in file]
     extract_archives([str(DATA / "pages-dev.warc.gz")], tmp_path / "all.jsonl", mode="fast")
     pages = [json.loads(line)["text"] for line in (tmp_path / "all.jsonl").open()]
     pages = [text[:4000] for text in pages if detect_language(text)[0] == "en"]
     curated = write_jsonl(tmp_path / "b.jsonl", [text[5000:9000] for text in books])
-    training = train_classifier([curated], [write_jsonl(tmp_path / "p.jsonl", pages)], 1000, 1)
-    assert training.accuracy >= 0.95
-    assert training.kept[0] > 3 * training.kept[1]
+    crawl = write_jsonl(tmp_path / "p.jsonl", pages)
+    trained = [train_classifier([curated], [crawl], 1000, seed) for seed in range(5)]
+    assert fmean(training.accuracy for training in trained) >= 0.94
+    assert all(training.kept[0] > 3 * training.kept[1] for training in trained)
