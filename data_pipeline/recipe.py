@@ -10,7 +10,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data_pipeline.dedup.minhash import candidate_probability, choose_bands
-from data_pipeline.dedup.run import LOWEST_RECALL
+from data_pipeline.dedup.run import LOWEST_RECALL, Exact
+from data_pipeline.dedup.signatures import Keep
 from data_pipeline.errors import DataError
 from data_pipeline.extract import Mode
 from data_pipeline.language import LANGUAGES
@@ -64,15 +65,23 @@ class Language(_Section):
 
 
 class Dedup(_Section):
-    """MinHash-LSH: word `ngram`s, `bands` x `rows` hashes, twins from Jaccard `threshold` on."""
+    """Equal texts, and by MinHash-LSH those of Jaccard similarity `threshold` on; null: none.
 
-    threshold: Annotated[float, Field(gt=0, le=1)]
+    Shingles are word `ngram`s, signatures `bands` x `rows` hashes. `exact` and `keep` are explained
+    at `dedup.deduplicate`.
+    """
+
+    threshold: Annotated[float, Field(gt=0, le=1)] | None
     bands: Count
     rows: Count
     ngram: Count
+    exact: Exact = "document"
+    keep: Keep = "longest"
 
     @model_validator(mode="after")
     def _finds_its_pairs(self) -> "Dedup":
+        if self.threshold is None:
+            return self
         found = candidate_probability(self.threshold, self.bands, self.rows)
         if found < LOWEST_RECALL:
             bands, rows = choose_bands(self.threshold)

@@ -39,6 +39,22 @@ class Mode(StrEnum):
 
 
 Archives = Annotated[
+class Exact(StrEnum):
+    """What is removed wherever it was before."""
+
+    document = "document"
+    paragraph = "paragraph"
+    line = "line"
+
+
+class Keep(StrEnum):
+    """The document that stays of a cluster of duplicates."""
+
+    longest = "longest"
+    newest = "newest"
+    first = "first"
+
+
     list[str],
     typer.Argument(
         metavar="INPUT...",
@@ -176,18 +192,49 @@ def dedup(
     threshold: Annotated[
         float, typer.Option(min=0, max=1, help="Jaccard similarity of near-duplicates.")
     ] = 0.8,
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    exact_only: Annotated[
+        bool, typer.Option("--exact-only", help="Leave near-duplicates alone.")
+    ] = False,
+    bands: Annotated[
+        int | None, typer.Option(min=1, help="Of a signature (default: 14, more below 0.79).")
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Minima of a band (default: 8, fewer below 0.79).")
+    ] = None,
+    ngram: Annotated[int, typer.Option(min=1, help="Words of a shingle.")] = 5,
+    exact: Annotated[
+        Exact, typer.Option(help="Remove repeated paragraphs or lines from documents, too.")
+    ] = Exact.document,
+    keep: Annotated[
+        Keep, typer.Option(help="Which of a cluster; newest by the column `timestamp`.")
+    ] = Keep.longest,
+    workers: Annotated[int, typer.Option(min=1, help="Threads.")] = 1,
 ) -> None:
     """Remove exact and near-duplicates from files with `id` and `text`."""
     from data_pipeline.dedup import deduplicate
 
-    report = deduplicate(inputs, out, threshold=threshold, workers=workers)
+    report = deduplicate(
+        inputs,
+        out,
+        threshold=None if exact_only else threshold,
+        bands=bands,
+        rows=rows,
+        ngram=ngram,
+        exact=exact.value,
+        keep=keep.value,
+        workers=workers,
+    )
     _say(f"kept {report.kept} of {report.documents} documents: {out / 'documents'}")
     _say(
         f"dropped {report.exact_duplicates} exact and {report.near_duplicates} near duplicates "
         f"in {report.clusters} clusters: {out / 'clusters.parquet'}"
     )
 
+    if exact is not Exact.document:
+        _say(
+            f"removed {report.removed_units} repeated {exact.value}s, and {report.emptied} "
+            "documents that had nothing else"
+        )
 
 app.command()(train_classifier)
 

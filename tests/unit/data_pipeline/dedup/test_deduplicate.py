@@ -12,6 +12,7 @@ import zstandard
 
 from data_pipeline.dedup import DedupReport, deduplicate
 from data_pipeline.dedup.clusters import join_buckets
+from data_pipeline.dedup.repeated_units import RepeatedUnits
 from data_pipeline.errors import DataError
 
 
@@ -378,3 +379,151 @@ def test_impossible_settings_are_refused(tmp_path):
     message = r"bands=14, rows=8 would miss 95% .* threshold=0\.5; bands=64, rows=4 would do"
     with pytest.raises(DataError, match=message):
         deduplicate([], tmp_path, threshold=0.5, bands=14, rows=8)
+
+
+def test_impossible_choices_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"exact=word is not allowed; .* document, paragraph, line"):
+        deduplicate([], tmp_path, exact="word")
+    with pytest.raises(DataError, match=r"keep=best is not allowed; .* longest, newest, first"):
+        deduplicate([], tmp_path, keep="best")
+
+
+TIMES = ["2024-03-02T00:00:00Z", "2024-03-01T23:00:00-03:00", "2024-03-02T01:59:59.5Z"]
+WORDS = "one two three four five six seven eight nine ten"
+
+
+def dated(times):
+    texts = [f"{WORDS} and more of it", WORDS, WORDS.upper()]
+    return [
+        {"id": str(i), "text": text, "timestamp": time}
+        for i, (text, time) in enumerate(zip(texts, times, strict=True))
+    ]
+
+
+@pytest.mark.parametrize(("keep", "best"), [("longest", "0"), ("newest", "1"), ("first", "0")])
+def test_one_document_of_a_cluster_is_kept_by_the_policy(tmp_path, keep, best):
+    corpus = dated(TIMES)
+    as_times = pa.array([0, 7200, 7199], pa.timestamp("s"))
+    table = pa.Table.from_pylist(corpus)
+    files = [
+        write_jsonl(tmp_path / "in.jsonl", corpus),
+        tmp_path / "a.parquet",
+        tmp_path / "b.parquet",
+    ]
+    pq.write_table(table, files[1])
+    pq.write_table(table.set_column(2, "timestamp", as_times), files[2])
+    for file in files:
+        deduplicate([file], tmp_path / "out", threshold=0.5, keep=keep)
+        assert [row["id"] for row in documents_of(tmp_path / "out")] == [best]
+        twins = [row["twin"] for row in clusters_of(tmp_path / "out")]
+        assert twins == [None if str(i) == best else best for i in range(3)]
+    carried = [*(tmp_path / "out/documents").iterdir()]
+    again = [path.rename(tmp_path / path.name) for path in carried]
+    assert deduplicate(again, tmp_path / "out2", keep="newest").kept == 1
+
+
+def test_the_first_is_kept_among_equally_new_and_equally_long(tmp_path):
+    corpus = dated([TIMES[0]] * 3)[1:]
+    for keep in ("longest", "newest", "first"):
+        deduplicate([write_jsonl(tmp_path / "in.jsonl", corpus)], tmp_path / "out", keep=keep)
+        assert [row["id"] for row in documents_of(tmp_path / "out")] == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("time", "message"),
+    [
+        (None, r"document 1 .*in\.jsonl has no `timestamp`, which keep=newest needs"),
+        ("yesterday", r"document 1 .*in\.jsonl: `timestamp` is 'yesterday', it must be a timest"),
+        ("2024-03-02T00:00:00", r"`timestamp` is '2024-03-02T00:00:00', .* 2024-03-01T00:00:00Z"),
+        (1709251200, r"document 1 .*: `timestamp` is '1709251200', it must be a timestamp"),
+    ],
+)
+def test_documents_without_a_time_are_named(tmp_path, time, message):
+    source = write_jsonl(tmp_path / "in.jsonl", dated([TIMES[0], time, TIMES[2]]))
+    with pytest.raises(DataError, match=message):
+        deduplicate([source], tmp_path / "out", keep="newest")
+    assert deduplicate([source], tmp_path / "out", threshold=0.5).kept == 1
+
+
+def test_files_without_times_are_named_before_their_texts_are_read(tmp_path):
+    path = tmp_path / "in.parquet"
+    pq.write_table(pa.table({"id": ["1"], "text": ["a"], "date": ["2024"]}), path)
+    with pytest.raises(DataError, match=r"in\.parquet: .* needs a column `timestamp`, .* id, text"):
+        deduplicate([path], tmp_path / "out", keep="newest")
+    pq.write_table(pa.table({"id": ["1"], "text": ["a"], "timestamp": [1.5]}), path)
+    with pytest.raises(DataError, match=r"in\.parquet: column `timestamp` is double, it must be"):
+        deduplicate([path], tmp_path / "out", keep="newest")
+
+
+def test_exact_duplicates_alone_are_removed_without_a_threshold(tmp_path):
+    texts = [WORDS, WORDS.upper(), WORDS, "", "", f"{WORDS}\n"]
+    corpus = [{"id": str(i), "text": text} for i, text in enumerate(texts)]
+    source = write_jsonl(tmp_path / "in.jsonl", corpus)
+    report = deduplicate([source], tmp_path / "out", threshold=None)
+    assert (report.kept, report.exact_duplicates, report.near_duplicates) == (5, 1, 0)
+    assert [row["twin"] for row in clusters_of(tmp_path / "out")] == [None, None, "0", *[None] * 3]
+
+
+@pytest.mark.parametrize(
+    ("exact", "texts", "left", "removed"),
+    [
+        (
+            "paragraph",
+            [
+                "A title\n\nBody one,\nsecond line\n\nShare this",
+                "Another\n\nShare this \n\n---\n\nAnother\n\nsecond line",
+                "---\n\n share this\n\nBody one,\nsecond line\n\nShare this",
+                "A title\n\nShare this\n\n---",
+                "",
+            ],
+            [
+                "A title\n\nBody one,\nsecond line\n\nShare this",
+                "Another\n\n---\n\nsecond line",
+                "---\n\n share this",
+                None,
+                "",
+            ],
+            [0, 2, 2, 2, 0],
+        ),
+        (
+            "line",
+            ["Été\n}\n\nmenu", "menu\n}\nmenu\ndish", "  Été\nété\n}"],
+            ["Été\n}\n\nmenu", "}\ndish", "été\n}"],
+            [0, 2, 1],
+        ),
+    ],
+)
+def test_repeated_units_are_removed_from_later_documents(tmp_path, exact, texts, left, removed):
+    corpus = [{"id": str(i), "text": text, "n": i} for i, text in enumerate(texts)]
+    # The unit of a document that is dropped for a twin makes no other one lose it.
+    corpus.insert(0, {"id": "short", "text": "Dropped here"})
+    corpus.append({"id": "twin", "text": "dropped, here!!"})
+    half = len(corpus) // 2
+    parts = [
+        write_jsonl(tmp_path / "1.jsonl", corpus[:half]),
+        write_jsonl(tmp_path / "2.jsonl", corpus[half:]),
+    ]
+    outcomes = []
+    for workers in (1, 2):
+        out = tmp_path / f"out{workers}"
+        outcomes.append(deduplicate(parts, out, threshold=0.95, exact=exact, workers=workers))
+        documents = {row["id"]: row["text"] for row in documents_of(out)}
+        assert documents.pop("twin") == "dropped, here!!"
+        assert documents == {str(i): text for i, text in enumerate(left) if text is not None}
+        rows = clusters_of(out)[1:-1]
+        assert [row["removed_units"] for row in rows] == removed
+        assert [row["kept"] for row in rows] == [text is not None for text in left]
+        assert [row["exact"] for row in rows] == [text is None for text in left]
+        assert {row["twin"] for row in rows} == {None}
+    assert outcomes[0] == outcomes[1]
+    assert (outcomes[0].removed_units, outcomes[0].emptied) == (sum(removed), left.count(None))
+
+
+def test_many_units_are_told_apart_as_the_table_grows(monkeypatch):
+    monkeypatch.setattr("data_pipeline.dedup.repeated_units.SMALLEST_TABLE", 4)
+    units = RepeatedUnits("line")
+    for start in range(0, 3000, 100):
+        numbers = range(start, start + 100)
+        left, removed = units.remove([f"line {i}\nline {i // 2}" for i in numbers])
+        assert left == [f"line {i}" for i in numbers]
+        assert removed == [1] * len(numbers)
