@@ -33,7 +33,8 @@ SCHEMA = pa.schema(
     }
 )
 """`stage` is where the decision fell. Documents that repeat one another share a `cluster`; `twin`
-is the id of the one kept in their place, `jaccard` the similarity to it."""
+is the id of the one kept in their place, `jaccard` the similarity to it. `quality_score` is null
+where no classifier was asked."""
 
 
 def settle(audit: pa.Table, clusters: pa.Table) -> pa.Table:

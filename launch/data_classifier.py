@@ -19,8 +19,7 @@ def train_classifier(
 ) -> None:
     """Learn to tell curated texts from a crawl's, for `farspan data run --recipe gpt3`.
 
-    `farspan data extract` makes the texts of a crawl. They should be as they come, before any
-    filter, and a text counts once.
+    Take the crawl's texts from `farspan data extract`, before any filter. A text counts once.
     """
     from data_pipeline.quality.training import train_classifier as train
 

@@ -102,6 +102,13 @@ def test_lid_176_answers_as_fasttext_does(sentences: list[tuple[str, str]]) -> N
         assert probability == pytest.approx(theirs["score"], abs=1e-5)
 
 
+@pytest.mark.parametrize("content", [b"\xba\x16\x4f\x2f\x0b\0\0\0", b"12345678" * 9])
+def test_a_file_of_another_kind_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.ftz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.ftz: no fastText model of version 12"):
+        load_classifier(tmp_path / "model.ftz")
+
+
 def test_naive_bayes_answers_as_py3langid_does(sentences: list[tuple[str, str]]) -> None:
     theirs = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
     mine = NaiveBayes()

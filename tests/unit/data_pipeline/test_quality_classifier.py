@@ -293,6 +293,9 @@ def test_a_run_draws_alike_for_any_number_of_workers(tmp_path: Path) -> None:
     rows = pq.read_table(tmp_path / "1" / "audit").to_pylist()
     scores = [row["quality_score"] for row in rows if row["stage"] in ("quality", "shards")]
     assert scores == pytest.approx([0.9] * len(scores))
+    judged = [row for row in rows if row["language"] is not None]
+    assert judged
+    assert all(0 <= row["language_probability"] <= 1 for row in judged)
 
 
 @pytest.mark.skipif(not DATA.exists(), reason=f"no {DATA}")
