@@ -38,7 +38,6 @@ class Mode(StrEnum):
     accurate = "accurate"
 
 
-Archives = Annotated[
 class Exact(StrEnum):
     """What is removed wherever it was before."""
 
@@ -55,6 +54,7 @@ class Keep(StrEnum):
     first = "first"
 
 
+Archives = Annotated[
     list[str],
     typer.Argument(
         metavar="INPUT...",
@@ -229,12 +229,12 @@ def dedup(
         f"dropped {report.exact_duplicates} exact and {report.near_duplicates} near duplicates "
         f"in {report.clusters} clusters: {out / 'clusters.parquet'}"
     )
-
     if exact is not Exact.document:
         _say(
             f"removed {report.removed_units} repeated {exact.value}s, and {report.emptied} "
             "documents that had nothing else"
         )
+
 
 app.command()(train_classifier)
 
