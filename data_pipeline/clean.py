@@ -1,8 +1,6 @@
 """Clean one archive: from its records to the texts that pass every stage before deduplication."""
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from data_pipeline.extract import ExtractError, extract_text
 from data_pipeline.language import detect_language
 from data_pipeline.quality import Text
 from data_pipeline.recipe import Recipe
+from data_pipeline.stage import make_stage
 
 DOCUMENT_SCHEMA = pa.schema({"id": pa.string(), "document_id": pa.string(), "text": pa.string()})
 ROWS_PER_WRITE = 1000
@@ -25,7 +24,7 @@ CHARACTERS_PER_WRITE = 1 << 24
 
 @dataclass(frozen=True)
 class Piece:
-    """The cleaned form of one archive; the folder exists once it is complete."""
+    """The cleaned form of one archive, a finished stage (`data_pipeline.stage`)."""
 
     folder: Path
 
@@ -44,10 +43,6 @@ class Piece:
         """The archive's name, size, records by WARC type, and the sha256 of what was read."""
         return self.folder / "archive.json"
 
-    @property
-    def is_complete(self) -> bool:
-        return self.folder.is_dir()
-
 
 def clean_archive(source: Source, piece: Piece, recipe: Recipe, id_header: str) -> None:
     """Write the piece of one archive; equal archives and recipes give equal bytes.
@@ -55,17 +50,18 @@ def clean_archive(source: Source, piece: Piece, recipe: Recipe, id_header: str) 
     Raises:
         DataError: the archive cannot be read to its end, or is not the one it was.
     """
-    aside = piece.folder.with_name(f".{piece.folder.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    written = Piece(aside)
+    name = piece.folder.name
+    make_stage(piece.folder, lambda folder: _write(source, Piece(folder), name, recipe, id_header))
+
+
+def _write(source: Source, written: Piece, name: str, recipe: Recipe, id_header: str) -> None:
     records = Archive(source, id_header=id_header)
     count = 0
     with (
         pq.ParquetWriter(written.audit, ledger.SCHEMA) as audit,
         pq.ParquetWriter(written.documents, DOCUMENT_SCHEMA) as documents,
     ):
-        for rows, texts in _batches(records, recipe, piece.folder.name):
+        for rows, texts in _batches(records, recipe, name):
             count += len(rows)
             audit.write_table(pa.Table.from_pylist(rows, ledger.SCHEMA))
             documents.write_table(pa.Table.from_pylist(texts, DOCUMENT_SCHEMA))
@@ -77,7 +73,6 @@ def clean_archive(source: Source, piece: Piece, recipe: Recipe, id_header: str) 
         "sha256": records.sha256,
     }
     written.summary.write_text(json.dumps(summary))
-    aside.rename(piece.folder)
 
 
 Batch = tuple[list[dict[str, Any]], list[dict[str, str]]]

@@ -2,7 +2,7 @@
 
 DIR/plan.json        what was asked for: inputs, recipe, options
 DIR/.lock            names the process at work, which holds it
-DIR/work/            finished pieces of an unfinished run; removed at the end
+DIR/work/            finished stages (`data_pipeline.stage`) of an unfinished run; removed later
 DIR/audit/*.parquet  one file per archive, one row per document (`data_pipeline.ledger`)
 DIR/shards/, DIR/tokenizer.json, DIR/manifest.json   see `data_pipeline.shards`
 """
@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,11 @@ from data_pipeline.errors import file_errors
 from data_pipeline.recipe import Recipe
 from data_pipeline.run_folder import exclusive, record_plan
 from data_pipeline.shards import Manifest, load_manifest, write_shards
+from data_pipeline.stage import is_made, make_stage
 from data_pipeline.tokenize import load_tokenizer, require_vocab_size, train_tokenizer
 from data_pipeline.workers import do_each
 
+TOKENIZER = "tokenizer.json"
 Progress = Callable[[str, int, int], None]
 """Called with the name of a stage, the parts of it that are done, and all its parts."""
 
@@ -119,7 +122,7 @@ def _run(
     documents = _deduplicate(pieces, work, recipe, workers, progress)
     _write_audit(pieces, work / "dedup" / "clusters.parquet", out / "audit")
     if tokenizer is None:
-        tokenizer = _train_tokenizer(documents, work / "tokenizer.json", vocab_size, progress)
+        tokenizer = _train_tokenizer(documents, work / "tokenizer", vocab_size, progress)
     funnel = ledger.funnel(out / "audit")
     extra = {
         "recipe": recipe.model_dump(mode="json"),
@@ -152,10 +155,12 @@ def _clean(
     progress: Progress,
 ) -> None:
     """Clean the archives whose piece is not there yet, one process per archive at a time."""
+    with ThreadPoolExecutor(workers) as pool:
+        are_made = list(pool.map(is_made, [piece.folder for piece in pieces]))
     tasks = [
         (source, piece, recipe, id_header)
-        for source, piece in zip(sources, pieces, strict=True)
-        if not piece.is_complete
+        for source, piece, is_there in zip(sources, pieces, are_made, strict=True)
+        if not is_there
     ]
     done = len(pieces) - len(tasks)
     progress("clean", done, len(pieces))
@@ -170,16 +175,9 @@ def _deduplicate(
     """Deduplicate over all pieces; return the folder of the kept documents."""
     finished = work / "dedup"
     progress("dedup", 0, 1)
-    if not finished.exists():
-        aside = work / ".dedup"
-        shutil.rmtree(aside, ignore_errors=True)
-        deduplicate(
-            [piece.documents for piece in pieces],
-            aside,
-            **recipe.dedup.model_dump(),
-            workers=workers,
-        )
-        aside.rename(finished)
+    if not is_made(finished):
+        texts, settings = [piece.documents for piece in pieces], recipe.dedup.model_dump()
+        make_stage(finished, lambda out: deduplicate(texts, out, **settings, workers=workers))
     progress("dedup", 1, 1)
     return finished / "documents"
 
@@ -210,15 +208,13 @@ def _with_document_ids(clusters: pa.Table, pieces: Sequence[Piece]) -> pa.Table:
     return clusters.set_column(clusters.schema.get_field_index("twin"), "twin", twins)
 
 
-def _train_tokenizer(documents: Path, out: Path, vocab_size: int, progress: Progress) -> Path:
+def _train_tokenizer(documents: Path, stage: Path, vocab_size: int, progress: Progress) -> Path:
     progress("tokenizer", 0, 1)
-    if not out.exists():
-        aside = out.with_name(f".{out.name}")
+    if not is_made(stage):
         texts = (text for _, text in _texts(documents, "id"))
-        train_tokenizer(texts, vocab_size, aside)
-        aside.rename(out)
+        make_stage(stage, lambda out: train_tokenizer(texts, vocab_size, out / TOKENIZER))
     progress("tokenizer", 1, 1)
-    return out
+    return stage / TOKENIZER
 
 
 def _texts(documents: Path, id_column: str) -> Iterator[tuple[str, str]]:

@@ -179,6 +179,31 @@ def test_a_killed_run_ends_with_the_same_bytes_for_any_workers_and_order_of_inpu
     assert _files(out) == _files(finished)
 
 
+def test_damaged_files_of_a_killed_run_are_named_and_made_again(
+    sample: SampleReport, finished: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "data"
+    command = _command(_inputs(sample), out, 2)
+    _signal_at("tokenizer: 1 of 1", command, signal.SIGKILL)
+    damaged = [
+        *(
+            "pieces/00000/documents.parquet",
+            "pieces/00001/audit.parquet",
+            "pieces/00002/files.sha256",
+        ),
+        *("dedup/clusters.parquet", "tokenizer/tokenizer.json"),
+    ]
+    for name in damaged:
+        content = bytearray((out / "work" / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (out / "work" / name).write_bytes(content)
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    for name in damaged:
+        assert f"warning: {out / 'work' / name} is damaged" in again.stderr
+    assert "clean: 1 of 4" in again.stdout
+    assert _files(out) == _files(finished)
+
+
 @pytest.mark.parametrize(
     ("stage", "workers", "number"),
     [
