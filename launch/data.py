@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from launch.data_audit import audit
 from launch.data_classifier import train_classifier
 from launch.progress import show_progress
 from pretrain.errors import STOPPED_ON_REQUEST
@@ -162,7 +163,7 @@ def _stoppable() -> Iterator[None]:
 def extract(
     inputs: Archives,
     out: Annotated[Path, typer.Option(help="JSONL file to write.")],
-    mode: Annotated[Mode, typer.Option(help="resiliparse or trafilatura.")] = Mode.fast,
+    mode: Annotated[Mode, typer.Option(help="Classified blocks, or trafilatura.")] = Mode.fast,
     id_header: IdHeader = "WARC-Record-ID",
     crawl_url: CrawlUrl = "https://data.commoncrawl.org",
 ) -> None:
@@ -236,6 +237,7 @@ def dedup(
         )
 
 
+app.command()(audit)
 app.command()(train_classifier)
 
 
