@@ -117,9 +117,7 @@ def _run(
     if (out / "manifest.json").exists():
         shutil.rmtree(work, ignore_errors=True)
         return _result(load_manifest(out), is_new=False)
-    pieces = [Piece(work / "pieces" / f"{number:05d}") for number in range(len(sources))]
-    _clean(sources, pieces, recipe, id_header, workers, progress)
-    documents = _deduplicate(pieces, work, recipe, workers, progress)
+    pieces, documents = clean_and_deduplicate(sources, work, recipe, id_header, workers, progress)
     _write_audit(pieces, work / "dedup" / "clusters.parquet", out / "audit")
     if tokenizer is None:
         tokenizer = _train_tokenizer(documents, work / "tokenizer", vocab_size, progress)
@@ -134,6 +132,23 @@ def _run(
     manifest = write_shards(texts, tokenizer, out, extra=extra)
     shutil.rmtree(work)
     return _result(manifest, is_new=True)
+
+
+def clean_and_deduplicate(
+    sources: Sequence[Source],
+    work: Path,
+    recipe: Recipe,
+    id_header: str,
+    workers: int,
+    progress: Progress = lambda stage, done, total: None,
+) -> tuple[list[Piece], Path]:
+    """The cleaned form of each archive, and the folder of the documents that are kept of all.
+
+    What is finished in `work` already is not done again.
+    """
+    pieces = [Piece(work / "pieces" / f"{number:05d}") for number in range(len(sources))]
+    _clean(sources, pieces, recipe, id_header, workers, progress)
+    return pieces, _deduplicate(pieces, work, recipe, workers, progress)
 
 
 def _result(manifest: Manifest, is_new: bool) -> RunResult:
