@@ -1,18 +1,37 @@
 """Loops that numba compiles once for all processes."""
 
+import hashlib
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from numba import njit
+import numba
+
+config: Any = numba.config
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function on its first call, and keep the code where a folder can be written.
 
-    What is kept goes by the date of the function's own file: the constants and the compiled
-    functions that it uses stand in the same one.
+    numba takes what it has kept until the file of the function changes. Functions here also hold
+    constants and functions of files beside theirs: each state of a folder has a cache of its own.
     """
+    folder = Path(function.__code__.co_filename).parent
+    configured = config.CACHE_DIR
+    place = Path(configured or folder / "__pycache__") / f"compiled-{_digest_of_sources(folder)}"
+    config.CACHE_DIR = str(place)
     try:
-        return njit(cache=True, nogil=True)(function)
+        return numba.njit(cache=True, nogil=True)(function)
     except RuntimeError:  # no folder can be written: every process compiles
-        return njit(nogil=True)(function)
+        return numba.njit(nogil=True)(function)
+    finally:
+        config.CACHE_DIR = configured
+
+
+@cache
+def _digest_of_sources(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.compiled import compiled
 from data_pipeline.extract import vocabulary
-from data_pipeline.extract.compiled import compiled
 from data_pipeline.extract.scan import (
     AMPERSAND,
     BANG,

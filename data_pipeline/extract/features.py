@@ -7,9 +7,9 @@ shares, distances, and which general words name the elements around a block.
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.compiled import compiled
 from data_pipeline.extract import blocks as b
 from data_pipeline.extract.blocks import Blocks
-from data_pipeline.extract.compiled import compiled
 from data_pipeline.extract.scan import (
     FNV_PRIME,
     FNV_START,

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.compiled import compiled
 from data_pipeline.extract import features
-from data_pipeline.extract.compiled import compiled
 from data_pipeline.extract.vocabulary import MEANINGS
 
 SHIPPED = Path(__file__).with_name("forest.npz")

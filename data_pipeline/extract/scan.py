@@ -3,8 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.compiled import compiled
 from data_pipeline.extract import vocabulary
-from data_pipeline.extract.compiled import compiled
 
 Bytes = NDArray[np.uint8]
 Hashes = NDArray[np.uint64]
