@@ -82,15 +82,20 @@ def map_batches(
 def _read(part: Part, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
     try:
         with pq.ParquetFile(part.path) as file:
-            groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-            size = sum(group.total_byte_size for group in groups) // max(part.rows, 1)
-            rows = max(1, min(ROWS_PER_BATCH, BYTES_PER_BATCH // max(size, 1)))
             names = columns and [name for name in columns if name in file.schema_arrow.names]
-            for records in file.iter_batches(rows, columns=names, use_threads=False):
-                records.validate(full=True)
-                yield records
+            # One by one: over several row groups, pyarrow keeps all that it has read.
+            for group in range(file.num_row_groups):
+                rows = _rows_per_batch(file.metadata.row_group(group))
+                for records in file.iter_batches(rows, [group], names, use_threads=False):
+                    records.validate(full=True)
+                    yield records
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{part.source}: damaged, its documents cannot be read: {error}") from error
+
+
+def _rows_per_batch(group: pq.RowGroupMetaData) -> int:
+    bytes_per_row = group.total_byte_size // max(group.num_rows, 1)
+    return max(1, min(ROWS_PER_BATCH, BYTES_PER_BATCH // max(bytes_per_row, 1)))
 
 
 def _refuse_no_text(batch: Batch) -> None:

@@ -104,7 +104,7 @@ def test_clusters_are_the_components_of_true_similarity(tmp_path, threshold):
     assert all(document["text"] == text[document["id"]] for document in documents)
 
 
-def test_workers_and_files_do_not_change_the_outcome(tmp_path):
+def test_workers_files_and_pieces_do_not_change_the_outcome(tmp_path, monkeypatch):
     corpus = make_corpus(seed=4)
     whole = write_jsonl(tmp_path / "whole.jsonl", corpus)
     plain = write_jsonl(tmp_path / "1.jsonl", corpus[:30])
@@ -119,6 +119,9 @@ def test_workers_and_files_do_not_change_the_outcome(tmp_path):
     pq.write_table(pa.Table.from_pylist(rows, schema), parquet, row_group_size=7)
 
     one = deduplicate([whole], tmp_path / "one")
+    # Little is in memory at a time, so that there are many pieces.
+    monkeypatch.setattr("data_pipeline.dedup.batches.ROWS_PER_BATCH", 3)
+    monkeypatch.setattr("data_pipeline.dedup.clusters.SHINGLES_AT_ONCE", 300)
     two = deduplicate([plain, zipped, zstd, parquet], tmp_path / "two", workers=2)
     assert one == two
     assert clusters_of(tmp_path / "one") == clusters_of(tmp_path / "two")
