@@ -16,6 +16,7 @@ COMMANDS = [
     line
     for page in (
         "README.md",
+        "docs/data.md",
         "docs/layouts.md",
         "docs/resuming.md",
         "docs/ledger.md",
