@@ -22,6 +22,8 @@ from data_pipeline.recipe import SHIPPED, load_recipe
         (("threshold: 0.8", "threshold: 2"), "dedup.threshold = 2"),
         (("threshold: 0.8", "threshold: 0.4"), "of the pairs at threshold 0.4"),
         (("ngram: 5", "ngram: 0"), "dedup.ngram = 0"),
+        (("ngram: 5", "ngram: 5\n  keep: best"), "dedup.keep = 'best'"),
+        (("ngram: 5", "ngram: 5\n  exact: word"), "dedup.exact = 'word'"),
     ],
 )
 def test_a_recipe_with_an_impossible_setting_is_refused(
