@@ -13,6 +13,7 @@ from data_pipeline import ledger
 from data_pipeline.crawl import Archive, Page, Reject, Source
 from data_pipeline.extract import ExtractError, extract_text
 from data_pipeline.language import detect_language
+from data_pipeline.meter import Counter
 from data_pipeline.quality import Text
 from data_pipeline.recipe import Recipe
 from data_pipeline.stage import make_stage
@@ -44,29 +45,34 @@ class Piece:
         return self.folder / "archive.json"
 
 
-def clean_archive(source: Source, piece: Piece, recipe: Recipe, id_header: str) -> None:
+def clean_archive(
+    source: Source, piece: Piece, recipe: Recipe, id_header: str, meter: Path, row: int
+) -> None:
     """Write the piece of one archive; equal archives and recipes give equal bytes.
+
+    Args:
+        meter: the file of a `Meter`, which counts this archive in its row `row`.
 
     Raises:
         DataError: the archive cannot be read to its end, or is not the one it was.
     """
     name = piece.folder.name
-    make_stage(piece.folder, lambda folder: _write(source, Piece(folder), name, recipe, id_header))
+    archive, counter = Archive(source, id_header=id_header), Counter(meter, row)
+    make_stage(piece.folder, lambda aside: _write(archive, Piece(aside), name, recipe, counter))
 
 
-def _write(source: Source, written: Piece, name: str, recipe: Recipe, id_header: str) -> None:
-    records = Archive(source, id_header=id_header)
+def _write(records: Archive, written: Piece, name: str, recipe: Recipe, counter: Counter) -> None:
     count = 0
     with (
         pq.ParquetWriter(written.audit, ledger.SCHEMA) as audit,
         pq.ParquetWriter(written.documents, DOCUMENT_SCHEMA) as documents,
     ):
-        for rows, texts in _batches(records, recipe, name):
+        for rows, texts in _batches(records, recipe, name, counter):
             count += len(rows)
             audit.write_table(pa.Table.from_pylist(rows, ledger.SCHEMA))
             documents.write_table(pa.Table.from_pylist(texts, DOCUMENT_SCHEMA))
     summary = {
-        "path": source.name,
+        "path": records.source.name,
         "bytes": records.bytes,
         "documents": count,
         "records": dict(sorted(records.records.items())),
@@ -78,20 +84,24 @@ def _write(source: Source, written: Piece, name: str, recipe: Recipe, id_header:
 Batch = tuple[list[dict[str, Any]], list[dict[str, str]]]
 
 
-def _batches(records: Archive, recipe: Recipe, piece: str) -> Iterator[Batch]:
+def _batches(records: Archive, recipe: Recipe, piece: str, counter: Counter) -> Iterator[Batch]:
     """Audit rows and passing texts, a thousand documents at a time or fewer long ones."""
     rows: list[dict[str, Any]] = []
     texts: list[dict[str, str]] = []
-    characters = 0
+    characters = passed = documents = 0
     for number, document in enumerate(records):
         row, text = judge(document, recipe)
         rows.append(row)
+        passed += text is not None
+        documents += 1
+        counter.count(document.offset, documents, passed)
         if text is not None:
             texts.append({"id": f"{piece}/{number}", "document_id": document.id, "text": text})
             characters += len(text)
         if len(rows) == ROWS_PER_WRITE or characters >= CHARACTERS_PER_WRITE:
             yield rows, texts
             rows, texts, characters = [], [], 0
+    counter.count(records.bytes, documents, passed)
     yield rows, texts
 
 

@@ -12,9 +12,11 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from threading import Event, Lock, Thread
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,6 +27,7 @@ from data_pipeline.clean import Piece, clean_archive
 from data_pipeline.crawl import CRAWL_URL, Source, find_archives, identify
 from data_pipeline.dedup import deduplicate
 from data_pipeline.errors import file_errors
+from data_pipeline.meter import Meter
 from data_pipeline.recipe import Recipe
 from data_pipeline.run_folder import exclusive, record_plan
 from data_pipeline.shards import Manifest, load_manifest, write_shards
@@ -33,8 +36,21 @@ from data_pipeline.tokenize import load_tokenizer, require_vocab_size, train_tok
 from data_pipeline.workers import do_each
 
 TOKENIZER = "tokenizer.json"
-Progress = Callable[[str, int, int], None]
-"""Called with the name of a stage, the parts of it that are done, and all its parts."""
+TICK_S = 0.5
+
+
+class Progress(Protocol):
+    def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None:
+        """
+        Args:
+            done: parts of the stage.
+            total: all its parts.
+            detail: how fast it is, in words.
+        """
+
+
+def _no_progress(stage: str, done: int, total: int, detail: str = "") -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -63,7 +79,7 @@ def run(
     tokenizer: Path | None = None,
     vocab_size: int = 8192,
     crawl_url: str = CRAWL_URL,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = _no_progress,
 ) -> RunResult:
     """Clean, deduplicate, tokenize and shard the documents of web archives.
 
@@ -140,14 +156,15 @@ def clean_and_deduplicate(
     recipe: Recipe,
     id_header: str,
     workers: int,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = _no_progress,
 ) -> tuple[list[Piece], Path]:
     """The cleaned form of each archive, and the folder of the documents that are kept of all.
 
     What is finished in `work` already is not done again.
     """
+    work.mkdir(parents=True, exist_ok=True)
     pieces = [Piece(work / "pieces" / f"{number:05d}") for number in range(len(sources))]
-    _clean(sources, pieces, recipe, id_header, workers, progress)
+    _clean(sources, pieces, work, recipe, id_header, workers, progress)
     return pieces, _deduplicate(pieces, work, recipe, workers, progress)
 
 
@@ -161,9 +178,32 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextmanager
+def _ticking(tick: Callable[[], None]) -> Iterator[Callable[[], None]]:
+    """Call `tick` every now and then; what is yielded calls it at once."""
+    ended, one_at_a_time = Event(), Lock()
+
+    def safely() -> None:
+        with one_at_a_time:
+            tick()
+
+    def keep_ticking() -> None:
+        while not ended.wait(TICK_S):
+            safely()
+
+    thread = Thread(target=keep_ticking, daemon=True)
+    thread.start()
+    try:
+        yield safely
+    finally:
+        ended.set()
+        thread.join()
+
+
 def _clean(
     sources: Sequence[Source],
     pieces: Sequence[Piece],
+    work: Path,
     recipe: Recipe,
     id_header: str,
     workers: int,
@@ -172,16 +212,18 @@ def _clean(
     """Clean the archives whose piece is not there yet, one process per archive at a time."""
     with ThreadPoolExecutor(workers) as pool:
         are_made = list(pool.map(is_made, [piece.folder for piece in pieces]))
+    meter = Meter(work / "meter", [source.size for source in sources], are_made)
     tasks = [
-        (source, piece, recipe, id_header)
-        for source, piece, is_there in zip(sources, pieces, are_made, strict=True)
-        if not is_there
+        (source, piece, recipe, id_header, meter.path, row)
+        for row, (source, piece) in enumerate(zip(sources, pieces, strict=True))
+        if not are_made[row]
     ]
     done = len(pieces) - len(tasks)
-    progress("clean", done, len(pieces))
-    for _ in do_each(clean_archive, tasks, workers):
-        done += 1
-        progress("clean", done, len(pieces))
+    with _ticking(lambda: progress("clean", done, len(pieces), meter.speed())) as tick:
+        tick()
+        for _ in do_each(clean_archive, tasks, workers):
+            done += 1
+            tick()
 
 
 def _deduplicate(

@@ -28,6 +28,12 @@ class LocalFile:
         return self.path.name
 
     @property
+    def size(self) -> int:
+        """In bytes."""
+        with self._readable():
+            return self.path.stat().st_size
+
+    @property
     def identity(self) -> dict[str, str | int]:
         """What must not change between two starts of a run."""
         assert self.sha256 is not None, "asked for after identified()"

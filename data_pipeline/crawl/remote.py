@@ -77,6 +77,12 @@ class RemoteFile:
         return posixpath.basename(parts.path) or parts.netloc
 
     @property
+    def size(self) -> int:
+        """In bytes."""
+        assert self.version is not None, "asked for after identified()"
+        return self.version.size
+
+    @property
     def identity(self) -> dict[str, str | int]:
         """What must not change between two starts of a run."""
         assert self.version is not None, "asked for after identified()"

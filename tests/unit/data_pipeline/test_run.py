@@ -275,7 +275,7 @@ def test_a_second_process_in_the_folder_is_told_of_the_first(
 ) -> None:
     out = tmp_path / "data"
 
-    def start_another(stage: str, done: int, total: int) -> None:
+    def start_another(stage: str, done: int, total: int, detail: str = "") -> None:
         if (stage, done) == ("clean", 1):
             command = _command(_inputs(sample), out, 1)
             other = subprocess.run(command, capture_output=True, text=True, check=False)

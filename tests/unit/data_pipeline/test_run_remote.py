@@ -130,7 +130,7 @@ def test_a_local_file_that_changes_during_a_run_is_refused(
     path = tmp_path / "a.warc.gz"
     path.write_bytes(files[0].read_bytes())
 
-    def replace(stage: str, done: int, total: int) -> None:
+    def replace(stage: str, done: int, total: int, detail: str = "") -> None:
         if (stage, done) == ("clean", 0):
             path.write_bytes(files[1].read_bytes())
 
