@@ -15,7 +15,7 @@ import ipaddress
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,8 +70,7 @@ IS_NUMBERING = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Masked:
+class Masked(NamedTuple):
     """A text with its masks, and how many of each kind of `Privacy` stand in it."""
 
     text: str
