@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,15 @@ from data_pipeline.quality import Text
 from data_pipeline.recipe import Recipe
 from data_pipeline.stage import make_stage
 
-DOCUMENT_SCHEMA = pa.schema({"id": pa.string(), "document_id": pa.string(), "text": pa.string()})
+DOCUMENT_SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "document_id": pa.string(),
+        "timestamp": pa.timestamp("us", "UTC"),
+        "text": pa.string(),
+    }
+)
+NO_DATE = datetime.fromtimestamp(0, UTC)
 ROWS_PER_WRITE = 1000
 CHARACTERS_PER_WRITE = 1 << 24
 
@@ -31,7 +40,10 @@ class Piece:
 
     @property
     def documents(self) -> Path:
-        """Texts that passed; `id` is unique in a run, `document_id` is the document's own."""
+        """Texts that passed; `id` is unique in a run, `document_id` is the document's own.
+
+        `timestamp` is its WARC-Date; one without counts as older than all others.
+        """
         return self.folder / "documents.parquet"
 
     @property
@@ -81,13 +93,13 @@ def _write(records: Archive, written: Piece, name: str, recipe: Recipe, counter:
     written.summary.write_text(json.dumps(summary))
 
 
-Batch = tuple[list[dict[str, Any]], list[dict[str, str]]]
+Batch = tuple[list[dict[str, Any]], list[dict[str, Any]]]
 
 
 def _batches(records: Archive, recipe: Recipe, piece: str, counter: Counter) -> Iterator[Batch]:
     """Audit rows and passing texts, a thousand documents at a time or fewer long ones."""
     rows: list[dict[str, Any]] = []
-    texts: list[dict[str, str]] = []
+    texts: list[dict[str, Any]] = []
     characters = passed = documents = 0
     for number, document in enumerate(records):
         row, text = judge(document, recipe)
@@ -96,7 +108,15 @@ def _batches(records: Archive, recipe: Recipe, piece: str, counter: Counter) -> 
         documents += 1
         counter.count(document.offset, documents, passed)
         if text is not None:
-            texts.append({"id": f"{piece}/{number}", "document_id": document.id, "text": text})
+            assert isinstance(document, Page)
+            texts.append(
+                {
+                    "id": f"{piece}/{number}",
+                    "document_id": document.id,
+                    "timestamp": document.date or NO_DATE,
+                    "text": text,
+                }
+            )
             characters += len(text)
         if len(rows) == ROWS_PER_WRITE or characters >= CHARACTERS_PER_WRITE:
             yield rows, texts

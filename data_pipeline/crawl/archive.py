@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 
 from fastwarc.warc import ArchiveIterator, WarcRecord
 
@@ -18,7 +19,12 @@ READ_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Page:
-    """A document as it was crawled; `content_type` is None where the server named none."""
+    """A document as it was crawled.
+
+    Attributes:
+        content_type: None where the server named none.
+        date: WARC-Date; None where the record has none that is a time.
+    """
 
     id: str
     url: str
@@ -28,6 +34,7 @@ class Page:
     content_type: str | None
     charset: str | None
     body: bytes
+    date: datetime | None = None
 
 
 @dataclass(frozen=True)
@@ -194,6 +201,7 @@ class Archive:
                 content_type=_content_type(record, kind),
                 charset="utf-8" if kind == "conversion" else record.http_charset,
                 body=body,
+                date=_date(record),
             )
             outcome = self._judge(page, record, kind, length, is_http_readable)
         content_length = int(declared) if declared.isdecimal() else -1
@@ -244,6 +252,14 @@ def _content_type(record: WarcRecord, kind: str) -> str | None:
     if kind == "response":
         return record.http_content_type or None
     return _header(record, "Content-Type").split(";")[0].strip().lower() or None
+
+
+def _date(record: WarcRecord) -> datetime | None:
+    try:
+        date = datetime.fromisoformat(_header(record, "WARC-Date"))
+    except ValueError:
+        return None
+    return date.replace(tzinfo=UTC) if date.tzinfo is None else date.astimezone(UTC)
 
 
 def _header(record: WarcRecord, name: str) -> str:

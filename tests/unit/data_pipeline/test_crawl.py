@@ -4,6 +4,7 @@ import gzip
 import random
 import zlib
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,7 @@ def test_pages_carry_what_the_archive_says(tmp_path: Path, compressed: bool) -> 
         content_type="text/html",
         charset=None,
         body=HTML,
+        date=datetime(2026, 1, 1, tzinfo=UTC),
     )
 
 

@@ -318,6 +318,39 @@ def test_a_duplicate_is_exact_only_if_its_text_is(tmp_path: Path) -> None:
     assert [row["reason"] for row in _audit(out)] == ["kept", "exact duplicate", "near duplicate"]
 
 
+def test_a_recipe_may_keep_the_newest_of_each_cluster(tmp_path: Path) -> None:
+    text = "The quiet river carries boats past the mill while children count the passing barges."
+    dates = [
+        "2021-05-01T00:00:00Z",
+        "2024-02-29T12:00:00Z",
+        "no date at all",
+        "2024-02-29T11:59:59Z",
+    ]
+    records = []
+    for number, date in enumerate(dates):
+        body = (text.upper() if number % 2 else text).encode()
+        headers = [
+            "WARC/1.0",
+            "WARC-Type: conversion",
+            f"X-Id: {number}",
+            f"WARC-Date: {date}",
+            "Content-Type: text/plain",
+            f"Content-Length: {len(body)}",
+        ]
+        records.append("\r\n".join(headers).encode() + b"\r\n\r\n" + body + b"\r\n\r\n")
+    (tmp_path / "dated.wet").write_bytes(b"".join(records))
+    recipe = load_recipe("minimal")
+    newest = recipe.model_copy(update={"dedup": recipe.dedup.model_copy(update={"keep": "newest"})})
+    out = tmp_path / "out"
+    run([str(tmp_path / "dated.wet")], out, newest, id_header="X-Id", vocab_size=VOCAB_SIZE)
+    assert [(row["id"], row["twin"]) for row in _audit(out)] == [
+        ("0", "1"),
+        ("1", None),
+        ("2", "1"),
+        ("3", "1"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "message"), [("texts.jsonl.gz", "plain JSONL"), ("folder.jsonl", "is a folder")]
 )
