@@ -46,7 +46,9 @@ def settle(audit: pa.Table, clusters: pa.Table) -> pa.Table:
             jaccard, exact.
     """
     undecided = pc.is_null(audit["stage"]).combine_chunks()
-    duplicate = pc.if_else(clusters["exact"], "exact duplicate", "near duplicate")
+    # A document of whose lines or paragraphs none was new has no twin.
+    exact = pc.if_else(pc.is_null(clusters["twin"]), "nothing new", "exact duplicate")
+    duplicate = pc.if_else(clusters["exact"], exact, "near duplicate")
     kept = clusters["kept"]
     outcome = {
         "stage": pc.if_else(kept, "shards", "dedup"),

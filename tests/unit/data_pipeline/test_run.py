@@ -351,6 +351,26 @@ def test_a_recipe_may_keep_the_newest_of_each_cluster(tmp_path: Path) -> None:
     ]
 
 
+def test_a_document_of_whose_lines_none_is_new_says_so(tmp_path: Path) -> None:
+    lines = ["The quiet river carries boats.", "Children count the barges.", "The mill is closed."]
+    texts = ["\n".join(lines[:2]), lines[2], "\n".join([lines[2], lines[0]])]
+    with (tmp_path / "lines.wet").open("wb") as file:
+        writer = WARCWriter(file, gzip=False)
+        for number, text in enumerate(texts):
+            record = writer.create_warc_record(
+                f"http://example.org/{number}",
+                "conversion",
+                payload=io.BytesIO(text.encode()),
+                warc_headers_dict={"X-Id": f"{number}", "Content-Type": "text/plain"},
+            )
+            writer.write_record(record)
+    recipe = load_recipe("minimal")
+    by_line = recipe.model_copy(update={"dedup": recipe.dedup.model_copy(update={"exact": "line"})})
+    out = tmp_path / "out"
+    run([str(tmp_path / "lines.wet")], out, by_line, id_header="X-Id", vocab_size=VOCAB_SIZE)
+    assert [row["reason"] for row in _audit(out)] == ["kept", "kept", "nothing new"]
+
+
 @pytest.mark.parametrize(
     ("name", "message"), [("texts.jsonl.gz", "plain JSONL"), ("folder.jsonl", "is a folder")]
 )
