@@ -19,6 +19,7 @@ from data_pipeline.extract.charset import decode
 from data_pipeline.recipe import Recipe
 from data_pipeline.run_folder import PLAN
 
+NAME_FILES = ("url_blocklist", "word_blocklist", "gpt3", "decontamination")
 SAMPLE_SEED = 20_140_916
 Row = dict[str, Any]
 
@@ -55,7 +56,9 @@ class Audit:
             )
             raise DataError(f"{folder} {state}")
         self._plan = json.loads((folder / PLAN).read_text())
-        self._recipe = Recipe.model_validate(self._plan["recipe"] | {"description": ""})
+        # A plan holds no files, only their hashes: what was kept was not dropped by any of them.
+        other = {"description": ""} | dict.fromkeys(NAME_FILES)
+        self._recipe = Recipe.model_validate(self._plan["recipe"] | other)
 
     def funnel(self) -> list[Row]:
         """Documents by stage and reason."""

@@ -15,9 +15,11 @@ PER_REASON = 8
 CHARACTERS = 1_600
 STAGES = {
     "crawl": "records that are no page, or not a whole one",
+    "blocklist": "pages of sites that are on a list",
     "extract": "pages without a main text",
     "language": "texts in other languages, or in none for certain",
     "quality": "texts that break a rule, or that the classifier refuses",
+    "decontamination": "texts that have a part of an evaluation in them",
     "dedup": "texts that repeat another one",
     "shards": "texts to train on",
 }

@@ -140,6 +140,8 @@ def judge(document: Page | Reject, recipe: Recipe) -> tuple[dict[str, Any], str 
 
     if isinstance(document, Reject):
         return drop("crawl", document.reason, document.detail)
+    if recipe.url_blocklist and (listed := recipe.url_blocklist.judge(document.url)):
+        return drop("blocklist", *listed)
     try:
         text = extract_text(document, recipe.extract.mode)
     except ExtractError as error:
@@ -155,8 +157,17 @@ def judge(document: Page | Reject, recipe: Recipe) -> tuple[dict[str, Any], str 
         return drop("language", "uncertain", f"{language} with probability {probability:.2f}")
     if recipe.language.allowed and language not in recipe.language.allowed:
         return drop("language", language)
+    if recipe.word_blocklist and (listed := recipe.word_blocklist.judge(text)):
+        return drop("quality", *listed)
     verdict = recipe.judge_quality(extracted, language)
     row["quality_score"] = verdict.score
     if verdict.reason is not None:
         return drop("quality", verdict.reason)
-    return row | {"words": verdict.document.words.words}, verdict.document.text
+    row["words"] = verdict.document.words.words
+    text = verdict.document.text
+    if recipe.decontamination and (overlap := recipe.decontamination.judge(text)):
+        return drop("decontamination", *overlap)
+    if recipe.privacy:
+        text, masked = recipe.privacy.mask(text)
+        row |= {f"masked_{kind}": count for kind, count in masked.items()}
+    return row, text

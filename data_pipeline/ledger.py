@@ -8,7 +8,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-STAGES = ("crawl", "extract", "language", "quality", "dedup", "shards")
+STAGES = (
+    "crawl",
+    "blocklist",
+    "extract",
+    "language",
+    "quality",
+    "decontamination",
+    "dedup",
+    "shards",
+)
 KEPT = "kept"
 DROPPED = "dropped"
 DAMAGE = ("content-length", "damaged", "truncated")
@@ -27,6 +36,10 @@ SCHEMA = pa.schema(
         "language_probability": pa.float64(),
         "words": pa.int64(),
         "quality_score": pa.float64(),
+        "masked_email": pa.int64(),
+        "masked_ip_address": pa.int64(),
+        "masked_phone": pa.int64(),
+        "masked_card": pa.int64(),
         "cluster": pa.int64(),
         "twin": pa.string(),
         "jaccard": pa.float64(),

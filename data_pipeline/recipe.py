@@ -14,6 +14,7 @@ from data_pipeline.dedup.run import LOWEST_RECALL, Exact
 from data_pipeline.dedup.signatures import Keep
 from data_pipeline.errors import DataError
 from data_pipeline.extract import Mode
+from data_pipeline.hygiene import Decontamination, Privacy, UrlBlocklist, WordBlocklist
 from data_pipeline.language import LANGUAGES
 from data_pipeline.quality import (
     C4,
@@ -93,16 +94,20 @@ class Dedup(_Section):
 
 
 class Recipe(_Section):
-    """One YAML file; a heuristic that is null does not run."""
+    """One YAML file; a section that may be null does not run where it is."""
 
     description: str
+    url_blocklist: UrlBlocklist | None
     extract: Extraction
     language: Language
+    word_blocklist: WordBlocklist | None
     gopher_repetition: GopherRepetition | None
     gopher_quality: GopherQuality | None
     c4: C4 | None
     fineweb: FineWeb | None
     gpt3: GPT3 | None
+    decontamination: Decontamination | None
+    privacy: Privacy | None
     dedup: Dedup
 
     @field_validator("gopher_repetition", "gopher_quality", "c4", "fineweb", "gpt3")
@@ -170,8 +175,8 @@ def load_recipe(name: str) -> Recipe:
     """Load a shipped recipe by name, or any recipe by the path of its YAML file.
 
     Raises:
-        DataError: no such recipe, a file with an unknown, missing or impossible setting, or the
-            file of a classifier, found from the folder of the recipe, that cannot be read.
+        DataError: no such recipe, a file with an unknown, missing or impossible setting, or a
+            file that it names, found from the folder of the recipe, that cannot be read.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else SHIPPED / f"{name}.yaml"
     if not path.is_file():
@@ -189,10 +194,21 @@ def load_recipe(name: str) -> Recipe:
     except ValidationError as error:
         problems = [_explain(problem) for problem in error.errors()]
         raise DataError(f"{path}: " + "; ".join(problems)) from error
-    if recipe.gpt3 is None or recipe.gpt3.model is None:
-        return recipe
-    gpt3 = recipe.gpt3.with_model(path.parent / recipe.gpt3.model)
-    return recipe.model_copy(update={"gpt3": gpt3})
+    return _with_files(recipe, path.parent)
+
+
+def _with_files(recipe: Recipe, folder: Path) -> Recipe:
+    read: dict[str, Thresholds] = {}
+    for name in ("url_blocklist", "word_blocklist", "decontamination"):
+        section = getattr(recipe, name)
+        if section is not None:
+            try:
+                read[name] = section.with_files(folder)
+            except DataError as error:
+                raise DataError(f"{name}: {error}") from error
+    if recipe.gpt3 is not None and recipe.gpt3.model is not None:
+        read["gpt3"] = recipe.gpt3.with_model(folder / recipe.gpt3.model)
+    return recipe.model_copy(update=read)
 
 
 def _numbers(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, int | float]]:
@@ -221,13 +237,17 @@ def _explain(problem: Any) -> str:
 def _fields_of(location: list[str]) -> list[str]:
     """Names of the settings of the section at `location`."""
     sections: dict[str, type[BaseModel]] = {
+        "url_blocklist": UrlBlocklist,
         "extract": Extraction,
         "language": Language,
+        "word_blocklist": WordBlocklist,
         "gopher_repetition": GopherRepetition,
         "gopher_quality": GopherQuality,
         "c4": C4,
         "fineweb": FineWeb,
         "gpt3": GPT3,
+        "decontamination": Decontamination,
+        "privacy": Privacy,
         "dedup": Dedup,
     }
     section = sections[location[0]] if location else Recipe
