@@ -105,14 +105,15 @@ def _show_document(opened: "Audit", id: str, as_json: bool) -> None:
 
 
 def _show(opened: "Audit", row: dict[str, Any]) -> None:
-    for name, value in row.items():
-        if value is not None:
-            _say(f"{name:>12}  {value}")
+    facts = {name: str(value) for name, value in row.items() if value is not None}
     if row["twin"]:
         for twin in opened.document(row["twin"]):
-            _say(f"{'kept instead':>12}  {twin['id']}  {twin['url']}")
+            facts["kept instead"] = f"{twin['id']}  {twin['url']}"
     elif repeats := opened.duplicates(row["id"]):
-        _say(f"{'repeated by':>12}  {', '.join(repeat['id'] for repeat in repeats)}")
+        facts["repeated by"] = ", ".join(repeat["id"] for repeat in repeats)
+    width = max(map(len, facts))
+    for name, fact in facts.items():
+        _say(f"{name:>{width}}  {fact}")
     look = opened.look(row)
     if look.problem:
         _say(f"the text cannot be shown: {look.problem}")
