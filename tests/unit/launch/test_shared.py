@@ -13,8 +13,10 @@ from tests.ranks import ROOT
 
 CASE = "tests.unit.launch.shared_case"
 INTERRUPTED = 130
+# A shell that runs the tests in the background has them ignore ctrl-C.
 COMMAND = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from launch.shared import run_shared
 try:
     run_shared({CASE!r}, ["waits"], 2)
