@@ -48,7 +48,7 @@ def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirect
 @pytest.fixture
 def run(trained: RunDirectory, tmp_path: Path) -> RunDirectory:
     """A copy of it, to take things away from."""
-    shutil.copytree(trained.root, tmp_path / "run")
+    shutil.copytree(trained.root, tmp_path / "run", ignore=shutil.ignore_patterns("wandb"))
     for path in (tmp_path / "run").rglob("config.yaml"):
         tree = yaml.safe_load(path.read_text())
         tree["checkpoint"]["dir"] = None

@@ -44,7 +44,9 @@ def test_a_large_model_is_spread_over_all_ranks(plans: dict[str, Plan]) -> None:
     # The places of the pipeline have 9 to 13 of the 48 layers.
     assert plan.parameters == pytest.approx(80e9 / 4096, rel=0.15)
     assert plan.memory.optimizer == pytest.approx(2 * plan.memory.weights, rel=1e-4)
-    assert {axis for axis, _ in plan.traffic} == {"pp", "fsdp", "tp", "expert_shard", "ep"}
+    # The gradient's norm is of all ranks.
+    axes = {"pp", "fsdp", "tp", "expert_shard", "ep", "all ranks"}
+    assert {axis for axis, _ in plan.traffic} == axes
     # It sends [1, T / tp, d] in bfloat16 for each microbatch.
     sent = plan.traffic["pp", "send"]
     assert (sent.calls, sent.bytes) == (4, 4 * 131072 // 8 * 2048 * 2)
