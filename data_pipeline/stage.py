@@ -15,10 +15,11 @@ def make_stage(folder: Path, write: Callable[[Path], object]) -> None:
     """Have `write` fill a folder of another name, and put it in place with the hashes of its files.
 
     A process that is killed leaves nothing under the name of `folder`; what it left beside it is
-    removed when the stage is made again by a process of the same number, or with all of the work.
+    removed when the stage is made again. One process at a time may make a stage.
     """
+    for left in folder.parent.glob(f".{folder.name}.*"):
+        shutil.rmtree(left)
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     write(aside)
     hashes = {

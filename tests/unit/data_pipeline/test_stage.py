@@ -35,8 +35,10 @@ def test_a_stage_that_was_not_finished_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         make_stage(tmp_path / "stage", fail)
     assert not is_made(tmp_path / "stage")
+    (tmp_path / ".stage.1").mkdir()  # of a process that was killed
     make_stage(tmp_path / "stage", write)
     assert is_made(tmp_path / "stage")
+    assert [path.name for path in tmp_path.iterdir()] == ["stage"]
 
 
 @pytest.mark.parametrize("name", [*(name for name in CONTENT if CONTENT[name]), FILES])
