@@ -131,11 +131,16 @@ def skipped_ranges(records: Iterable[Record]) -> list[tuple[int, int]]:
 
 def past_of_guard(records: Iterable[Record]) -> Past:
     """What the guard of the next attempt has to know."""
-    of_guard = [r for r in records if not isinstance(r, Trained)]
-    begun = [r for r in of_guard if isinstance(r, RollbackBegun)]
-    if not begun:
-        return Past(skipped_ranges(of_guard))
-    ends = [r for r in of_guard if isinstance(r, RollbackBegun | RolledBack | AttemptBegun)]
-    last = begun[-1]
-    go_back_to = last.to_step if ends[-1] is last else None
-    return Past(skipped_ranges(of_guard), last.nearby, last.settled_at, go_back_to)
+    of_guard = [record for record in records if not isinstance(record, Trained)]
+    attempt = nearby = settled_at = 0
+    go_back_to: int | None = None
+    for record in of_guard:
+        if isinstance(record, AttemptBegun):
+            attempt, go_back_to = record.attempt, None
+        elif record.attempt != attempt:
+            continue  # late, of an attempt that had been replaced
+        elif isinstance(record, RollbackBegun):
+            nearby, settled_at, go_back_to = record.nearby, record.settled_at, record.to_step
+        elif isinstance(record, RolledBack):
+            go_back_to = None
+    return Past(skipped_ranges(of_guard), nearby, settled_at, go_back_to)

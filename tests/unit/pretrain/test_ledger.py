@@ -335,3 +335,6 @@ def test_a_rollback_that_was_begun_is_remembered_until_the_run_has_gone_back(tmp
     ledger.begin_rollback(9, "a spike", 7, (TOKENS, 2 * TOKENS), 2, 77)
     begin(path, 2, 7, TOKENS)
     assert past_of_guard(read_ledger(path)) == done
+    # The attempt that was replaced comes too late to send the new one back.
+    ledger.begin_rollback(9, "a spike", 3, (TOKENS, 2 * TOKENS), 3, 99)
+    assert past_of_guard(read_ledger(path)) == done
