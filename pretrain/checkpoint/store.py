@@ -379,8 +379,8 @@ def newest_whole(
     if damage:
         raise UserError(
             f"every checkpoint in {target} that could be loaded, of step "
-            f"{', '.join(map(str, steps))}, is damaged; the oldest: {damage}. Restore one, or begin "
-            "anew in another --run-dir"
+            f"{', '.join(map(str, steps))}, is damaged; the oldest: {damage}. Restore one, or "
+            "begin anew in another --run-dir"
         )
     return None
 
