@@ -13,8 +13,8 @@ from data_pipeline.dedup.lsh import Buckets, share_band
 from data_pipeline.dedup.shingle_file import ShingleFile
 from data_pipeline.dedup.signatures import Signatures
 
-# No document is compared with more others of one bucket, lest a million pages of one template,
-# alike but for less than the threshold, take a million comparisons each.
+# Documents of one bucket are compared with the first ones only, lest a million pages of one
+# template, alike but for less than the threshold, take a million comparisons each.
 MOST_COMPARISONS = 256
 # Shingles that are in memory at a time.
 SHINGLES_AT_ONCE = 1 << 24
@@ -108,6 +108,7 @@ def join_buckets(
         compared += join_similar(
             some.documents,
             shingles.sets_of(some.documents),
+            np.ones(len(some.documents), np.bool_),
             some.starts,
             parent,
             shingles.hashes,

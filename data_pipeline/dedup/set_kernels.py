@@ -57,6 +57,7 @@ def flatten(parent: NDArray[np.int64]) -> None:
 def join_similar(
     documents: NDArray[np.int64],
     sets: NDArray[np.int64],
+    is_new: NDArray[np.bool_],
     starts: NDArray[np.int64],
     parent: NDArray[np.int64],
     hashes: NDArray[np.uint64],
@@ -66,50 +67,54 @@ def join_similar(
 ) -> int:
     """Join the documents of each bucket that are similar; return how many pairs were compared.
 
-    A pair that is joined already is not compared, and no document with more than `most` others of
-    its bucket.
+    A pair is compared if one of the two is among the first `most` of its bucket, one is new, and
+    they are not joined already. So the trees depend neither on the order of the buckets nor on
+    which documents came first as new ones.
 
     Args:
-        documents: bucket by bucket, and `sets` the number of each one's set.
+        documents: bucket by bucket, `sets` the number of each one's set.
         starts: where each bucket begins, and the end of the last one.
     """
     longest = 0
     for bucket in range(len(starts) - 1):
         longest = max(longest, starts[bucket + 1] - starts[bucket])
-    # Groups of documents that are joined, as linked lists over the places of the bucket.
-    following = np.empty(longest, np.int64)
-    heads = np.empty(longest, np.int64)
-    tails = np.empty(longest, np.int64)
+    # Groups of joined documents among the first ones, as linked lists over the places.
+    following = np.empty(min(longest, most), np.int64)
+    heads = np.empty(min(longest, most), np.int64)
+    tails = np.empty(min(longest, most), np.int64)
     compared = 0
     for bucket in range(len(starts) - 1):
         start = starts[bucket]
         groups = 0
         for place in range(starts[bucket + 1] - start):
             document = documents[start + place]
-            head = tail = place
-            following[place] = -1
-            left = most
+            is_first = place < most
+            head = place
             kept = 0
             for group in range(groups):
                 other = heads[group]
                 similar = find(parent, documents[start + other]) == find(parent, document)
-                while not similar and other >= 0 and left > 0:
-                    left -= 1
-                    a, b = sets[start + place], sets[start + other]
-                    similar = jaccard(hashes, first, a, b) >= threshold
+                while not similar and other >= 0:
+                    if is_new[start + place] or is_new[start + other]:
+                        compared += 1
+                        a, b = sets[start + place], sets[start + other]
+                        similar = jaccard(hashes, first, a, b) >= threshold
                     other = following[other]
                 if similar:
                     a = find(parent, document)
                     b = find(parent, documents[start + heads[group]])
                     parent[max(a, b)] = min(a, b)
+                if similar and is_first:
                     following[tails[group]] = head
                     head = heads[group]
                 else:
                     heads[kept], tails[kept] = heads[group], tails[group]
                     kept += 1
-            heads[kept], tails[kept] = head, tail
-            groups = kept + 1
-            compared += most - left
+            if is_first:
+                following[place] = -1
+                heads[kept], tails[kept] = head, place
+                kept += 1
+            groups = kept
     return compared
 
 
