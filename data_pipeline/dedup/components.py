@@ -26,8 +26,8 @@ from data_pipeline.errors import DataError
 SCHEMA = pa.schema({"node": pa.int64(), "root": pa.int64()})
 # Of a node in memory: 4 bytes for its parent, 8 for its link or name, 1 for whether it has edges.
 BYTES_PER_NODE = 13
-# Of an edge in a batch: what is read, sorted by range, and passed on.
-BYTES_PER_EDGE = 160
+# Of an edge in a batch, measured: what pyarrow reads, is sorted by range, and is passed on.
+BYTES_PER_EDGE = 320
 LEAST_MEMORY = 1 << 20
 MOST_NODES_IN_RANGE = 1 << 31
 
@@ -81,7 +81,7 @@ class _Ranges:
     def __init__(self, folder: Path, nodes: int, memory: int) -> None:
         self.size = min(memory // 2 // BYTES_PER_NODE, MOST_NODES_IN_RANGE, max(nodes, 1))
         self.count = -(-nodes // self.size)
-        self.batch = memory // 2 // BYTES_PER_EDGE
+        self.batch = memory // 4 // BYTES_PER_EDGE
         self._folder, self._nodes = folder, nodes
 
     def span(self, number: int) -> tuple[int, int]:
