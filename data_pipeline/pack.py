@@ -1,7 +1,7 @@
 """Documents laid end to end in rows of equal length."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,39 +49,44 @@ class Batch:
 
 def plan_rows(mixture: Mixture, rows: int, seq_len: int) -> BatchPlan:
     """Take the next rows * seq_len tokens; a document that overruns its row goes on in the next."""
-    pieces: list[tuple[int, int, int, int]] = []
-    row_starts = [0]
-    for _ in range(rows):
-        room = seq_len
-        while room:
-            piece = mixture.take(room)
-            room -= piece[3] - piece[2]
-            pieces.append(piece)
-        row_starts.append(len(pieces))
-    return BatchPlan(np.array(pieces, np.int64).reshape(-1, 4), np.array(row_starts, np.int64))
+    return BatchPlan(*mixture.take(rows, seq_len))
 
 
 def read_rows(
     plan: BatchPlan, rows: Sequence[int], seq_len: int, readers: Sequence[TokenReader]
 ) -> Batch:
     """Read the chosen rows of a plan, and nothing else."""
+    from data_pipeline.kernels.rows import copy_pieces
+
     bounds = [(plan.row_starts[row], plan.row_starts[row + 1]) for row in rows]
     pieces = np.concatenate([plan.pieces[:0], *(plan.pieces[a:b] for a, b in bounds)])
     lengths = pieces[:, 3] - pieces[:, 2]
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
-
-    size = len(rows) * seq_len
-    tokens = np.empty(size + 1, np.int64)
-    last_labels = np.full(len(pieces), IGNORED_LABEL)
-    for i, (source, document, start, stop) in enumerate(pieces.tolist()):
-        piece = readers[source].read(document, start, stop + 1)
-        tokens[starts[i] : ends[i]] = piece[: stop - start]
-        if len(piece) > stop - start:
-            last_labels[i] = piece[-1]
-    labels = tokens[1:].copy()
-    labels[ends - 1] = last_labels
-    position = np.arange(size) - np.repeat(starts, lengths)
+    starts = np.cumsum(lengths) - lengths
 
     shape = len(rows), seq_len
-    return Batch(tokens[:-1].reshape(shape), labels.reshape(shape), position.reshape(shape))
+    tokens, labels, position = (np.empty(shape, np.int64) for _ in range(3))
+    for source, reader in enumerate(readers):
+        mine = np.flatnonzero(pieces[:, 0] == source)
+        _, document, start, stop = pieces[mine].T
+        shard = np.searchsorted(np.cumsum(reader.shard_documents), document, side="right")
+        first_token, goes_on = reader.first_token[document], stop < reader.lengths[document]
+        for number, at in _by_shard(shard):
+            copy_pieces(
+                reader.tokens(number),
+                first_token[at] + start[at],
+                first_token[at] + stop[at],
+                goes_on[at],
+                starts[mine[at]],
+                tokens.ravel(),
+                labels.ravel(),
+                position.ravel(),
+                IGNORED_LABEL,
+            )
+    return Batch(tokens, labels, position)
+
+
+def _by_shard(shard: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Each shard, and the places of its pieces."""
+    order = np.argsort(shard, kind="stable")
+    numbers, first = np.unique(shard[order], return_index=True)
+    yield from zip(numbers.tolist(), np.split(order, first[1:]), strict=False)

@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from data_pipeline.mixture import Mixture
+from data_pipeline.order import Visits
 from data_pipeline.shards import TokenReader, load_manifest
 from launch.audit_checks import (
     CheckpointCheck,
@@ -24,6 +26,7 @@ from launch.audit_checks import (
 )
 from launch.progress import show_progress
 from pretrain.config import Config, read_run_config
+from pretrain.data import curriculum_of, sources_of
 from pretrain.errors import UserError
 from pretrain.lineage import Undone, read_lineage
 from pretrain.run_dir import RunDirectory
@@ -100,13 +103,15 @@ def audit_run(run: RunDirectory, progress: Progress = lambda done, total: None) 
         MetricsCheck(run.metrics),
     )
     lineage = read_lineage(run.ledger)
-    paths = [source.path for source in config.data.sources()]
-    manifests = [load_manifest(path) for path in paths]
-    lengths = [TokenReader(manifest).lengths for manifest in manifests]
-    steps, use = StepsCheck(), UseCheck(paths, lengths)
+    sources = config.data.sources()
+    paths = [source.path for source in sources]
+    manifests = [load_manifest(source.path, growing=source.growing) for source in sources]
+    readers = [TokenReader(manifest) for manifest in manifests]
+    visits = [Visits(source.times) for source in sources_of(config.data)]
+    steps, use = StepsCheck(), UseCheck(paths, [reader.lengths for reader in readers], visits)
     problems = data_problems(lineage.attempts, manifests)
     if not problems:
-        order, shares = OrderCheck(paths, lengths), SharesCheck(paths, lengths)
+        order, shares = OrderCheck(paths, readers), SharesCheck(paths, readers)
         checks = (steps, order, use, shares, checkpoint, metrics)
         for number, (attempt, batch) in enumerate(lineage.batches(), 1):
             pieces = batch.plan().pieces
@@ -115,19 +120,26 @@ def audit_run(run: RunDirectory, progress: Progress = lambda done, total: None) 
             progress(number, len(lineage.kept))
         problems = [problem for check in checks for problem in check.problems()]
 
-    sources = use.of_sources([source.weight for source in config.data.sources()])
-    trained = sum(source.trained_tokens for source in sources)
+    mixture = Mixture(
+        readers,
+        sources_of(config.data),
+        config.data.seed,
+        shuffle_shards=config.data.shuffle_shards,
+        curriculum=curriculum_of(config.data),
+    )
+    uses = use.of_sources(mixture.outlook(use.delivered))
+    trained = sum(source.trained_tokens for source in uses)
     undone = lineage.undone_by_restarts, lineage.undone_by_rollbacks
     return Audit(
         attempts=len(lineage.attempts),
         steps=steps.last,
         trained_tokens=trained,
-        skipped_tokens=sum(sum(source.skipped_tokens.values()) for source in sources),
+        skipped_tokens=sum(sum(source.skipped_tokens.values()) for source in uses),
         undone_by_restarts=lineage.undone_by_restarts,
         undone_by_rollbacks=lineage.undone_by_rollbacks,
         late_records=lineage.late,
         goodput=trained / max(1, trained + sum(each.tokens for each in undone)),
-        sources=sources,
+        sources=uses,
         problems=tuple(problems),
     )
 
@@ -158,7 +170,7 @@ def _print(audit: Audit) -> None:
         f"trained, {audit.skipped_tokens:,} skipped\n"
     )
     table = Table(box=None, pad_edge=False)
-    for name in ("source", "trained", "skipped", "documents", "epochs", "used", "share", "weight"):
+    for name in ("source", "trained", "skipped", "documents", "epochs", "used", "share", "mixture"):
         table.add_column(name, justify="right", no_wrap=True)
     for number, source in enumerate(audit.sources):
         console.print(f"source {number}: {source.path}")
@@ -170,7 +182,7 @@ def _print(audit: Audit) -> None:
             f"{source.epochs:.3f}",
             _times(source.least_used, source.most_used),
             f"{source.share:.3%}",
-            f"{source.weight_share:.3%}",
+            f"{source.mixture_share:.3%}",
         )
     console.print()
     console.print(table, width=max(console.width, TABLE_WIDTH))

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.mixture import Mixture
+from data_pipeline.order import Documents, Visits
 from data_pipeline.pack import plan_rows
 from data_pipeline.shards import Manifest
-from data_pipeline.stream import BatchPlan
+from data_pipeline.stream import ORDER_VERSION, BatchPlan, Phase, Source
 from pretrain.ledger import AttemptBegun, Skipped, Trained
 from pretrain.metrics.sinks import read_metrics
 
@@ -30,12 +31,17 @@ def data_problems(attempts: Sequence[AttemptBegun], manifests: Sequence[Manifest
     """Whether the data is still what every attempt has read, in the same order."""
     if not attempts:
         return ["the ledger has no attempt in it"]
-    hashes = [manifest.sha256 for manifest in manifests]
     problems = []
     for attempt in attempts:
         read = [source.sha256 for source in attempt.sources]
+        hashes = _hashes_now(attempt, manifests)
+        if attempt.order != ORDER_VERSION:
+            problems.append(
+                f"attempt {attempt.attempt} was made by a farspan that put the documents in "
+                f"another order (rule {attempt.order}, here {ORDER_VERSION}): audit it with that version"
+            )
         if read != hashes:
-            folders = ", ".join(str(manifest.root) for manifest in manifests)
+            folders = ", ".join(manifest.store.name for manifest in manifests)
             problems.append(
                 f"attempt {attempt.attempt} has read other shards than those of {folders} (sha256 "
                 f"{read} instead of {hashes}): restore them to audit the run"
@@ -46,6 +52,42 @@ def data_problems(attempts: Sequence[AttemptBegun], manifests: Sequence[Manifest
                 f"{attempts[0].attempt} data.seed={attempts[0].seed}: the orders do not go together"
             )
     return problems
+
+
+def _hashes_now(attempt: AttemptBegun, manifests: Sequence[Manifest]) -> list[str]:
+    """Of a growing source, that of the shards that were begun then."""
+    begun = [source.shards for source in attempt.sources]
+    if len(begun) != len(manifests):
+        return [manifest.sha256 for manifest in manifests]
+    return [
+        manifest.prefix_sha256(min(len(manifest.shards), len(manifest.shards) if n is None else n))
+        for manifest, n in zip(manifests, begun, strict=True)
+    ]
+
+
+def mixture_of(
+    attempt: AttemptBegun, paths: Sequence[str], documents: Sequence[Documents]
+) -> Mixture:
+    """The mixture that an attempt has read, from its beginning."""
+    sources = [
+        Source(
+            path,
+            source.weight,
+            source.epochs,
+            source.max_epochs,
+            source.upsample,
+            source.growing,
+            source.name,
+        )
+        for path, source in zip(paths, attempt.sources, strict=True)
+    ]
+    return Mixture(
+        documents,
+        sources,
+        attempt.seed,
+        shuffle_shards=attempt.shuffle_shards,
+        curriculum=[Phase(first, weights) for first, weights in attempt.curriculum],
+    )
 
 
 class StepsCheck:
@@ -82,9 +124,9 @@ class OrderCheck:
     that was saved is used.
     """
 
-    def __init__(self, paths: Sequence[str], lengths: Sequence[Ints]) -> None:
+    def __init__(self, paths: Sequence[str], documents: Sequence[Documents]) -> None:
         self._paths = paths
-        self._lengths = lengths
+        self._documents = documents
         self._mixture: Mixture | None = None
         self._attempt: AttemptBegun | None = None
         self._tokens = 0
@@ -113,8 +155,7 @@ class OrderCheck:
 
     def _mixture_of(self, attempt: AttemptBegun) -> Mixture:
         if attempt is not self._attempt:
-            weights = [source.weight for source in attempt.sources]
-            mixture = Mixture(self._lengths, weights, attempt.seed)
+            mixture = mixture_of(attempt, self._paths, self._documents)
             if self._mixture:
                 mixture.load_state_dict(self._mixture.state_dict())
             self._mixture, self._attempt = mixture, attempt
@@ -147,7 +188,7 @@ class SourceUse:
     """How a source was used.
 
     Attributes:
-        weight_share: its part of the weights of all sources, as they are configured now.
+        mixture_share: its part of so many tokens by the mixture, as it is configured now.
         share: its part of the tokens delivered.
         skipped_tokens: by reason.
         documents: begun, in all epochs.
@@ -157,7 +198,7 @@ class SourceUse:
     """
 
     path: str
-    weight_share: float
+    mixture_share: float
     share: float
     trained_tokens: int
     skipped_tokens: dict[str, int]
@@ -168,14 +209,17 @@ class SourceUse:
 
 
 class UseCheck:
-    """Each source delivers each of its tokens once per epoch, whatever the mixture's order.
+    """Each source delivers each of its tokens once per epoch, or as up-sampling says, whatever the
+    mixture's order.
 
     Within its document, a piece has to begin where the last one ended. So a document's tokens were
     used as often as it was finished, and those before its last piece's end once more.
     """
 
-    def __init__(self, paths: Sequence[str], lengths: Sequence[Ints]) -> None:
-        self._sources = [_Use(path, of) for path, of in zip(paths, lengths, strict=True)]
+    def __init__(
+        self, paths: Sequence[str], lengths: Sequence[Ints], visits: Sequence[Visits]
+    ) -> None:
+        self._sources = [_Use(*each) for each in zip(paths, lengths, visits, strict=True)]
 
     def see(self, attempt: AttemptBegun, batch: Batch, pieces: Ints) -> None:
         reason = batch.reason if isinstance(batch, Skipped) else None
@@ -184,16 +228,21 @@ class UseCheck:
             if len(mine):
                 use.add(batch.step, reason, *mine[:, 1:].T)
 
+    @property
+    def delivered(self) -> int:
+        """Tokens of all sources."""
+        return sum(use.delivered for use in self._sources)
+
     def problems(self) -> list[str]:
         return [problem for use in self._sources for problem in use.problems()]
 
-    def of_sources(self, weights: Sequence[float]) -> tuple[SourceUse, ...]:
-        """The use of each source, of these weights."""
-        delivered = max(1, sum(use.delivered for use in self._sources))
+    def of_sources(self, wanted: Sequence[int]) -> tuple[SourceUse, ...]:
+        """The use of each source, of which the mixture delivers so many tokens."""
+        delivered = max(1, self.delivered)
         return tuple(
             SourceUse(
                 path=use.path,
-                weight_share=weight / sum(weights),
+                mixture_share=tokens / max(1, sum(wanted)),
                 share=use.delivered / delivered,
                 trained_tokens=use.trained,
                 skipped_tokens=dict(use.skipped),
@@ -202,15 +251,16 @@ class UseCheck:
                 least_used=use.least,
                 most_used=use.most,
             )
-            for use, weight in zip(self._sources, weights, strict=True)
+            for use, tokens in zip(self._sources, wanted, strict=True)
         )
 
 
 class _Use:
     """Of one source. 12 bytes of memory per document."""
 
-    def __init__(self, path: str, lengths: Ints) -> None:
+    def __init__(self, path: str, lengths: Ints, visits: Visits) -> None:
         self.path = path
+        self._visits = visits
         self.size = int(lengths.sum())
         self.trained = 0
         self.skipped: Counter[str] = Counter()
@@ -271,45 +321,71 @@ class _Use:
         self._offset[document[is_last]] = goes_on_at[is_last]
 
     def problems(self) -> list[str]:
-        least, most = self.delivered // self.size, -(-self.delivered // self.size)
-        if (self.least, self.most) != (least, most):
+        least, most = self._visits_by_now()
+        begun = self._finished + (self._offset > 0)
+        if (self._finished < least).any() or (begun > most).any():
             self._wrong.append(
                 f"source {self.path}: tokens were used between {self.least} and {self.most} times; "
-                f"in {self.delivered / self.size:.3f} epochs it should be {least} to {most}"
+                f"in {self.delivered / self.size:.3f} epochs it should be {least.min()} to "
+                f"{most.max()}"
             )
         return _first(self._wrong)
 
+    def _visits_by_now(self) -> tuple[Ints, Ints]:
+        """To each document: in the whole epochs delivered, and with the one that has begun."""
+        nothing = np.zeros_like(self._visits.count(self._lengths[:0]))
+        epochs = self.delivered // self.size if self._visits.is_plain else 0
+        before = self._visits.of(self._lengths, nothing, 0, epochs)
+        while True:
+            after = self._visits.of(self._lengths, nothing, 0, epochs + 1)
+            tokens = int((after * self._lengths).sum())
+            if tokens > self.delivered:
+                return before, after
+            if tokens == self.delivered:
+                return after, after
+            epochs, before = epochs + 1, after
+
 
 class SharesCheck:
-    """Each source has delivered its weight's share of the tokens, up to a document per other one.
+    """Each source has delivered what the mixture owes it, up to a document per other one.
 
-    Only where no attempt has changed the weights: after a change, shares approach the new ones.
+    Only where all attempts have had one mixture: what is owed is counted from the first token on.
     """
 
-    def __init__(self, paths: Sequence[str], lengths: Sequence[Ints]) -> None:
+    def __init__(self, paths: Sequence[str], documents: Sequence[Documents]) -> None:
         self._paths = paths
-        self._longest = max(int(of.max()) for of in lengths)
+        self._documents = documents
         self._delivered = np.zeros(len(paths), np.int64)
-        self._weights: set[tuple[float, ...]] = set()
+        self._attempts: list[AttemptBegun] = []
 
     def see(self, attempt: AttemptBegun, batch: Batch, pieces: Ints) -> None:
         source, tokens = pieces[:, 0], pieces[:, 3] - pieces[:, 2]
         known = (source >= 0) & (source < len(self._paths))
         np.add.at(self._delivered, source[known], tokens[known])
-        self._weights.add(tuple(source.weight for source in attempt.sources))
+        if not any(attempt is seen for seen in self._attempts):
+            self._attempts.append(attempt)
 
     def problems(self) -> list[str]:
-        if len(self._weights) != 1:
+        if not self._attempts or any(
+            _weights(attempt) != _weights(self._attempts[0]) for attempt in self._attempts
+        ):
             return []
-        (weights,) = self._weights
-        wanted = np.array(weights) / sum(weights) * self._delivered.sum()
-        allowed = self._longest * max(1, len(weights) - 1)
+        mixture = mixture_of(self._attempts[0], self._paths, self._documents)
+        wanted = mixture.outlook(int(self._delivered.sum()))
+        longest = max(int(of.lengths.max()) for of in self._documents)
+        # One that ends does so with a whole document, which the others are behind by.
+        allowed = longest * max(1, len(wanted) - 1 + mixture.has_end)
         return [
             f"source {path} has delivered {delivered:,} tokens; by its weight it should be "
             f"{due:,.0f}, give or take {allowed:,}"
             for path, delivered, due in zip(self._paths, self._delivered, wanted, strict=True)
             if abs(delivered - due) > allowed
         ]
+
+
+def _weights(attempt: AttemptBegun) -> tuple[Any, ...]:
+    amounts = [(source.weight, source.epochs, source.max_epochs) for source in attempt.sources]
+    return *amounts, attempt.curriculum
 
 
 class CheckpointCheck:

@@ -30,6 +30,11 @@ MAY_CHANGE = (
     "run.",
 )
 
+# Of a source: how much of it is used.
+WEIGHTS = ("weight", "epochs", "max_epochs")
+# Of a source: which documents it has, and in which order.
+CONTENTS = ("shards", "tokenizer", "upsample", "growing")
+
 Described = tuple[Config, list[dict[str, Any]]]
 """A configuration, and what is known of its data."""
 
@@ -53,8 +58,9 @@ class Change:
     def is_of_other_data(self) -> bool:
         """Whether the order of the documents would be another; their weights may change."""
         is_source = self.setting.startswith("data.shards.")
-        is_weight = self.setting.endswith(".weight") and None not in (self.before, self.now)
-        return self.setting == "data.seed" or (is_source and not is_weight)
+        is_weight = self.setting.rsplit(".", 1)[-1] in WEIGHTS
+        decides = ("data.seed", "data.shuffle_shards")
+        return self.setting in decides or (is_source and not is_weight)
 
     def is_covered_by(self, setting: str) -> bool:
         return self.setting == setting or self.setting.startswith(f"{setting}.")
@@ -99,9 +105,10 @@ def allow_changes(
         raise UserError(
             "these changes cannot be allowed:\n  "
             + "\n  ".join(map(str, other_data))
-            + "\nThe order of the documents follows from the shards, their order and data.seed: "
-            "with others, some would be trained on twice and others never. Only the weights of "
-            "the sources may change; use another --run-dir"
+            + "\nThe order of the documents follows from the shards, their order, upsample, "
+            "growing, data.shuffle_shards and data.seed: with others, some would be trained on "
+            "twice and others never. Only the weights of the sources may change (and epochs, "
+            "max_epochs, data.curriculum); use another --run-dir"
         )
     if any(change.setting.startswith("model.") for change in asked):
         _check_weights(asked, model_before, model)
@@ -173,7 +180,7 @@ def _is_free(setting: str) -> bool:
 def _settings(config: Config, data: Sequence[dict[str, Any]]) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
     tree["data"]["shards"] = {
-        str(number): {key: source[key] for key in ("shards", "tokenizer", "weight")}
+        str(number): {key: source[key] for key in CONTENTS + WEIGHTS if key in source}
         for number, source in enumerate(data)
     }
     return dict(_leaves(tree, ""))

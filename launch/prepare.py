@@ -37,7 +37,10 @@ def prepare_run(config: Config, directory: Path, allowed: Sequence[str] = ()) ->
 
         Target(config.checkpoint.dir).check()
     stream = open_stream(config)
-    data = [_describe(source, load_manifest(source.path)) for source in config.data.sources()]
+    data = [
+        _describe(source, load_manifest(source.path, growing=source.growing))
+        for source in config.data.sources()
+    ]
     try:
         run.root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -85,9 +88,11 @@ def _with_absolute_paths(config: Config, run: RunDirectory) -> Config:
 
 def _describe(source: ShardSource, manifest: Manifest) -> dict[str, Any]:
     return {
-        "shards": manifest.sha256,
+        # Which of a growing source's shards were read, checkpoints know.
+        "shards": "growing" if source.growing else manifest.sha256,
         "tokenizer": manifest.tokenizer_sha256,
-        "weight": source.weight,
+        "weight": source.relative_weight,
+        **source.model_dump(mode="json", include={"epochs", "max_epochs", "upsample", "growing"}),
         "unigram_entropy": manifest.unigram_entropy,
         "funnel": manifest.extra.get("funnel", []),
     }

@@ -14,7 +14,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -22,7 +22,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.stream import BatchPlan
+from data_pipeline.stream import DEFAULT_SHUFFLE_SHARDS, ORDER_VERSION, BatchPlan
 from pretrain.errors import TrainingError
 from pretrain.run_dir import sync_folder
 
@@ -41,10 +41,27 @@ class LedgerError(TrainingError):
 
 @dataclass(frozen=True)
 class LedgerSource:
-    """What an attempt reads as one source: the hash of its shards, and its weight."""
+    """What an attempt reads as one source, and how much of it.
+
+    Attributes:
+        sha256: of its shards; of those that were begun by then if it grows.
+        shards: how many these are; None: all.
+        weight, epochs, max_epochs, upsample, growing, name: as in the configuration.
+    """
 
     sha256: str
-    weight: float
+    weight: float | None
+    epochs: float | None = None
+    max_epochs: float | None = None
+    upsample: Mapping[int, float] = field(default_factory=dict)
+    growing: bool = False
+    name: str = ""
+    shards: int | None = None
+
+    def __post_init__(self) -> None:
+        # JSON has no other keys than words.
+        upsample = {int(least): times for least, times in self.upsample.items()}
+        object.__setattr__(self, "upsample", upsample)
 
 
 @dataclass(frozen=True)
@@ -53,7 +70,9 @@ class AttemptBegun:
 
     Attributes:
         first_token: how many tokens the stream has delivered up to there.
-        seed: of the order of documents.
+        seed, shuffle_shards: of the order of documents.
+        curriculum: (first token, weights by the names of sources).
+        order: by which rule documents follow each other.
     """
 
     attempt: int
@@ -61,6 +80,9 @@ class AttemptBegun:
     first_token: int
     seed: int
     sources: tuple[LedgerSource, ...]
+    shuffle_shards: int = 0
+    curriculum: tuple[tuple[int, Mapping[str, float]], ...] = ()
+    order: int = 1
 
 
 @dataclass(frozen=True)
@@ -176,6 +198,8 @@ class Ledger:
         *,
         seed: int,
         sources: Sequence[LedgerSource],
+        shuffle_shards: int = DEFAULT_SHUFFLE_SHARDS,
+        curriculum: Sequence[tuple[int, Mapping[str, float]]] = (),
         fence: Callable[[], None],
     ) -> "Ledger":
         """Cut off a torn last record, and record that `attempt` goes on after `step` steps.
@@ -193,7 +217,8 @@ class Ledger:
         if ledger._end == 0:
             ledger._write(MAGIC)
             sync_folder(path.parent)
-        begun = AttemptBegun(attempt, step, first_token, seed, tuple(sources))
+        mixture = tuple(sources), shuffle_shards, tuple(curriculum), ORDER_VERSION
+        begun = AttemptBegun(attempt, step, first_token, seed, *mixture)
         ledger._append(_json_payload(_ATTEMPT_BEGUN, begun))
         return ledger
 
@@ -384,7 +409,8 @@ def _decode(payload: bytes) -> Record:
     if kind == _ATTEMPT_BEGUN:
         fields = json.loads(payload[1:])
         sources = tuple(LedgerSource(**source) for source in fields.pop("sources"))
-        return AttemptBegun(**fields, sources=sources)
+        curriculum = tuple((first, weights) for first, weights in fields.pop("curriculum", ()))
+        return AttemptBegun(**fields, sources=sources, curriculum=curriculum)
     if kind == _ROLLBACK_BEGUN:
         return RollbackBegun(**json.loads(payload[1:]))
     if kind == _ROLLED_BACK:

@@ -1,12 +1,13 @@
 """What rank 0 writes down while a run trains: the ledger, the metrics, and lines for its log."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 
+from pretrain.config import ShardSource
 from pretrain.guard import Rollback, Verdict
 from pretrain.ledger import Ledger, LedgerSource
 from pretrain.metrics.expert_load import DeadExperts
@@ -37,14 +38,16 @@ class Recorder:
             config.model_dump(mode="json"),
         )
         self._metrics = MetricsWriter([self._rows, mirror], fence)
-        hashes, sources = trainer.stream.state_dict()["data"], config.data.sources()
+        data = config.data
         self.ledger = Ledger.open(
             run.ledger,
             attempt,
             trainer.progress.step,
             trainer.stream.tokens,
             seed=trainer.stream.seed,
-            sources=[LedgerSource(h, s.weight) for h, s in zip(hashes, sources, strict=True)],
+            sources=_ledger_sources(data.sources(), trainer.stream.state_dict()),
+            shuffle_shards=data.shuffle_shards,
+            curriculum=[(phase.tokens, phase.weights) for phase in data.curriculum],
             fence=fence,
         )
         write_atomically(run.config_of(attempt), config.to_yaml())
@@ -129,3 +132,19 @@ class Recorder:
                 "(guard.window); more model.moe.aux_loss, or model.moe.balance=bias, may help",
                 flush=True,
             )
+
+
+def _ledger_sources(sources: Sequence[ShardSource], state: Mapping[str, Any]) -> list[LedgerSource]:
+    return [
+        LedgerSource(
+            sha256=sha256,
+            weight=source.relative_weight,
+            epochs=source.epochs,
+            max_epochs=source.max_epochs,
+            upsample=source.upsample,
+            growing=source.growing,
+            name=source.name,
+            shards=shards if source.growing else None,
+        )
+        for source, sha256, shards in zip(sources, state["data"], state["shards"], strict=True)
+    ]

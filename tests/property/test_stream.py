@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.mixture import Mixture, permute
+from data_pipeline.order import permuted
 from data_pipeline.shards import TokenReader, load_manifest, write_shards
 from data_pipeline.stream import Source, TokenStream
 from data_pipeline.tokenize import train_tokenizer
@@ -41,17 +41,8 @@ def deliver(stream, batches):
     ]
 
 
-@given(size=st.integers(1, 3000), key=st.tuples(seeds, st.integers(0, 9), st.integers(0, 9)))
-@settings(max_examples=60, deadline=None)
-def test_permutation_is_a_bijection_and_random_access(size, key):
-    whole = permute(np.arange(size), size, key)
-    assert np.array_equal(np.sort(whole), np.arange(size))
-    some = np.arange(0, size, 3)
-    assert np.array_equal(permute(some, size, key), whole[some])
-
-
 def test_permutation_is_uniform():
-    places = np.array([permute(np.arange(12), 12, (seed, 0, 0)) for seed in range(6000)])
+    places = np.array([permuted(0, 12, 12, (seed, 0, 0)) for seed in range(6000)])
     counts = np.array([np.bincount(column, minlength=12) for column in places.T])
     chi_squared = ((counts - 500) ** 2 / 500).sum()
     assert chi_squared < 121 + 5 * np.sqrt(2 * 121)
@@ -112,24 +103,3 @@ def test_resuming_goes_on_at_the_next_token_in_rows_of_any_length(sources, seed,
     )
     assert np.array_equal(tokens, expected)
     assert resumed.state_dict() == stream.state_dict()
-
-
-@given(
-    seed=seeds,
-    weights=st.lists(st.floats(0.01, 100), min_size=1, max_size=5),
-    data=st.data(),
-)
-@settings(max_examples=40, deadline=None)
-def test_no_source_strays_from_its_weight(seed, weights, data):
-    lengths = [
-        np.array(data.draw(st.lists(st.integers(1, 50), min_size=1, max_size=20))) for _ in weights
-    ]
-    mixture = Mixture(lengths, weights, seed)
-    taken = np.zeros(len(weights))
-    shares = np.array(weights) / sum(weights)
-    longest = max(length.max() for length in lengths)
-    for _ in range(300):
-        source, _, start, stop = mixture.take(50)
-        taken[source] += stop - start
-        deficit = shares * taken.sum() - taken
-        assert np.abs(deficit).max() <= longest * max(1, len(weights) - 1)

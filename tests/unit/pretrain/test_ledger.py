@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.mixture import Mixture
 from data_pipeline.pack import plan_rows
-from data_pipeline.stream import BatchPlan
+from data_pipeline.stream import ORDER_VERSION, BatchPlan, Source
 from pretrain.errors import FencedError
 from pretrain.guard import Past
 from pretrain.ledger import (
@@ -30,8 +30,13 @@ from pretrain.ledger import (
     read_ledger,
 )
 from pretrain.lineage import past_of_guard, read_lineage, skipped_ranges
+from tests.unit.data_pipeline.plain_order import listed
 
-SOURCES = [LedgerSource("ab" * 32, 0.1), LedgerSource("cd" * 32, 1 / 3)]
+SOURCES = [
+    LedgerSource("ab" * 32, 0.1, max_epochs=3.4, upsample={8192: 2.5}, name="web"),
+    LedgerSource("cd" * 32, 1 / 3, growing=True, shards=64),
+]
+CURRICULUM = ((10**9, {"web": 0.5}),)
 SEED = 2**40
 ROWS, SEQ_LEN = 2, 8
 TOKENS = ROWS * SEQ_LEN
@@ -52,7 +57,21 @@ def begin(
     first_token: int = 0,
     fence: Callable[[], None] = lambda: None,
 ) -> Ledger:
-    return Ledger.open(path, attempt, step, first_token, seed=SEED, sources=SOURCES, fence=fence)
+    return Ledger.open(
+        path,
+        attempt,
+        step,
+        first_token,
+        seed=SEED,
+        sources=SOURCES,
+        shuffle_shards=8,
+        curriculum=CURRICULUM,
+        fence=fence,
+    )
+
+
+def begun_as(attempt: int) -> AttemptBegun:
+    return AttemptBegun(attempt, 0, 0, SEED, tuple(SOURCES), 8, CURRICULUM, ORDER_VERSION)
 
 
 def write_one_of_each(path: Path) -> None:
@@ -88,8 +107,8 @@ def offsets(path: Path) -> list[int]:
 def test_records_come_back_bit_for_bit(tmp_path_factory, batches, seed):
     path = tmp_path_factory.mktemp("ledger") / "ledger.bin"
     draw = np.random.default_rng(seed)
-    lengths = [draw.integers(1, 60, 30), draw.integers(1, 900, 5)]
-    mixture = Mixture(lengths, [0.7, 0.3], seed)
+    documents = [listed([draw.integers(1, 60, 30)]), listed([draw.integers(1, 900, 5)])]
+    mixture = Mixture(documents, [Source("a", 0.7), Source("b", 0.3)], seed)
     ledger = begin(path, 7)
     written, token = [], 0
     for step, (rows, seq_len, loss, norm, reason) in enumerate(batches, 1):
@@ -101,7 +120,7 @@ def test_records_come_back_bit_for_bit(tmp_path_factory, batches, seed):
         written.append((step, token, rows, seq_len, plan, loss, norm, reason))
         token += rows * seq_len
     begun, *records = read_ledger(path)
-    assert begun == AttemptBegun(7, 0, 0, SEED, tuple(SOURCES))
+    assert begun == begun_as(7)
     assert len(records) == len(written)
     for record, (step, first, rows, seq_len, plan, loss, norm, reason) in zip(
         records, written, strict=True
@@ -128,7 +147,7 @@ def test_a_record_that_was_being_written_is_cut_off_and_no_other(tmp_path):
         begin(path, 2)
         *before, last = read_ledger(path)
         assert repr(before) == repr(left)
-        assert last == AttemptBegun(2, 0, 0, SEED, tuple(SOURCES))
+        assert last == begun_as(2)
 
 
 def test_zeros_that_a_failed_machine_left_at_the_end_are_cut_off(tmp_path):
