@@ -132,7 +132,7 @@ def _run(
     work = out / "work"
     if (out / "manifest.json").exists():
         shutil.rmtree(work, ignore_errors=True)
-        return _result(load_manifest(out), is_new=False)
+        return _result(load_manifest(out), out, is_new=False)
     pieces, documents = clean_and_deduplicate(sources, work, recipe, id_header, workers, progress)
     _write_audit(pieces, work / "dedup" / "clusters.parquet", out / "audit")
     if tokenizer is None:
@@ -147,7 +147,7 @@ def _run(
     texts = _with_progress(_texts(documents, "document_id"), "shards", kept, progress)
     manifest = write_shards(texts, tokenizer, out, extra=extra)
     shutil.rmtree(work)
-    return _result(manifest, is_new=True)
+    return _result(manifest, out, is_new=True)
 
 
 def clean_and_deduplicate(
@@ -168,8 +168,8 @@ def clean_and_deduplicate(
     return pieces, _deduplicate(pieces, work, recipe, workers, progress)
 
 
-def _result(manifest: Manifest, is_new: bool) -> RunResult:
-    damage = ledger.damage(manifest.root / "audit")
+def _result(manifest: Manifest, out: Path, is_new: bool) -> RunResult:
+    damage = ledger.damage(out / "audit")
     return RunResult(manifest, manifest.extra["funnel"], damage, is_new)
 
 

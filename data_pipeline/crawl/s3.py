@@ -15,7 +15,7 @@ from botocore.exceptions import (
     ParamValidationError,
 )
 
-from data_pipeline.crawl.transfer import RefusedError, TransferError, Version
+from data_pipeline.crawl.transfer import MissingError, RefusedError, TransferError, Version
 
 # Each request asks for this much, so that much is in memory.
 REQUEST_BYTES = 4 << 20
@@ -80,7 +80,7 @@ def _refusals() -> Iterator[None]:
     except RefusedError:
         raise
     except FileNotFoundError as error:
-        raise RefusedError("no such object or bucket") from error
+        raise MissingError("no such object or bucket") from error
     except PermissionError as error:
         raise RefusedError(f"not yours to read: {error}") from error
     except s3fs.utils.FileExpired as error:

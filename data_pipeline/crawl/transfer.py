@@ -9,6 +9,10 @@ class RefusedError(Exception):
     """What a server answers, where asking again would not help."""
 
 
+class MissingError(RefusedError):
+    """There is no such file."""
+
+
 class TransferError(Exception):
     """A connection that failed or ended early; `retry_after` is the wait the server asks for."""
 

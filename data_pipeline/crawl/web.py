@@ -11,7 +11,7 @@ from http import HTTPStatus
 import requests
 import urllib3
 
-from data_pipeline.crawl.transfer import RefusedError, TransferError, Version
+from data_pipeline.crawl.transfer import MissingError, RefusedError, TransferError, Version
 
 READ_BYTES = 1 << 18
 CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+)")
@@ -85,7 +85,7 @@ def _require_success(answer: requests.Response, version: Version | None) -> None
     if status in PASSING or is_throttled:
         raise TransferError(what, wait)
     if status in GONE:
-        raise RefusedError(f"no such file ({what})")
+        raise MissingError(f"no such file ({what})")
     if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
         raise RefusedError(
             f"{what}: it is not there, not yours to read, or you have asked too often; see whether "

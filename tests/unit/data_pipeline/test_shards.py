@@ -89,7 +89,7 @@ def test_equal_documents_make_equal_bytes(data, tmp_path, tokenizer):
 def test_batches_bounded_by_their_characters_give_the_same_bytes(
     data, tmp_path, tokenizer, monkeypatch
 ):
-    monkeypatch.setattr("data_pipeline.shards.CHARACTERS_PER_ENCODING", 70)
+    monkeypatch.setattr("data_pipeline.shards.writer.CHARACTERS_PER_ENCODING", 70)
     again = tmp_path / "again"
     write_shards(DOCUMENTS, tokenizer, again, tokens_per_shard=200, extra={"a": 1})
     assert (again / "manifest.json").read_bytes() == (data / "manifest.json").read_bytes()

@@ -1,0 +1,109 @@
+"""Shards behind https:// or s3://, read through the cache of this machine."""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import urlsplit
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.crawl.remote import RemoteFile
+from data_pipeline.crawl.transfer import MissingError, Version
+from data_pipeline.errors import DataError
+from data_pipeline.shards.cache import PREFETCHED_SHARE, Cache
+from data_pipeline.shards.store import StoredFile
+
+
+class RemoteStore:
+    """The folder of a manifest on a server. What fails is asked for again, and told on stderr.
+
+    Raises:
+        DataError: a file is gone or has changed.
+        UnreachableError: the server has not answered for as long as `Patience` says.
+    """
+
+    def __init__(self, url: str, cache: Cache) -> None:
+        self._url = url
+        self._cache = cache
+        self._seen: dict[str, tuple[Version, bytes]] = {}
+
+    @property
+    def name(self) -> str:
+        return RemoteFile(self._url).name.rstrip("/")
+
+    def read(self, path: str) -> bytes | None:
+        while True:
+            remote = self._remote(path)
+            try:
+                remote = remote.identified()
+                assert remote.version is not None
+                seen = self._seen.get(path)
+                if seen is None or seen[0] != remote.version:
+                    self._seen[path] = seen = remote.version, b"".join(remote.blocks())
+            except DataError as error:
+                if isinstance(error.__cause__, MissingError):
+                    return None
+                if remote.version is None or not self._is_replaced(remote):
+                    raise
+                # A manifest that grows.
+            else:
+                return seen[1]
+
+    def _is_replaced(self, remote: RemoteFile) -> bool:
+        return RemoteFile(remote.url).identified().version != remote.version
+
+    def check(self, files: Iterable[StoredFile]) -> None:
+        self._cache.require_room_for(files, self.name)
+
+    def file(self, path: str, sha256: str) -> Path:
+        size = self._remote(path).identified().size
+        self.open(StoredFile(path, size, sha256)).close()
+        return self._cache.folder / sha256
+
+    def open(self, file: StoredFile) -> BinaryIO:
+        opened = self._cache.open(file, self._name(file), self._download(file))
+        assert opened is not None, "it was waited for"
+        return opened
+
+    def map(self, file: StoredFile) -> NDArray[np.uint8]:
+        return self._cache.map(file, self._name(file), self._download(file))
+
+    def prefetch(self, files: Iterable[StoredFile]) -> Iterable[Callable[[], None]]:
+        tasks: list[Callable[[], None]] = []
+        room = self._cache.max_bytes * PREFETCHED_SHARE
+        for file in files:
+            room -= file.bytes
+            if room < 0:
+                break
+            tasks.append(partial(self._fetch_ahead, file))
+        return tasks
+
+    def has_writer(self) -> bool | None:
+        return None
+
+    def _fetch_ahead(self, file: StoredFile) -> None:
+        # Another rank of this machine may be at it: there are others to fetch.
+        opened = self._cache.open(file, self._name(file), self._download(file), if_idle=True)
+        if opened is not None:
+            opened.close()
+
+    def _download(self, file: StoredFile) -> Callable[[], Iterator[bytes]]:
+        def blocks() -> Iterator[bytes]:
+            remote = self._remote(file.path).identified()
+            if remote.size != file.bytes:
+                raise DataError(
+                    f"{remote.name}: cut or replaced: it has {remote.size} bytes, the manifest "
+                    f"says {file.bytes}. Restore it or make the data again"
+                )
+            yield from remote.blocks()
+
+        return blocks
+
+    def _name(self, file: StoredFile) -> str:
+        return self._remote(file.path).name
+
+    def _remote(self, path: str) -> RemoteFile:
+        parts = urlsplit(self._url)
+        return RemoteFile(parts._replace(path=f"{parts.path.rstrip('/')}/{path}").geturl())
