@@ -38,7 +38,8 @@ def data_problems(attempts: Sequence[AttemptBegun], manifests: Sequence[Manifest
         if attempt.order != ORDER_VERSION:
             problems.append(
                 f"attempt {attempt.attempt} was made by a farspan that put the documents in "
-                f"another order (rule {attempt.order}, here {ORDER_VERSION}): audit it with that version"
+                f"another order (rule {attempt.order}, here {ORDER_VERSION}): audit it with "
+                "that version"
             )
         if read != hashes:
             folders = ", ".join(manifest.store.name for manifest in manifests)
