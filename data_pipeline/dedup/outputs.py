@@ -13,13 +13,15 @@ from data_pipeline.errors import DataError
 
 DOCUMENTS = "documents"
 CLUSTERS = "clusters.parquet"
+SUPERSEDED = "superseded.parquet"
 CLUSTERS_COLUMNS = {"id", "cluster", "kept", "twin", "jaccard"}
+SUPERSEDED_COLUMNS = {"id", "dump", "cluster", "twin", "jaccard"}
 SCRATCH_PREFIX = ".dedup-"
 
 
 @contextmanager
 def staged_results(out: Path) -> Iterator[Path]:
-    """A scratch folder whose documents/ and clusters.parquet replace those of `out` at the end.
+    """A scratch folder whose documents/ and *.parquet replace those of `out` at the end.
 
     What a killed run left is removed, so that only one run at a time may use `out`.
 
@@ -37,6 +39,10 @@ def staged_results(out: Path) -> Iterator[Path]:
             yield scratch
             if (out / DOCUMENTS).exists():
                 (out / DOCUMENTS).rename(scratch / "replaced")
+            if (scratch / SUPERSEDED).exists():
+                (scratch / SUPERSEDED).rename(out / SUPERSEDED)
+            else:
+                (out / SUPERSEDED).unlink(missing_ok=True)
             (scratch / CLUSTERS).rename(out / CLUSTERS)
             (scratch / DOCUMENTS).rename(out / DOCUMENTS)
     except OSError as error:
@@ -46,8 +52,9 @@ def staged_results(out: Path) -> Iterator[Path]:
 def _refuse_other_files(out: Path) -> None:
     folder, table = out / DOCUMENTS, out / CLUSTERS
     advice = "move it away or name another --out"
-    if table.exists() and not _is_ours(table):
-        raise DataError(f"{table}: would be replaced, but no deduplication made it; {advice}")
+    for path, columns in ((table, CLUSTERS_COLUMNS), (out / SUPERSEDED, SUPERSEDED_COLUMNS)):
+        if path.exists() and not _has_columns(path, columns):
+            raise DataError(f"{path}: would be replaced, but no deduplication made it; {advice}")
     if not folder.exists():
         return
     if not table.exists():
@@ -60,8 +67,8 @@ def _refuse_other_files(out: Path) -> None:
             )
 
 
-def _is_ours(table: Path) -> bool:
+def _has_columns(table: Path, columns: set[str]) -> bool:
     try:
-        return set(pq.read_schema(table).names) >= CLUSTERS_COLUMNS
+        return set(pq.read_schema(table).names) >= columns
     except pa.ArrowInvalid:
         return False

@@ -87,10 +87,10 @@ def deduplicate(
     Raises:
         DataError: a setting or a file is wrong; `out` keeps what it had.
     """
-    _check_settings(threshold, ngram=ngram, workers=workers)
-    _check_choice("exact", exact, Exact)
-    _check_choice("keep", keep, Keep)
-    bands, rows = _checked_bands(threshold, bands, rows)
+    check_settings(threshold, ngram=ngram, workers=workers)
+    check_choice("exact", exact, Exact)
+    check_choice("keep", keep, Keep)
+    bands, rows = checked_bands(threshold, bands, rows)
     folder = out / DOCUMENTS
     for path in inputs:
         if folder.resolve() in path.resolve().parents:
@@ -113,7 +113,7 @@ def deduplicate(
         )
         is_best = clusters.twin == np.arange(len(clusters.twin))
         units = None if exact == "document" else RepeatedUnits(exact)
-        kept, removed = _write_kept(parts, is_best, units, scratch / DOCUMENTS, workers)
+        kept, removed = write_kept(parts, is_best, units, scratch / DOCUMENTS, workers)
         pq.write_table(_table(ids, clusters, kept, removed), scratch / CLUSTERS)
     return DedupReport(
         documents=len(kept),
@@ -126,7 +126,7 @@ def deduplicate(
     )
 
 
-def _check_settings(threshold: float | None, **counts: int) -> None:
+def check_settings(threshold: float | None, **counts: int) -> None:
     if threshold is not None and not 0 < threshold <= 1:
         raise DataError(f"threshold={threshold} is not allowed: it is above 0 and at most 1")
     for name, count in counts.items():
@@ -134,20 +134,20 @@ def _check_settings(threshold: float | None, **counts: int) -> None:
             raise DataError(f"{name}={count} is not allowed: it is at least 1")
 
 
-def _check_choice(name: str, value: str, choices: object) -> None:
+def check_choice(name: str, value: str, choices: object) -> None:
     if value not in get_args(choices):
         allowed = ", ".join(get_args(choices))
         raise DataError(f"{name}={value} is not allowed; it is one of {allowed}")
 
 
-def _checked_bands(threshold: float | None, bands: int | None, rows: int | None) -> tuple[int, int]:
+def checked_bands(threshold: float | None, bands: int | None, rows: int | None) -> tuple[int, int]:
     if threshold is None:
         return 0, 0
     if bands is None and rows is None:
         return choose_bands(threshold)
     if bands is None or rows is None:
         raise DataError(f"bands={bands} with rows={rows} is not allowed: give both or neither")
-    _check_settings(threshold, bands=bands, rows=rows)
+    check_settings(threshold, bands=bands, rows=rows)
     found = candidate_probability(threshold, bands, rows)
     if found < LOWEST_RECALL:
         better = "bands={}, rows={}".format(*choose_bands(threshold))
@@ -158,7 +158,7 @@ def _checked_bands(threshold: float | None, bands: int | None, rows: int | None)
     return bands, rows
 
 
-def _write_kept(
+def write_kept(
     parts: Sequence[Part],
     is_best: NDArray[np.bool_],
     units: RepeatedUnits | None,

@@ -51,16 +51,9 @@ def sign_documents(
         DataError: a document cannot be read, or has no text or no timestamp that is needed.
     """
 
-    def sign_batch(batch: Batch) -> tuple[slice, Signatures]:
-        texts = batch.records["text"]
-        hashes, has_words = sign(texts, bands=bands, rows=rows, ngram=ngram)
-        is_blank = np.zeros(len(texts), np.bool_)
-        for i in np.flatnonzero(~has_words).tolist():
-            is_blank[i] = not texts[i].as_py().strip()
-        place = slice(batch.row, batch.row + len(texts))
-        return place, Signatures(
-            _digests(texts), is_blank, has_words, _preference(batch, keep), hashes
-        )
+    def sign_in_place(batch: Batch) -> tuple[slice, Signatures]:
+        place = slice(batch.row, batch.row + len(batch.records))
+        return place, sign_batch(batch, keep=keep, bands=bands, rows=rows, ngram=ngram)
 
     documents = sum(part.rows for part in parts)
     result = Signatures(
@@ -70,8 +63,8 @@ def sign_documents(
         preference=np.empty(documents, np.int64),
         bands=np.empty((bands, documents), np.uint32),
     )
-    columns = ["text", TIMESTAMP, EXTRA] if keep == "newest" else ["text"]
-    for place, signed in map_batches(sign_batch, read_batches(parts, columns), workers):
+    batches = read_batches(parts, columns_to_sign(keep))
+    for place, signed in map_batches(sign_in_place, batches, workers):
         result.digests[place] = signed.digests
         result.is_blank[place] = signed.is_blank
         result.has_words[place] = signed.has_words
@@ -80,14 +73,29 @@ def sign_documents(
     return result
 
 
-def _digests(texts: pa.Array) -> NDArray[np.uint8]:
+def columns_to_sign(keep: Keep) -> list[str]:
+    return ["text", TIMESTAMP, EXTRA] if keep == "newest" else ["text"]
+
+
+def sign_batch(batch: Batch, *, keep: Keep, bands: int, rows: int, ngram: int) -> Signatures:
+    """The signatures of the documents of a batch."""
+    texts = batch.records["text"]
+    hashes, has_words = sign(texts, bands=bands, rows=rows, ngram=ngram)
+    is_blank = np.zeros(len(texts), np.bool_)
+    for i in np.flatnonzero(~has_words).tolist():
+        is_blank[i] = not texts[i].as_py().strip()
+    return Signatures(digests(texts), is_blank, has_words, _preference(batch, keep), hashes)
+
+
+def digests(texts: pa.Array) -> NDArray[np.uint8]:
+    """A hash of each string, [strings, 16]."""
     data, offsets = utf8(texts)
     view = data.data
-    digests = [
+    hashes = [
         hashlib.blake2b(view[start:stop], digest_size=DIGEST_BYTES).digest()
         for start, stop in pairwise(offsets.tolist())
     ]
-    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES)
+    return np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, DIGEST_BYTES)
 
 
 def _preference(batch: Batch, keep: Keep) -> NDArray[np.int64]:

@@ -1,0 +1,208 @@
+"""Deduplication of a dump against all earlier ones, none of which is read again."""
+
+import hashlib
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_pipeline.dedup.index.batches import hashed, signed_documents, write_segments
+from data_pipeline.dedup.index.folder import Dump, Index, held_index
+from data_pipeline.dedup.index.forest import Forest
+from data_pipeline.dedup.index.joining import join_documents
+from data_pipeline.dedup.index.segments import Segment, Segments
+from data_pipeline.dedup.index.settings import Limits, Settings, limits_of
+from data_pipeline.dedup.index.state import (
+    State,
+    fresh_documents,
+    roots_before,
+    write_state,
+)
+from data_pipeline.dedup.index.tables import changed_documents, documents_of, write_tables
+from data_pipeline.dedup.inputs import Part, parquet_parts
+from data_pipeline.dedup.outputs import CLUSTERS, DOCUMENTS, SUPERSEDED, staged_results
+from data_pipeline.dedup.run import check_choice, check_settings, checked_bands, write_kept
+from data_pipeline.dedup.signatures import Keep
+from data_pipeline.dedup.timestamps import require_timestamps
+from data_pipeline.errors import DataError
+
+CLUSTERS_NAMES = ("id", "cluster", "kept", "exact", "twin", "jaccard")
+SUPERSEDED_NAMES = ("id", "dump", "cluster", "twin", "jaccard")
+
+
+@dataclass(frozen=True)
+class IndexReport:
+    """Counts of the documents of a dump.
+
+    Attributes:
+        dump: its number, from 0.
+        is_new: false if the index had it already.
+        superseded: documents of earlier dumps that were kept before this one came.
+    """
+
+    dump: int
+    is_new: bool
+    documents: int
+    kept: int
+    exact_duplicates: int
+    near_duplicates: int
+    superseded: int
+
+
+def checked_settings(
+    threshold: float | None, bands: int | None, rows: int | None, ngram: int, keep: Keep
+) -> Settings:
+    """The settings of an index, as `deduplicate` takes them.
+
+    Raises:
+        DataError: one of them is wrong.
+    """
+    check_settings(threshold, ngram=ngram)
+    check_choice("keep", keep, Keep)
+    bands, rows = checked_bands(threshold, bands, rows)
+    return Settings(threshold, bands, rows, ngram, keep)
+
+
+def deduplicate_with_index(
+    inputs: Sequence[Path],
+    out: Path,
+    folder: Path,
+    settings: Settings,
+    *,
+    memory: int,
+    workers: int = 1,
+) -> IndexReport:
+    """Add a dump to an index, and write which of its documents are kept.
+
+    What the index then has of all dumps is what one deduplication of all their files, in the order
+    in which they were added, finds. A dump that it has already is not added again, and `out` gets
+    what is kept of it now.
+
+    Args:
+        inputs, out: as `deduplicate`; `cluster` is the number of the cluster's first document in
+            the index. `out` also gets superseded.parquet, a row for each document of an earlier
+            dump that was kept before: id, dump, cluster, twin, jaccard.
+        folder: of the index, made if there is none.
+        memory: bytes for what is held at a time, on top of the program itself.
+
+    Raises:
+        DataError: as `deduplicate`; the index has other settings or is damaged, an id stands twice
+            or is that of an earlier document, or another process holds the index. Index and `out`
+            keep what they had.
+    """
+    limits = limits_of(memory)
+    if out.resolve() == folder.resolve():
+        raise DataError(f"{out}: is the folder of the index; name another --out")
+    with held_index(folder, settings) as index, staged_results(out) as scratch:
+        parts = parquet_parts(inputs, scratch)
+        if settings.keep == "newest":
+            require_timestamps(parts)
+        number, is_new = _add(index, parts, limits, workers)
+        return _write_results(index, parts, scratch, number, is_new, workers)
+
+
+def _add(index: Index, parts: Sequence[Part], limits: Limits, workers: int) -> tuple[int, bool]:
+    """The number of the dump, and whether the index did not have it."""
+    earlier, before = index.segments, index.state
+    digest = hashlib.blake2b(digest_size=16)
+    documents = hashed(signed_documents(parts, index.contents.settings, workers), digest.update)
+    added = list(write_segments(documents, earlier, index, limits.documents))
+    dumps = index.contents.dumps
+    for number, dump in enumerate(dumps):
+        if dump.digest == digest.hexdigest():
+            return number, False
+    segments, state = earlier, before
+    for segment in added:
+        _refuse_known_ids(segment, segments, dumps)
+        segments = Segments([*segments.all, segment])
+        state, last = _join(index, segments, state, segment, limits), state
+        if last is not before:
+            shutil.rmtree(last.folder)
+    superseded = index.new("dump", ".parquet")
+    changed = changed_documents(segments, before, state, dumps, earlier.documents)
+    write_tables(superseded, changed, SUPERSEDED_NAMES)
+    dump = Dump(earlier.documents, segments.documents, digest.hexdigest(), superseded.name)
+    index.commit(segments, state, (*dumps, dump))
+    return len(dumps), True
+
+
+def _refuse_known_ids(segment: Segment, earlier: Segments, dumps: Sequence[Dump]) -> None:
+    digests = segment.column("id_digests").read(0, segment.documents)
+    is_second = np.flatnonzero(digests[1:] == digests[:-1]) + 1
+    known = np.flatnonzero(earlier.find("id", np.unique(digests)) >= 0)
+    if not len(is_second) and not len(known):
+        return
+    wanted = digests[is_second[0]] if len(is_second) else np.unique(digests)[known[0]]
+    rows = segment.column("id_documents").take(np.flatnonzero(digests == wanted))
+    name = Segments([segment]).ids(segment.first + rows.astype(np.int64))[0].as_py()
+    starts = [dump.first for dump in dumps]
+    if len(known) and (first := int(earlier.find("id", np.array([wanted]))[0])) < (
+        dumps[-1].stop if dumps else 0
+    ):
+        number = int(np.searchsorted(starts, first, "right")) - 1
+        raise DataError(
+            f"id `{name}` is one of dump {number} of the index already, with another text or in "
+            "other company; make ids unique over all dumps"
+        )
+    raise DataError(f"id `{name}` stands twice in the inputs; make ids unique")
+
+
+def _join(
+    index: Index, segments: Segments, before: State, segment: Segment, limits: Limits
+) -> State:
+    """The state with the documents of the last segment."""
+    settings = index.contents.settings
+    fresh = fresh_documents(segments, before, np.arange(segment.first, segment.stop))
+    forest = Forest(np.unique(fresh.roots))
+    join_documents(
+        segments,
+        fresh.documents[fresh.roots == fresh.documents],
+        [np.empty(0, np.uint32)] * settings.bands,
+        lambda documents: roots_before(before, fresh, documents),
+        forest,
+        threshold=settings.threshold or 1.0,
+        limits=limits,
+    )
+    none = np.empty(0, np.int64)
+    return write_state(index.new("state"), segments, before, fresh, forest, none, limits.shingles)
+
+
+def _write_results(
+    index: Index, parts: Sequence[Part], scratch: Path, number: int, is_new: bool, workers: int
+) -> IndexReport:
+    dumps = index.contents.dumps
+    dump = dumps[number]
+    documents = sum(part.rows for part in parts)
+    is_kept = np.zeros(documents, np.bool_)
+    counts: Counter[str] = Counter()
+
+    def counted() -> Iterator[pa.Table]:
+        for table in documents_of(index.segments, index.state, dumps, dump.first, dump.stop):
+            kept, exact = (table[name].to_numpy() for name in ("kept", "exact"))
+            counts.update(
+                kept=int(kept.sum()),
+                exact=int(exact.sum()),
+                near=int((~kept & ~exact).sum()),
+            )
+            yield table
+
+    write_tables(scratch / CLUSTERS, counted(), CLUSTERS_NAMES)
+    for first, rows in index.state.rows(dump.first, dump.stop):
+        numbers = np.arange(first, first + len(rows["twin"]))
+        is_kept[numbers - dump.first] = rows["twin"] == numbers
+    write_kept(parts, is_kept, None, scratch / DOCUMENTS, workers)
+    shutil.copyfile(index.folder / dump.superseded, scratch / SUPERSEDED)
+    return IndexReport(
+        dump=number,
+        is_new=is_new,
+        documents=documents,
+        kept=counts["kept"],
+        exact_duplicates=counts["exact"],
+        near_duplicates=counts["near"],
+        superseded=pq.read_metadata(scratch / SUPERSEDED).num_rows,
+    )
