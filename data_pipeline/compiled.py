@@ -19,14 +19,18 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     folder = Path(function.__code__.co_filename).parent
     configured = config.CACHE_DIR
-    place = Path(configured or folder / "__pycache__") / f"compiled-{_digest_of_sources(folder)}"
-    config.CACHE_DIR = str(place)
+    config.CACHE_DIR = str(cache_folder(folder) / f"compiled-{_digest_of_sources(folder)}")
     try:
         return numba.njit(cache=True, nogil=True)(function)
     except RuntimeError:  # no folder can be written: every process compiles
         return numba.njit(nogil=True)(function)
     finally:
         config.CACHE_DIR = configured
+
+
+def cache_folder(folder: Path) -> Path:
+    """Where what is made once for the code in a folder is kept."""
+    return Path(config.CACHE_DIR or folder / "__pycache__")
 
 
 @cache

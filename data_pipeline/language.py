@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.compiled import compiled
 from data_pipeline.fasttext import Classifier, load_classifier
+from data_pipeline.prepared import Arrays, prepare
 
 SAMPLE_BYTES = 2000
 # lid.176 is believed from this probability on, and py3langid, which is seldom below, from that on.
@@ -90,34 +91,34 @@ class NaiveBayes:
     Attributes:
         transitions: [row, byte] the next state of the automaton; `row_of`: the row of a state.
         features: the n-gram that ends in a state, or -1.
-        weights: [n-gram, class] its log probability in a language; `prior`: that of a language.
+        weights: [n-gram, class] float16, its log probability in a language; `prior`: that of a
+            language.
     """
 
     def __init__(self) -> None:
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-        model = LanguageIdentifier.from_model_file(MODEL_FILE)
-        self.labels = model.labels
-        self.transitions = np.asarray(model.tk_nextmove).reshape(-1, 256)
-        self.row_of = np.asarray(model.tk_row)
-        self.features = np.asarray(model.tk_output, np.int32)
-        self.weights = model.nb_ptc.astype(np.float32)
-        self.prior = model.nb_pc.astype(np.float32)
+        model = importlib.resources.files("py3langid") / "data" / "model.npz.xz"
+        arrays = prepare("py3langid", model.read_bytes(), _read_py3langid)
+        self.transitions = arrays["transitions"]
+        self.row_of = arrays["row_of"]
+        self.features = arrays["features"]
+        self.weights = arrays["weights"]
+        self.prior = arrays["prior"]
+        self.labels = arrays["labels"].tolist()
         places = {label: place for place, label in enumerate(self.labels)}
         # A language written in two scripts has two classes.
-        self.label_of = np.array([places[name] for name in model.nb_classes])
+        self.label_of = np.array([places[name] for name in arrays["classes"].tolist()])
 
     def classify(self, line: bytes) -> tuple[str, float]:
         """The most likely language of a line of UTF-8, and py3langid's normalized probability."""
         line = unicodedata.normalize("NFC", line.decode()).encode()
-        scores = _naive_bayes(
+        found, counts = _count_ngrams(
             np.frombuffer(line, np.uint8),
             self.transitions,
             self.row_of,
             self.features,
-            self.weights,
-            self.prior,
+            len(self.weights),
         )
+        scores = _naive_bayes(counts, self.weights[found].astype(np.float32), self.prior)
         probabilities = np.exp((scores - scores.max()) / math.sqrt(max(1, len(line))))
         by_label = np.bincount(self.label_of, probabilities) / probabilities.sum()
         best = int(by_label.argmax())
@@ -129,16 +130,32 @@ def _py3langid() -> NaiveBayes:
     return NaiveBayes()
 
 
+def _read_py3langid() -> Arrays:
+    """Its model, which is compressed: half a second of reading."""
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    model = LanguageIdentifier.from_model_file(MODEL_FILE)
+    return {
+        "labels": np.array(model.labels),
+        "classes": np.array(model.nb_classes),
+        "transitions": np.asarray(model.tk_nextmove).reshape(-1, 256),
+        "row_of": np.asarray(model.tk_row),
+        "features": np.asarray(model.tk_output, np.int32),
+        "weights": model.nb_ptc,
+        "prior": model.nb_pc.astype(np.float32),
+    }
+
+
 @compiled
-def _naive_bayes(
+def _count_ngrams(
     line: NDArray[np.uint8],
-    transitions: NDArray[np.uint16],
+    transitions: NDArray[np.uint32],
     row_of: NDArray[np.uint16],
     features: NDArray[np.int32],
-    weights: NDArray[np.float32],
-    prior: NDArray[np.float32],
-) -> NDArray[np.float32]:
-    counts = np.zeros(len(weights), np.int32)
+    size: int,
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """The n-grams of a line in the order of their first ends, and how often each occurs."""
+    counts = np.zeros(size, np.int32)
     found = np.empty(len(line), np.int32)
     distinct = state = 0
     for byte in line:
@@ -149,9 +166,16 @@ def _naive_bayes(
                 found[distinct] = feature
                 distinct += 1
             counts[feature] += 1
+    return found[:distinct], counts[found[:distinct]]
+
+
+@compiled
+def _naive_bayes(
+    counts: NDArray[np.int32], weights: NDArray[np.float32], prior: NDArray[np.float32]
+) -> NDArray[np.float32]:
     scores = prior.copy()
-    for feature in found[:distinct]:
-        weight = np.float32(math.log1p(counts[feature]))
+    for row in range(len(counts)):
+        weight = np.float32(math.log1p(counts[row]))
         for place in range(len(scores)):
-            scores[place] += weight * weights[feature, place]
+            scores[place] += weight * weights[row, place]
     return scores

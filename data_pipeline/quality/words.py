@@ -2,12 +2,14 @@
 
 import functools
 import re
+import unicodedata
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.compiled import compiled
+from data_pipeline.prepared import prepare
 
 # Han, Hiragana and Katakana put no space between words: each character stands for one.
 IDEOGRAPHS = (
@@ -93,6 +95,11 @@ def _ends_sentence(text: str, match: re.Match[str]) -> bool:
 @functools.cache
 def _kinds() -> NDArray[np.uint8]:
     """The kinds of every character, as bits."""
+    of = f"{unicodedata.unidata_version} {KINDS}"
+    return prepare("kinds", of.encode(), lambda: {"kinds": _find_kinds()})["kinds"]
+
+
+def _find_kinds() -> NDArray[np.uint8]:
     characters = "".join(map(chr, range(CHARACTERS)))
     kinds = np.zeros(CHARACTERS, np.uint8)
     for bit, pattern in KINDS.items():
