@@ -1,10 +1,11 @@
 """Clean one archive: from its records to the texts that pass every stage before deduplication."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from signal import ITIMER_PROF, setitimer
 from typing import Any
 
 import pyarrow as pa
@@ -18,6 +19,7 @@ from data_pipeline.meter import Counter
 from data_pipeline.quality import Text
 from data_pipeline.recipe import Recipe
 from data_pipeline.stage import make_stage
+from data_pipeline.workers import WorkerDiedError, call_apart
 
 DOCUMENT_SCHEMA = pa.schema(
     {
@@ -30,6 +32,26 @@ DOCUMENT_SCHEMA = pa.schema(
 NO_DATE = datetime.fromtimestamp(0, UTC)
 ROWS_PER_WRITE = 1000
 CHARACTERS_PER_WRITE = 1 << 24
+TRIES = 2  # of a document: what ended the first one may have been no fault of its own
+OUT_OF_TIME = "SIGPROF"
+
+# A page that the rules of the shipped recipes pass, and a text that both models of languages read.
+READYING = (
+    (
+        "text/html",
+        "<html><body><h1>The mill</h1><p>The old mill stands below the village, where the river is "
+        "slow and wide. Nobody has worked in it since the war, and yet its wheel turns whenever "
+        "there is enough rain.</p><p>Children come here after school to fish, or to throw stones "
+        "at the windows that are left. Last summer a family from the city bought the place with "
+        "all of its land. They want to open a small museum, and they have asked the council for "
+        "help with the roof. Most people would be glad to see that happen.</p></body></html>",
+    ),
+    ("text/plain", "Mi ka oe 12 nu."),
+)
+
+Document = Page | Reject
+Outcome = tuple[dict[str, Any], str | None]
+Batch = tuple[list[dict[str, Any]], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -58,9 +80,19 @@ class Piece:
 
 
 def clean_archive(
-    source: Source, piece: Piece, recipe: Recipe, id_header: str, meter: Path, row: int
+    source: Source,
+    piece: Piece,
+    recipe: Recipe,
+    id_header: str,
+    meter: Path,
+    row: int,
+    is_careful: bool = False,
 ) -> None:
     """Write the piece of one archive; equal archives and recipes give equal bytes.
+
+    A document that takes longer than the recipe allows ends this process (SIGPROF), as native code
+    may at any time. When `is_careful`, each one is judged in a process of its own, and dropped for
+    what ended that; all others have the same outcome.
 
     Args:
         meter: the file of a `Meter`, which counts this archive in its row `row`.
@@ -70,16 +102,28 @@ def clean_archive(
     """
     name = piece.folder.name
     archive, counter = Archive(source, id_header=id_header), Counter(meter, row)
-    make_stage(piece.folder, lambda aside: _write(archive, Piece(aside), name, recipe, counter))
+    judged = judge_apart if is_careful else judge_in_time
+    make_stage(
+        piece.folder,
+        lambda aside: _write(
+            archive, Piece(aside), name, lambda document: judged(document, recipe), counter
+        ),
+    )
 
 
-def _write(records: Archive, written: Piece, name: str, recipe: Recipe, counter: Counter) -> None:
+def _write(
+    records: Archive,
+    written: Piece,
+    name: str,
+    judged: Callable[[Document], Outcome],
+    counter: Counter,
+) -> None:
     count = 0
     with (
         pq.ParquetWriter(written.audit, ledger.SCHEMA) as audit,
         pq.ParquetWriter(written.documents, DOCUMENT_SCHEMA) as documents,
     ):
-        for rows, texts in _batches(records, recipe, name, counter):
+        for rows, texts in _batches(records, judged, name, counter):
             count += len(rows)
             audit.write_table(pa.Table.from_pylist(rows, ledger.SCHEMA))
             documents.write_table(pa.Table.from_pylist(texts, DOCUMENT_SCHEMA))
@@ -93,16 +137,15 @@ def _write(records: Archive, written: Piece, name: str, recipe: Recipe, counter:
     written.summary.write_text(json.dumps(summary))
 
 
-Batch = tuple[list[dict[str, Any]], list[dict[str, Any]]]
-
-
-def _batches(records: Archive, recipe: Recipe, piece: str, counter: Counter) -> Iterator[Batch]:
+def _batches(
+    records: Archive, judged: Callable[[Document], Outcome], piece: str, counter: Counter
+) -> Iterator[Batch]:
     """Audit rows and passing texts, a thousand documents at a time or fewer long ones."""
     rows: list[dict[str, Any]] = []
     texts: list[dict[str, Any]] = []
     characters = passed = documents = 0
     for number, document in enumerate(records):
-        row, text = judge(document, recipe)
+        row, text = judged(document)
         rows.append(row)
         passed += text is not None
         documents += 1
@@ -125,18 +168,49 @@ def _batches(records: Archive, recipe: Recipe, piece: str, counter: Counter) -> 
     yield rows, texts
 
 
-def judge(document: Page | Reject, recipe: Recipe) -> tuple[dict[str, Any], str | None]:
-    """A document's audit row, and its text where no stage of the recipe drops it."""
-    row: dict[str, Any] = {
-        "id": document.id,
-        "url": document.url,
-        "file": document.file,
-        "offset": document.offset,
-    }
+def judge_in_time(document: Document, recipe: Recipe) -> Outcome:
+    """`judge`; this process is ended if it takes longer than the recipe allows.
 
-    def drop(stage: str, reason: str, detail: str = "") -> tuple[dict[str, Any], None]:
-        decision = {"stage": stage, "decision": ledger.DROPPED, "reason": reason}
-        return {**row, **decision, "detail": detail or None}, None
+    The kernel counts the seconds of CPU, so that native code is ended, too, and waiting is free.
+    """
+    setitimer(ITIMER_PROF, recipe.extract.max_seconds)
+    try:
+        return judge(document, recipe)
+    finally:
+        setitimer(ITIMER_PROF, 0)
+
+
+def judge_apart(document: Document, recipe: Recipe) -> Outcome:
+    """`judge` in a process of its own; what ends that one drops the document."""
+    for _ in range(TRIES):
+        try:
+            outcome: Outcome = call_apart(judge_in_time, document, recipe)
+        except WorkerDiedError as error:
+            ended_by = error.by
+            if ended_by == OUT_OF_TIME:
+                limit = recipe.extract.max_seconds
+                detail = f"over {limit:g} seconds of CPU"
+                return _dropped(_row(document), "extract", "too slow", detail)
+        else:
+            return outcome
+    return _dropped(_row(document), "extract", "crashed", f"ended by {ended_by}, {TRIES} times")
+
+
+def _row(document: Document) -> dict[str, Any]:
+    return {name: getattr(document, name) for name in ("id", "url", "file", "offset")}
+
+
+def _dropped(row: dict[str, Any], stage: str, reason: str, detail: str) -> Outcome:
+    decision = {"stage": stage, "decision": ledger.DROPPED, "reason": reason}
+    return {**row, **decision, "detail": detail or None}, None
+
+
+def judge(document: Document, recipe: Recipe) -> Outcome:
+    """A document's audit row, and its text where no stage of the recipe drops it."""
+    row = _row(document)
+
+    def drop(stage: str, reason: str, detail: str = "") -> Outcome:
+        return _dropped(row, stage, reason, detail)
 
     if isinstance(document, Reject):
         return drop("crawl", document.reason, document.detail)
@@ -171,3 +245,14 @@ def judge(document: Page | Reject, recipe: Recipe) -> tuple[dict[str, Any], str 
         text, masked = recipe.privacy.mask(text)
         row |= {f"masked_{kind}": count for kind, count in masked.items()}
     return row, text
+
+
+def get_ready(recipe: Recipe) -> None:
+    """Load what judging takes, once for all processes that are copies of this one.
+
+    What has to be compiled is, before a document's seconds are counted.
+    """
+    any_language = recipe.language.model_copy(update={"allowed": (), "threshold": 0.0})
+    recipe = recipe.model_copy(update={"language": any_language})
+    for content_type, body in READYING:
+        judge(Page("", "", "", 0, 200, content_type, "utf-8", body.encode()), recipe)

@@ -45,7 +45,10 @@ class _Section(BaseModel):
 
 
 class Extraction(_Section):
+    """How main text is found; a document may take `max_seconds` of CPU, its rules included."""
+
     mode: Mode
+    max_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
 
 
 class Language(_Section):
@@ -133,7 +136,7 @@ class Recipe(_Section):
             DataError: a language that no text is ever found to be in, a classifier that cannot be
                 read or is not asked for, or none where one is.
         """
-        extract = self.extract if mode is None else Extraction(mode=mode)
+        extract = self.extract if mode is None else self.extract.model_copy(update={"mode": mode})
         language = self.language
         if languages is not None:
             try:

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_pipeline import ledger
-from data_pipeline.clean import Piece, clean_archive
+from data_pipeline.clean import Piece, clean_archive, get_ready
 from data_pipeline.crawl import CRAWL_URL, Source, find_archives, identify
 from data_pipeline.dedup import deduplicate
 from data_pipeline.errors import file_errors
@@ -218,6 +218,8 @@ def _clean(
         for row, (source, piece) in enumerate(zip(sources, pieces, strict=True))
         if not are_made[row]
     ]
+    if tasks:
+        get_ready(recipe)
     done = len(pieces) - len(tasks)
     with _ticking(lambda: progress("clean", done, len(pieces), meter.speed())) as tick:
         tick()

@@ -1,22 +1,28 @@
-"""Independent tasks over processes that end with the one that started them."""
+"""Tasks in processes of their own: what kills one of them is noticed, and ends with it."""
 
 import os
+import signal
+import sys
+import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from multiprocessing import active_children, get_context, parent_process
-from signal import SIG_BLOCK, SIG_SETMASK, SIGINT, pthread_sigmask
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from threading import Thread
-from typing import Any
+from typing import Any, cast
 
 from data_pipeline.errors import DataError
 
+# A copy of this process, with all that it has imported and loaded, in milliseconds.
+FORK = get_context("fork")
+
 
 class WorkerDiedError(DataError):
-    """A worker process was killed, most often for want of memory."""
+    """A worker process did not come to its end; `by` says what ended it, as in SIGSEGV."""
 
     exit_code = 1
+    by: str = ""
 
 
 def do_each(
@@ -24,50 +30,108 @@ def do_each(
 ) -> Iterator[None]:
     """Call `task` with each tuple of arguments, and yield once for each that has finished.
 
-    One worker is this process; more are spawned, so the arguments must pickle.
+    Each call is a process, at most `workers` at a time. Where that is killed, the task is called
+    once more, with `is_careful=True`. The first argument names it in messages.
 
     Raises:
-        WorkerDiedError: a worker process was killed.
+        WorkerDiedError: the process of a careful task was killed, too.
         KeyboardInterrupt: raised in this process; the workers have been killed.
     """
-    workers = min(workers, len(arguments))
-    if workers <= 1:
-        for one in arguments:
-            task(*one)
-            yield
-        return
-    with ProcessPoolExecutor(workers, get_context("spawn"), _end_with_parent) as pool:
-        with _interrupt_blocked():
-            futures = [pool.submit(task, *one) for one in arguments]
-        try:
-            for future in as_completed(futures):
-                future.result()
-                yield
-        except BrokenProcessPool as error:
-            raise WorkerDiedError(
-                "a worker process was killed, perhaps for want of memory. What was finished is "
-                "kept: run the same command again, with fewer --workers"
-            ) from error
-        except KeyboardInterrupt:
-            for worker in active_children():
-                worker.kill()
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _interrupt_blocked() -> Iterator[None]:
-    """Start workers that leave a terminal's ctrl-C to their parent."""
-    before = pthread_sigmask(SIG_BLOCK, {SIGINT})
+    waiting = deque((one, False) for one in arguments)
+    at_work: dict[Connection, tuple[BaseProcess, tuple[Any, ...], bool]] = {}
     try:
-        yield
+        while waiting or at_work:
+            while waiting and len(at_work) < workers:
+                one, is_careful = waiting.popleft()
+                process, result = _start(task, *one, **({"is_careful": True} if is_careful else {}))
+                at_work[result] = process, one, is_careful
+            for ended in wait(list(at_work)):
+                result = cast(Connection, ended)
+                process, one, is_careful = at_work.pop(result)
+                try:
+                    _take(process, result, _name(one[0]))
+                except WorkerDiedError as died:
+                    if is_careful:
+                        raise WorkerDiedError(
+                            f"{died}, and one before, perhaps for want of memory. What was "
+                            "finished is kept: run the same command again, with fewer --workers"
+                        ) from died
+                    text = f"warning: {died}; it is done again, each document by itself"
+                    print(text, file=sys.stderr, flush=True)
+                    waiting.appendleft((one, True))
+                else:
+                    yield
     finally:
-        pthread_sigmask(SIG_SETMASK, before)
+        for process, _, _ in at_work.values():
+            process.kill()
+            process.join()
+
+
+def call_apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns in a process of its own, or its exception.
+
+    Raises:
+        WorkerDiedError: the process was killed.
+    """
+    process, result = _start(function, *arguments)
+    return _take(process, result, function.__name__)
+
+
+def _start(
+    function: Callable[..., Any], *arguments: Any, **options: bool
+) -> tuple[BaseProcess, Connection]:
+    result, sent = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=_send_result, args=(sent, function, arguments, options))
+    process.start()
+    sent.close()
+    return process, result
+
+
+def _take(process: BaseProcess, result: Connection, name: object) -> Any:
+    try:
+        value, error = result.recv()
+    except EOFError:
+        process.join()
+        code = process.exitcode or 0
+        by = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        died = WorkerDiedError(f"{name}: its process was ended by {by}")
+        died.by = by
+        raise died from None
+    finally:
+        result.close()
+    process.join()
+    if error is not None:
+        raise error
+    return value
+
+
+def _name(argument: object) -> object:
+    return getattr(argument, "name", argument)
+
+
+def _send_result(
+    sent: Connection,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    options: dict[str, bool],
+) -> None:
+    """Send what the function returns and None, or None and its exception."""
+    # A terminal's ctrl-C is the parent's to handle, whose handlers and wake-up are not this one's.
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _end_with_parent()
+    outcome: tuple[Any, Exception | None]
+    try:
+        outcome = function(*arguments, **options), None
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        outcome = None, error
+    sent.send(outcome)
 
 
 def _end_with_parent() -> None:
-    """End this worker when its parent is killed: nothing else would tell it."""
+    """End this process when its parent is killed: nothing else would tell it."""
 
     def watch() -> None:
         parent = parent_process()

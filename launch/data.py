@@ -4,13 +4,11 @@ import os
 import signal
 import socket
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from multiprocessing import active_children
 from pathlib import Path
-from threading import Event, Thread
+from threading import Thread
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -28,8 +26,6 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Make token shards from web archives.")
 console = Console()
 DAMAGE_LINES = 10
-SECONDS_TO_LEAVE = 10
-SECONDS_TO_NOTICE = 0.5
 
 
 class Mode(StrEnum):
@@ -119,24 +115,15 @@ def _stoppable() -> Iterator[None]:
     """End on SIGTERM and ctrl-C with one line and the exit code for what can be continued.
 
     A thread does so: Python's own handlers wait until native code returns to the main thread. What
-    is on disk is good at any time, so that nothing else need be saved.
+    is on disk is good at any time, so that nothing else need be saved; workers end with this one.
     """
-    from data_pipeline.workers import WorkerDiedError
-
     signalled, wakeup = socket.socketpair()
     wakeup.setblocking(False)
-    stopping = Event()
 
     def stop() -> None:
         if not signalled.recv(1):
             return
-        stopping.set()
         print("stopped; the same command continues", file=sys.stderr, flush=True)
-        workers = active_children()
-        for worker in workers:
-            worker.kill()
-        if workers:  # their pool breaks and the main thread leaves, which frees its semaphores
-            time.sleep(SECONDS_TO_LEAVE)
         console.show_cursor()
         os._exit(STOPPED_ON_REQUEST)
 
@@ -148,10 +135,6 @@ def _stoppable() -> Iterator[None]:
     Thread(target=stop, daemon=True).start()
     try:
         yield
-    except WorkerDiedError:
-        if not stopping.wait(SECONDS_TO_NOTICE):
-            raise
-        raise typer.Exit(STOPPED_ON_REQUEST) from None
     finally:
         signal.set_wakeup_fd(-1)
         for number, handler in before.items():
