@@ -53,8 +53,11 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, without special tokens."""
-        text: str = self.backend.decode(list(ids), skip_special_tokens=True)
-        return text
+        return self.decode_batch([list(ids)])[0]
+
+    def decode_batch(self, sequences: Sequence[list[int]]) -> list[str]:
+        texts: list[str] = self.backend.decode_batch(list(sequences), skip_special_tokens=True)
+        return texts
 
 
 def require_vocab_size(vocab_size: int) -> None:

@@ -50,7 +50,7 @@ def read_batches(parts: Sequence[Part], columns: Sequence[str] | None = None) ->
     row = 0
     for part in parts:
         row_in_part = 0
-        for records in _read(part, columns):
+        for records in read_part(part, columns):
             batch = Batch(part, row, row_in_part, records)
             _refuse_no_text(batch)
             yield batch
@@ -79,7 +79,12 @@ def map_batches(
             yield waiting.popleft().result()
 
 
-def _read(part: Part, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+def read_part(part: Part, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+    """The rows of a part, about 8 MB at a time; of `columns`, those that it has.
+
+    Raises:
+        DataError: it is damaged.
+    """
     try:
         with pq.ParquetFile(part.path) as file:
             names = columns and [name for name in columns if name in file.schema_arrow.names]

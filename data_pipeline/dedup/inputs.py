@@ -46,11 +46,12 @@ def parquet_parts(inputs: Sequence[Path], scratch: Path) -> list[Part]:
     """
     parts: list[Part] = []
     for source in inputs:
-        _refuse_unreadable(source)
+        refuse_unreadable(source)
         if source.suffix == ".parquet":
             path = scratch / f"{len(parts):06d}.parquet"
             path.symlink_to(source.resolve())
-            parts.append(Part(path, source, 0, _checked_rows(source)))
+            with open_parquet(source) as file:
+                parts.append(Part(path, source, 0, file.metadata.num_rows))
         elif source.name.endswith(JSONL_SUFFIXES):
             first_row = 0
             for table in read_jsonl(source):
@@ -85,7 +86,8 @@ def read_ids(parts: Sequence[Part]) -> pa.Array:
     return ids
 
 
-def _refuse_unreadable(path: Path) -> None:
+def refuse_unreadable(path: Path) -> None:
+    """Raises a DataError that says why, if the file cannot be opened."""
     try:
         with path.open("rb"):
             pass
@@ -110,19 +112,27 @@ def _locate(parts: Sequence[Part], row: int) -> str:
     raise IndexError(row)
 
 
-def _checked_rows(path: Path) -> int:
+def open_parquet(
+    path: Path, required: Sequence[str] = REQUIRED, optional: Sequence[str] = ()
+) -> pq.ParquetFile:
+    """The file, whose columns of these names are strings; the optional ones may be absent.
+
+    Raises:
+        DataError: the file is damaged, a column is missing or of another type.
+    """
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: damaged or not Parquet ({error})") from error
     schema = file.schema_arrow
-    for name in REQUIRED:
+    for name in required:
         if name not in schema.names:
             raise DataError(
                 f"{path}: no column `{name}` among {', '.join(schema.names)}; rename the column "
                 f"that holds the {name}"
             )
-        found = schema.field(name).type
+    for name in (*required, *optional):
+        found = schema.field(name).type if name in schema.names else pa.string()
         if found not in (pa.string(), pa.large_string(), pa.string_view()):
             raise DataError(f"{path}: column `{name}` is {found}, it must be string")
-    return int(file.metadata.num_rows)
+    return file

@@ -16,22 +16,25 @@ DECODER = json.JSONDecoder(parse_int=float)
 Row = tuple[str | None, str | None, str | None]
 
 
-def read_jsonl(path: Path) -> Iterator[pa.Table]:
+def read_jsonl(path: Path, id_field: str = "id", text_field: str = "text") -> Iterator[pa.Table]:
     """The documents of a file in tables of about 64 MB, with the columns id, text and extra.
 
     `extra` is a JSON object of the other fields, each to the letter, so that a field may have
     another type in every line; it is null where there are none.
 
     Raises:
-        DataError: the file is damaged, a line is no JSON object, or its `id` or `text` no string.
+        DataError: the file is damaged, a line is no JSON object, or its id or text no string.
     """
+    names = id_field, text_field
     rows: list[Row] = []
     size = number = 0
     try:
         with io.BufferedReader(pa.input_stream(str(path), compression="detect")) as lines:
             for line in lines:
                 if not line.isspace():
-                    rows.append(_parse(line, f"document {number} (counted from 0) of {path}"))
+                    rows.append(
+                        _parse(line, names, f"document {number} (counted from 0) of {path}")
+                    )
                     number += 1
                 size += len(line)
                 if size >= TABLE_BYTES:
@@ -48,7 +51,7 @@ def _table(rows: Sequence[Row]) -> pa.Table:
     return pa.table([pa.array(column, pa.string()) for column in columns], SCHEMA)
 
 
-def _parse(line: bytes, place: str) -> Row:
+def _parse(line: bytes, names: tuple[str, str], place: str) -> Row:
     try:
         text = line.decode("utf-8-sig")
         document = DECODER.decode(text)
@@ -56,13 +59,14 @@ def _parse(line: bytes, place: str) -> Row:
         raise DataError(f"{place}: a line that is not JSON: {error}") from error
     if not isinstance(document, dict):
         raise DataError(f"{place}: a line that is no JSON object but {text:.40}")
-    for name in ("id", "text"):
+    for name in names:
         _refuse_other_types(document.get(name), f"{place}: `{name}`")
     others = []
-    if not document.keys() <= {"id", "text"}:
-        others = [field for name, field in _fields(text) if name not in ("id", "text")]
+    if not document.keys() <= set(names):
+        others = [field for name, field in _fields(text) if name not in names]
     extra = "{" + ", ".join(others) + "}" if others else None
-    return document.get("id"), document.get("text"), extra
+    own_id, own_text = map(document.get, names)
+    return own_id, own_text, extra
 
 
 def _refuse_other_types(value: object, place: str) -> None:
