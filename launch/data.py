@@ -17,6 +17,7 @@ from rich.table import Table
 
 from launch.data_audit import audit
 from launch.data_classifier import train_classifier
+from launch.data_formats import export, import_megatron, tokenize
 from launch.progress import show_progress
 from pretrain.errors import STOPPED_ON_REQUEST
 
@@ -222,6 +223,9 @@ def dedup(
 
 app.command()(audit)
 app.command()(train_classifier)
+app.command()(tokenize)
+app.command("import")(import_megatron)
+app.command()(export)
 
 
 def _say(line: str) -> None:
