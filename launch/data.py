@@ -18,6 +18,8 @@ from rich.table import Table
 from launch.data_audit import audit
 from launch.data_classifier import train_classifier
 from launch.data_formats import export, import_megatron, tokenize
+from launch.data_index import app as index_app
+from launch.data_index import dedup_with_index
 from launch.progress import show_progress
 from pretrain.errors import STOPPED_ON_REQUEST
 
@@ -194,10 +196,35 @@ def dedup(
         Keep, typer.Option(help="Which of a cluster; newest by the column `timestamp`.")
     ] = Keep.longest,
     workers: Annotated[int, typer.Option(min=1, help="Threads.")] = 1,
+    index: Annotated[
+        Path | None,
+        typer.Option(help="Folder of all earlier dumps' documents; these are added to it."),
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="With --index: what is held at a time (default: 2GB).")
+    ] = None,
 ) -> None:
     """Remove exact and near-duplicates from files with `id` and `text`."""
     from data_pipeline.dedup import deduplicate
+    from data_pipeline.errors import DataError
 
+    if index is not None:
+        dedup_with_index(
+            inputs,
+            out,
+            index,
+            exact=exact.value,
+            memory=memory,
+            workers=workers,
+            threshold=None if exact_only else threshold,
+            bands=bands,
+            rows=rows,
+            ngram=ngram,
+            keep=keep.value,
+        )
+        return
+    if memory is not None:
+        raise DataError(f"memory={memory} is not allowed without --index, which it is for")
     report = deduplicate(
         inputs,
         out,
@@ -222,6 +249,7 @@ def dedup(
 
 
 app.command()(audit)
+app.add_typer(index_app, name="index")
 app.command()(train_classifier)
 app.command()(tokenize)
 app.command("import")(import_megatron)

@@ -1,13 +1,14 @@
 """`farspan data index`: documents in an index, removed or listed. Heavy imports stay inside."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 app = typer.Typer(no_args_is_help=True, help="List or remove documents of a deduplication index.")
 console = Console()
+MEMORY = "2GB"
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Of `farspan data dedup --index`.")]
 
@@ -19,7 +20,7 @@ def remove(
     out: Annotated[
         Path, typer.Option(help="Parquet file of the others that are kept now, or not any more.")
     ],
-    memory: Annotated[str, typer.Option(help="As in 500MB or 2GB.")] = "2GB",
+    memory: Annotated[str, typer.Option(help="What is held at a time.")] = MEMORY,
 ) -> None:
     """Remove documents, as if they had never been added."""
     from data_pipeline.dedup.index import parse_memory, remove_documents
@@ -44,6 +45,46 @@ def clusters(
     with file_errors():
         documents = export_clusters(folder, out)
     _say(f"{documents} documents: {out}")
+
+
+def dedup_with_index(
+    inputs: list[Path],
+    out: Path,
+    folder: Path,
+    *,
+    exact: str,
+    memory: str | None,
+    workers: int,
+    **settings: Any,
+) -> None:
+    """`farspan data dedup --index`."""
+    from data_pipeline.dedup.index import checked_settings, deduplicate_with_index, parse_memory
+    from data_pipeline.errors import DataError
+
+    if exact != "document":
+        raise DataError(
+            f"exact={exact} is not allowed with --index, which knows whole texts alone: "
+            "deduplicate what is kept once more without it"
+        )
+    report = deduplicate_with_index(
+        inputs,
+        out,
+        folder,
+        checked_settings(**settings),
+        memory=parse_memory(memory or MEMORY),
+        workers=workers,
+    )
+    if not report.is_new:
+        _say(f"{folder} has these documents already, as dump {report.dump}; nothing was added")
+    _say(f"kept {report.kept} of {report.documents} documents: {out / 'documents'}")
+    _say(
+        f"dropped {report.exact_duplicates} exact and {report.near_duplicates} near duplicates "
+        f"of these or of earlier dumps' documents: {out / 'clusters.parquet'}"
+    )
+    _say(
+        f"{report.superseded} documents of earlier dumps are not kept any more: "
+        f"{out / 'superseded.parquet'}"
+    )
 
 
 def _say(line: str) -> None:
