@@ -31,6 +31,7 @@ from data_pipeline.meter import Meter
 from data_pipeline.recipe import Recipe
 from data_pipeline.run_folder import exclusive, record_plan
 from data_pipeline.shards import Manifest, load_manifest, write_shards
+from data_pipeline.shards.manifest import GROWING
 from data_pipeline.stage import is_made, make_stage
 from data_pipeline.tokenize import load_tokenizer, require_vocab_size, train_tokenizer
 from data_pipeline.workers import do_each
@@ -131,6 +132,7 @@ def _run(
 ) -> RunResult:
     work = out / "work"
     if (out / "manifest.json").exists():
+        (out / GROWING).unlink(missing_ok=True)
         shutil.rmtree(work, ignore_errors=True)
         return _result(load_manifest(out), out, is_new=False)
     pieces, documents = clean_and_deduplicate(sources, work, recipe, id_header, workers, progress)

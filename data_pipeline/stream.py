@@ -7,7 +7,7 @@ from typing import Any
 from data_pipeline.errors import DataError
 from data_pipeline.mixture import DEFAULT_SHUFFLE_SHARDS, Mixture
 from data_pipeline.pack import Batch, BatchPlan, plan_rows, read_rows
-from data_pipeline.shards import Manifest, TokenReader, load_manifest
+from data_pipeline.shards import Cache, Manifest, TokenReader, load_manifest
 from data_pipeline.sources import Phase, Source
 from data_pipeline.tokenize import Tokenizer, load_tokenizer
 
@@ -16,6 +16,7 @@ __all__ = [
     "ORDER_VERSION",
     "Batch",
     "BatchPlan",
+    "Cache",
     "Manifest",
     "Phase",
     "Source",
@@ -61,6 +62,7 @@ class TokenStream:
     Args:
         shuffle_shards: so many shards of a source are shuffled together.
         curriculum: weights that change at a token of the stream.
+        cache: for what is fetched from https:// and s3://; see `load_manifest`.
 
     Attributes:
         vocab_size: of the tokenizer that all sources share.
@@ -77,13 +79,17 @@ class TokenStream:
         *,
         shuffle_shards: int = DEFAULT_SHUFFLE_SHARDS,
         curriculum: Sequence[Phase] = (),
+        cache: Cache | None = None,
     ) -> None:
         if not sources:
             raise DataError("no data: name at least one folder of shards")
         self.seq_len = seq_len
         self.seed = seed
         self._sources = list(sources)
-        manifests = [load_manifest(source.path, growing=source.growing) for source in sources]
+        cache = cache or Cache.of()
+        manifests = [
+            load_manifest(source.path, growing=source.growing, cache=cache) for source in sources
+        ]
         first = manifests[0]
         for source, manifest in zip(sources, manifests, strict=True):
             _check(source, manifest, sources[0], first)

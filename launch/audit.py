@@ -26,7 +26,7 @@ from launch.audit_checks import (
 )
 from launch.progress import show_progress
 from pretrain.config import Config, read_run_config
-from pretrain.data import curriculum_of, sources_of
+from pretrain.data import cache_of, curriculum_of, sources_of
 from pretrain.errors import UserError
 from pretrain.lineage import Undone, read_lineage
 from pretrain.run_dir import RunDirectory
@@ -105,7 +105,10 @@ def audit_run(run: RunDirectory, progress: Progress = lambda done, total: None) 
     lineage = read_lineage(run.ledger)
     sources = config.data.sources()
     paths = [source.path for source in sources]
-    manifests = [load_manifest(source.path, growing=source.growing) for source in sources]
+    cache = cache_of(config.data)
+    manifests = [
+        load_manifest(source.path, growing=source.growing, cache=cache) for source in sources
+    ]
     readers = [TokenReader(manifest) for manifest in manifests]
     visits = [Visits(source.times) for source in sources_of(config.data)]
     steps, use = StepsCheck(), UseCheck(paths, [reader.lengths for reader in readers], visits)

@@ -19,6 +19,8 @@ MAY_CHANGE = (
     "train.loss_chunk",
     "train.collective_timeout_s",
     "train.hang_timeout_s",
+    "data.cache_dir",
+    "data.cache_gb",
     "parallel.",
     "checkpoint.every",
     "checkpoint.keep",

@@ -13,7 +13,7 @@ from data_pipeline.shards import Manifest, load_manifest
 from launch.changes import allow_changes, find_changes, note_changes
 from launch.sample import sample_shards
 from pretrain.config import SAMPLE_SHARDS, Config, ShardSource, read_run_config
-from pretrain.data import open_stream
+from pretrain.data import cache_of, open_stream
 from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory, write_atomically
 
@@ -37,8 +37,9 @@ def prepare_run(config: Config, directory: Path, allowed: Sequence[str] = ()) ->
 
         Target(config.checkpoint.dir).check()
     stream = open_stream(config)
+    cache = cache_of(config.data)
     data = [
-        _describe(source, load_manifest(source.path, growing=source.growing))
+        _describe(source, load_manifest(source.path, growing=source.growing, cache=cache))
         for source in config.data.sources()
     ]
     try:
@@ -72,18 +73,23 @@ def _with_absolute_paths(config: Config, run: RunDirectory) -> Config:
     if config.data.shards == SAMPLE_SHARDS:
         shards: Any = str(sample_shards())
     elif isinstance(config.data.shards, str):
-        shards = str(Path(config.data.shards).resolve())
+        shards = _absolute(config.data.shards)
     else:
         shards = tuple(
-            source.model_copy(update={"path": str(Path(source.path).resolve())})
+            source.model_copy(update={"path": _absolute(source.path)})
             for source in config.data.shards
         )
-    data = config.data.model_copy(update={"shards": shards})
+    cache_dir = _absolute(config.data.cache_dir) if config.data.cache_dir else ""
+    data = config.data.model_copy(update={"shards": shards, "cache_dir": cache_dir})
     checkpoint = config.checkpoint
-    if checkpoint.dir and "://" not in checkpoint.dir:
-        checkpoint = checkpoint.model_copy(update={"dir": str(Path(checkpoint.dir).resolve())})
+    if checkpoint.dir:
+        checkpoint = checkpoint.model_copy(update={"dir": _absolute(checkpoint.dir)})
     run_section = config.run.model_copy(update={"dir": str(run.root)})
     return config.model_copy(update={"data": data, "checkpoint": checkpoint, "run": run_section})
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else str(Path(path).resolve())
 
 
 def _describe(source: ShardSource, manifest: Manifest) -> dict[str, Any]:

@@ -99,6 +99,14 @@ class DataConfig(Section):
     shuffle_shards: Positive = Field(
         64, description="Shards of a source that are shuffled together, and at hand at a time."
     )
+    cache_dir: str = Field(
+        "",
+        description="Where shards from https:// and s3:// are kept, for all processes of a node "
+        "[$FARSPAN_CACHE/shards, and that in ~/.cache/farspan].",
+    )
+    cache_gb: Annotated[float, Field(gt=0)] = Field(
+        64.0, description="What may lie there, in 10^9 bytes; shards used longest ago make room."
+    )
 
     def sources(self) -> tuple[ShardSource, ...]:
         return (ShardSource(path=self.shards),) if isinstance(self.shards, str) else self.shards

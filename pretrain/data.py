@@ -1,6 +1,6 @@
 """The data of a run, as its configuration names it."""
 
-from data_pipeline.stream import Phase, Source, TokenStream
+from data_pipeline.stream import Cache, Phase, Source, TokenStream
 from pretrain.config import Config, DataConfig
 from pretrain.errors import UserError
 
@@ -31,6 +31,7 @@ def stream_of(data: DataConfig) -> TokenStream:
         data.seed,
         shuffle_shards=data.shuffle_shards,
         curriculum=curriculum_of(data),
+        cache=cache_of(data),
     )
 
 
@@ -47,6 +48,11 @@ def sources_of(data: DataConfig) -> list[Source]:
         )
         for source in data.sources()
     ]
+
+
+def cache_of(data: DataConfig) -> Cache:
+    """Where what is fetched from other machines is kept."""
+    return Cache.of(data.cache_dir, data.cache_gb)
 
 
 def curriculum_of(data: DataConfig) -> list[Phase]:

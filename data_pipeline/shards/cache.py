@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from data_pipeline.errors import DataError, file_errors
 from data_pipeline.shards.store import StoredFile, map_file, sha256_of
 
-DEFAULT_BYTES = 64 << 30
+DEFAULT_GB = 64.0
 # Of the bound, what one process has mapped: several share it, and need room for what comes next.
 MAPPED_SHARE = 1 / 16
 # Of the bound, what is fetched ahead, so that it does not drive out what is in use.
@@ -48,21 +48,17 @@ class Cache:
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
-        """Raises DataError if the folder cannot be made or written."""
         self.folder = folder
         self.max_bytes = max_bytes
         self._verified: set[str] = set()
         self._mapped: OrderedDict[str, NDArray[np.uint8]] = OrderedDict()
         self._mapping = Lock()
-        with file_errors():
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / ".lock").touch()
 
     @classmethod
-    def default(cls) -> "Cache":
-        """In $FARSPAN_CACHE, by default ~/.cache/farspan."""
+    def of(cls, folder: str = "", gb: float = DEFAULT_GB) -> "Cache":
+        """By default in $FARSPAN_CACHE/shards, and that in ~/.cache/farspan."""
         root = os.environ.get("FARSPAN_CACHE") or Path.home() / ".cache" / "farspan"
-        return cls(Path(root) / "shards", DEFAULT_BYTES)
+        return cls(Path(folder or Path(root) / "shards"), int(gb * 1e9))
 
     def require_room_for(self, files: Iterable[StoredFile], source: str) -> None:
         """Raises DataError if one of the files is larger than the cache may be."""
@@ -89,9 +85,11 @@ class Cache:
             if_idle: give None at once if another thread or process downloads it.
 
         Raises:
-            DataError: another file arrives, there is no room, or what `download` raises.
+            DataError: another file arrives, there is no room, the folder cannot be written, or
+                what `download` raises.
         """
         with file_errors():
+            self.folder.mkdir(parents=True, exist_ok=True)
             while True:
                 if (found := self._open_cached(file)) is not None:
                     return found
@@ -115,13 +113,13 @@ class Cache:
             mapped = map_file(opened)
         with self._mapping:
             self._mapped[file.sha256] = mapped
-            self._unmap(int(self.max_bytes * MAPPED_SHARE))
+            self._unmap(max(int(self.max_bytes * MAPPED_SHARE), len(mapped)))
         return mapped
 
     def _unmap(self, down_to: int) -> None:
-        """Forget the mappings used longest ago, but for the last; who uses one still has it."""
+        """Forget the mappings used longest ago; who uses one still has it."""
         mapped_bytes = sum(len(mapped) for mapped in self._mapped.values())
-        while mapped_bytes > down_to and len(self._mapped) > 1:
+        while mapped_bytes > down_to:
             sha256, mapped = self._mapped.popitem(last=False)
             mapped_bytes -= len(mapped)
             with suppress(OSError):
@@ -239,7 +237,7 @@ class Cache:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        with (self.folder / ".lock").open("r+b") as lock:
+        with (self.folder / ".lock").open("a+b") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 

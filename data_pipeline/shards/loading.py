@@ -39,4 +39,4 @@ def open_store(path: str | Path, cache: Cache | None = None) -> Store:
         raise DataError(
             f"{path}: shards are read from folders, https:// and s3://, not from {scheme}://"
         )
-    return RemoteStore(str(path), cache or Cache.default())
+    return RemoteStore(str(path), cache or Cache.of())

@@ -151,7 +151,7 @@ def save_manifest(manifest: Manifest, folder: Path) -> None:
     if not manifest.is_finished:
         content["finished"] = False
     path = folder / (MANIFEST if manifest.is_finished else GROWING)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}")
     with aside.open("w") as file:
         json.dump(content, file, indent=1)
         file.flush()
