@@ -1,7 +1,7 @@
 """The endless order of documents drawn from weighted sources; a few integers resume it."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from math import ceil
@@ -59,6 +59,9 @@ class Mixture:
         seed: of the order of documents.
         shuffle_shards: so many shards of a source are shuffled together.
         curriculum: weights that change at a token of the stream.
+
+    Attributes:
+        beat: called every few seconds while shards of a growing source are waited for.
     """
 
     def __init__(
@@ -72,8 +75,11 @@ class Mixture:
     ) -> None:
         self._sources = list(sources)
         self._documents = list(documents)
+        self.beat: Callable[[], None] = lambda: None
         self._orders = [
-            SourceOrder(of, (seed, number), shuffle_shards, Visits(source.times), source.growing)
+            SourceOrder(
+                of, (seed, number), shuffle_shards, Visits(source.times), source.growing, self._beat
+            )
             for number, (of, source) in enumerate(zip(documents, sources, strict=True))
         ]
         phases = phases_of(sources, curriculum)
@@ -90,6 +96,9 @@ class Mixture:
     def tokens(self) -> int:
         """Delivered since the start."""
         return int(self._place[columns.TOTAL])
+
+    def _beat(self) -> None:
+        self.beat()
 
     @property
     def has_end(self) -> bool:

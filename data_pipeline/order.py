@@ -1,6 +1,6 @@
 """The order of one source's documents, epoch after epoch: found anywhere, without a replay."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -23,8 +23,8 @@ class Documents(Protocol):
     def shard_documents(self) -> Ints:
         """[shards], how many documents each has."""
 
-    def wait_for(self, shards: int) -> None:
-        """Return when so many shards are listed, or all that there will be."""
+    def wait_for(self, shards: int, beat: Callable[[], None]) -> None:
+        """Return when so many shards are listed, or all that there will be; `beat` meanwhile."""
 
 
 class Visits:
@@ -97,6 +97,7 @@ class SourceOrder:
     Args:
         key: names the permutations, with the number of the epoch and the window.
         shuffle_shards: in a window.
+        beat: called every few seconds while the shards of a growing source are waited for.
     """
 
     def __init__(
@@ -106,12 +107,14 @@ class SourceOrder:
         shuffle_shards: int,
         visits: Visits,
         growing: bool,
+        beat: Callable[[], None],
     ) -> None:
         self._documents = documents
         self._key = tuple(key)
         self._shards_per_window = shuffle_shards
         self._visits = visits
         self._growing = growing
+        self._beat = beat
         self._first = np.zeros(1, np.int64)
         self._before = visits.count(documents.lengths[:0])[None]
         self._made: tuple[tuple[int, int], Window | None] | None = None
@@ -165,7 +168,7 @@ class SourceOrder:
 
     def _make(self, epoch: int, number: int) -> Window | None:
         if self._growing:
-            self._documents.wait_for((number + 1) * self._shards_per_window)
+            self._documents.wait_for((number + 1) * self._shards_per_window, self._beat)
         shards = self.shards(epoch, number)
         if not len(shards):
             return None

@@ -1,6 +1,6 @@
 """The training side's view of the data: packed global batches, equal for every layout of ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,14 +108,17 @@ class TokenStream:
         """How many were delivered since the start, in all epochs of all sources."""
         return self._mixture.tokens
 
-    def next_batch(self, sequences: int) -> BatchPlan:
+    def next_batch(self, sequences: int, beat: Callable[[], None] = lambda: None) -> BatchPlan:
         """Plan the next global batch of `sequences` rows and move on past it.
 
-        Waits for a growing source where its next shards are not written yet.
+        Args:
+            beat: called every few seconds while it waits, which it does where the next shards of a
+                growing source are not written yet.
 
         Raises:
             DataError: the sources are used up.
         """
+        self._mixture.beat = beat
         plan = plan_rows(self._mixture, sequences, self.seq_len)
         for source, (epoch, window, shards) in enumerate(self._mixture.shards_needed()):
             if self._prefetched[source] != (epoch, window):

@@ -172,8 +172,9 @@ class Trainer:
         """
         began = time.perf_counter()
         beat("data")
-        passed_over = self.pass_over()
-        batch = self.read_batch()
+        while_waiting = partial(beat, "data")
+        passed_over = self.pass_over(while_waiting)
+        batch = self.read_batch(while_waiting)
         data_wait_s = time.perf_counter() - began
 
         beat("forward and backward")
@@ -324,19 +325,20 @@ class Trainer:
         for stage in self.parallelised.stages:
             self.routers.copy_to(stage.model.layers)
 
-    def pass_over(self) -> list[tuple[BatchPlan, int]]:
+    def pass_over(self, beat: Callable[[], None] = lambda: None) -> list[tuple[BatchPlan, int]]:
         """Move on past what has been skipped before: the batches, and the tokens before each."""
         passed_over: list[tuple[BatchPlan, int]] = []
         while self.guard.passes_over(
             Place(first := self.stream.tokens, first + self.tokens_per_step)
         ):
-            passed_over.append((self.stream.next_batch(self.config.train.global_batch), first))
+            plan = self.stream.next_batch(self.config.train.global_batch, beat)
+            passed_over.append((plan, first))
         return passed_over
 
-    def read_batch(self) -> Batch:
+    def read_batch(self, beat: Callable[[], None] = lambda: None) -> Batch:
         """This rank's rows of the next global batch."""
         self.first_token = self.stream.tokens
-        self.plan = self.stream.next_batch(self.config.train.global_batch)
+        self.plan = self.stream.next_batch(self.config.train.global_batch, beat)
         share = self.config.train.global_batch // self.mesh.data_ranks
         first = self.mesh.data_rank * share
         return self.stream.read(self.plan, range(first, first + share))

@@ -111,7 +111,7 @@ def test_every_token_comes_when_the_reference_says_whatever_happens(mixture, see
 def test_epochs_visit_each_document_as_often_as_its_length_says(of, rule, seed, width, growing):
     source = Source("s", upsample=rule)
     documents = listed(of)
-    order = SourceOrder(documents, (seed, 0), width, Visits(source.times), growing)
+    order = SourceOrder(documents, (seed, 0), width, Visits(source.times), growing, lambda: None)
     total = np.zeros(len(documents.lengths), np.int64)
     for epoch in range(4):
         window = 0

@@ -1,6 +1,6 @@
 """The order of documents in plain Python, one token at a time: what the stream is compared with."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -19,7 +19,7 @@ class Listed:
     lengths: np.ndarray
     shard_documents: np.ndarray
 
-    def wait_for(self, shards: int) -> None:
+    def wait_for(self, shards: int, beat: Callable[[], None]) -> None:
         assert shards > 0
 
 

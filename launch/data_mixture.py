@@ -1,0 +1,52 @@
+"""`farspan data mixture`: what a run's tokens will consist of, as in table 2.2 of GPT-3's paper."""
+
+from itertools import pairwise
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+def mixture(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe or a .yaml file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As of `farspan train`.")
+    ] = None,
+) -> None:
+    """Show how much of each source a run would train on, and how often it would pass over it."""
+    from launch.sample import sample_shards
+    from pretrain.config import SAMPLE_SHARDS, load_config
+    from pretrain.data import stream_of
+
+    config = load_config(recipe, overrides or [])
+    data = config.data
+    if data.shards == SAMPLE_SHARDS:
+        data = data.model_copy(update={"shards": str(sample_shards())})
+    stream = stream_of(data)
+    per_step = config.train.global_batch * data.seq_len
+    wanted = config.train.steps * per_step
+    total, starts = stream.outlook(wanted), [0, *(phase.tokens for phase in data.curriculum)]
+    starts = [first for first in starts if first < wanted]
+    found = sum(use.tokens for use in total)
+
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console.print(f"{recipe}: {config.train.steps:,} steps of {per_step:,} tokens: {wanted:,}\n")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("source", no_wrap=True)
+    for name in ("tokens", "trained on", "epochs", *(f"share from {n:,}" for n in starts)):
+        table.add_column(name, justify="right", no_wrap=True)
+    bounds = [*starts, wanted]
+    before_and_after = [[use.tokens for use in stream.outlook(bound)] for bound in bounds]
+    for number, use in enumerate(total):
+        shares = []
+        for before, after in pairwise(before_and_after):
+            delivered = max(1, sum(after) - sum(before))
+            shares.append(f"{(after[number] - before[number]) / delivered:.1%}")
+        table.add_row(use.name, f"{use.size:,}", f"{use.tokens:,}", f"{use.epochs:.2f}", *shares)
+    console.print(table)
+    if found < wanted - per_step:
+        console.print(
+            f"\nused up after {found:,} tokens, {found // per_step:,} steps: lower train.steps, "
+            "or raise epochs or max_epochs"
+        )
