@@ -20,6 +20,7 @@ from launch.data_classifier import train_classifier
 from launch.data_formats import export, import_megatron, tokenize
 from launch.data_index import app as index_app
 from launch.data_index import dedup_with_index
+from launch.data_mixture import mixture
 from launch.progress import show_progress
 from pretrain.errors import STOPPED_ON_REQUEST
 
@@ -249,6 +250,7 @@ def dedup(
 
 
 app.command()(audit)
+app.command()(mixture)
 app.add_typer(index_app, name="index")
 app.command()(train_classifier)
 app.command()(tokenize)
