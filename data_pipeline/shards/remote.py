@@ -1,6 +1,7 @@
 """Shards behind https:// or s3://, read through the cache of this machine."""
 
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -15,6 +16,8 @@ from data_pipeline.errors import DataError
 from data_pipeline.shards.cache import PREFETCHED_SHARE, Cache
 from data_pipeline.shards.store import StoredFile
 
+log = logging.getLogger(__name__)
+
 
 class RemoteStore:
     """The folder of a manifest on a server. What fails is asked for again, and told on stderr.
@@ -27,6 +30,7 @@ class RemoteStore:
     def __init__(self, url: str, cache: Cache) -> None:
         self._url = url
         self._cache = cache
+        self._has_warned = False
         self._seen: dict[str, tuple[Version, bytes]] = {}
 
     @property
@@ -71,6 +75,8 @@ class RemoteStore:
         return self._cache.map(file, self._name(file), self._download(file))
 
     def prefetch(self, files: Iterable[StoredFile]) -> Iterable[Callable[[], None]]:
+        files = list(files)
+        self._warn_of_a_small_cache(files)
         tasks: list[Callable[[], None]] = []
         room = self._cache.max_bytes * PREFETCHED_SHARE
         for file in files:
@@ -79,6 +85,19 @@ class RemoteStore:
                 break
             tasks.append(partial(self._fetch_ahead, file))
         return tasks
+
+    def _warn_of_a_small_cache(self, files: Sequence[StoredFile]) -> None:
+        needed = sum(file.bytes for file in files)
+        if needed > self._cache.max_bytes and not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "%s: the %d shards needed next have %.1f GB, and the cache may hold %.1f: some "
+                "will be fetched again and again; raise data.cache_gb or lower data.shuffle_shards",
+                self.name,
+                len(files),
+                needed / 1e9,
+                self._cache.max_bytes / 1e9,
+            )
 
     def has_writer(self) -> bool | None:
         return None

@@ -124,6 +124,20 @@ def test_prefetched_shards_are_there_when_they_are_needed(
     assert downloads.count(SHARD) == 1
 
 
+def test_a_cache_smaller_than_what_is_shuffled_together_is_told_once(
+    server: CrawlServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small = Cache(tmp_path / "cache", 50_000)
+    reader = TokenReader(load_manifest(f"{server.url}/data", cache=small))
+    shards = range(len(reader.shard_documents))
+    reader.prefetch(shards)
+    reader.prefetch(shards)
+    (message,) = [text for text in caplog.messages if "raise data.cache_gb" in text]
+    assert f"{server.url}/data: the {len(shards)} shards needed next" in message
+    # What was fetched ahead may be gone again, and is not lost.
+    assert all(len(reader.tokens(shard)) for shard in shards)
+
+
 def test_a_bucket_gives_the_same(local: Path, bucket: str, cache: Cache, tmp_path: Path) -> None:
     s3fs.S3FileSystem().put(str(local), f"{bucket}/shards-of-a-test", recursive=True)
     found = batches(f"{bucket}/shards-of-a-test", cache)
