@@ -79,7 +79,10 @@ def import_megatron(
     from data_pipeline.formats import import_megatron as run_import
     from data_pipeline.formats import tokenizer_of
 
-    _report(run_import(prefixes, tokenizer_of(tokenizer, like), out), out)
+    chosen = tokenizer_of(tokenizer, like)
+    with show_progress(console) as progress:
+        made = run_import(prefixes, chosen, out, progress)
+    _report(made, out)
 
 
 def export(

@@ -1,6 +1,6 @@
 """Megatron's tokenized datasets, made into shards."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,20 @@ from data_pipeline.formats.megatron import files_of, open_dataset
 from data_pipeline.shards import Manifest, write_token_shards
 from data_pipeline.tokenize import load_tokenizer
 
+DOCUMENTS_PER_REPORT = 512
 
-def import_megatron(prefixes: Sequence[Path], tokenizer: Path, out: Path) -> Made:
+Document = tuple[str, NDArray[Any]]
+Progress = Callable[[str, int, int], None]
+"""Called with the name of a stage, the documents of it that are done, and all its documents."""
+
+
+def _no_progress(stage: str, done: int, total: int) -> None:
+    pass
+
+
+def import_megatron(
+    prefixes: Sequence[Path], tokenizer: Path, out: Path, progress: Progress = _no_progress
+) -> Made:
     """Make shards of the documents of Megatron's IndexedDatasets.
 
     The sequences of a document are joined, and it gets its end-of-document token where it has
@@ -31,20 +43,26 @@ def import_megatron(prefixes: Sequence[Path], tokenizer: Path, out: Path) -> Mad
             not have.
     """
     files = [file for prefix in prefixes for file in files_of(prefix)]
-    for prefix in prefixes:
-        open_dataset(prefix)
+    total = sum(len(open_dataset(prefix).document_ends) for prefix in prefixes)
     coder = load_tokenizer(tokenizer)
 
     def write(plan: dict[str, Any]) -> Manifest:
         documents = _read_all(names_of(files), coder.vocab_size, coder.eos_id)
-        return write_token_shards(documents, tokenizer, out, extra=plan)
+        reported = _report(documents, total, progress)
+        return write_token_shards(reported, tokenizer, out, extra=plan)
 
     return make_shards("import", files, {}, tokenizer, out, write)
 
 
-def _read_all(
-    files: Mapping[str, Path], vocab_size: int, eos_id: int
-) -> Iterator[tuple[str, NDArray[np.int64]]]:
+def _report(documents: Iterator[Document], total: int, progress: Progress) -> Iterator[Document]:
+    for done, document in enumerate(documents):
+        if done % DOCUMENTS_PER_REPORT == 0:
+            progress("import", done, total)
+        yield document
+    progress("import", total, total)
+
+
+def _read_all(files: Mapping[str, Path], vocab_size: int, eos_id: int) -> Iterator[Document]:
     for name, path in files.items():
         if path.suffix != ".idx":
             continue

@@ -33,7 +33,7 @@ def test_texts_go_in_and_out_by_the_command_line(tmp_path: Path) -> None:
         ("tokenize in.jsonl --tokenizer bpe.json --out own", "30 documents, "),
         ("tokenize in.jsonl --like own --out own", "own is finished already: same inputs, same"),
         ("export own --to megatron --out theirs --no-append-eod", "wrote 30 documents: theirs"),
-        ("import theirs.idx --like own --out back", "in 1 shards: back/manifest.json"),
+        ("import theirs.idx --like own --out back", "import: 30 of 30\n30 documents, "),
         ("export back --to jsonl --out out.jsonl.gz", "wrote 30 documents: out.jsonl.gz"),
         ("export back --to parquet --out out.parquet", "wrote 30 documents: out.parquet"),
     ):
