@@ -14,7 +14,7 @@ from data_pipeline.crawl.remote import RemoteFile
 from data_pipeline.crawl.transfer import MissingError, Version
 from data_pipeline.errors import DataError
 from data_pipeline.shards.cache import PREFETCHED_SHARE, Cache
-from data_pipeline.shards.store import StoredFile
+from data_pipeline.shards.store import StoredFile, map_file
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ class RemoteStore:
         self._url = url
         self._cache = cache
         self._has_warned = False
+        self._kept: dict[str, NDArray[np.uint8]] = {}
         self._seen: dict[str, tuple[Version, bytes]] = {}
 
     @property
@@ -62,8 +63,11 @@ class RemoteStore:
         self._cache.require_room_for(files, self.name)
 
     def file(self, path: str, sha256: str) -> Path:
-        size = self._remote(path).identified().size
-        self.open(StoredFile(path, size, sha256)).close()
+        if sha256 not in self._kept:
+            size = self._remote(path).identified().size
+            with self.open(StoredFile(path, size, sha256)) as opened:
+                # Who asks for a path opens it later: it must not be evicted before.
+                self._kept[sha256] = map_file(opened)
         return self._cache.folder / sha256
 
     def open(self, file: StoredFile) -> BinaryIO:

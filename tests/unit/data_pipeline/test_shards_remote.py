@@ -112,6 +112,17 @@ def test_what_is_in_the_cache_is_not_fetched_again(server: CrawlServer, cache: C
     assert again == {"/data/manifest.json", "/data/tokenizer.json"}
 
 
+def test_the_tokenizer_stays_while_its_manifest_is_in_use(
+    server: CrawlServer, tmp_path: Path
+) -> None:
+    small = Cache(tmp_path / "cache", 30_000)
+    manifest = load_manifest(f"{server.url}/data", cache=small)
+    tokenizer, reader = manifest.tokenizer, TokenReader(manifest)
+    for shard in range(len(reader.shard_documents)):
+        reader.tokens(shard)
+    assert tokenizer.read_bytes() == server.files["/data/tokenizer.json"]
+
+
 def test_prefetched_shards_are_there_when_they_are_needed(
     server: CrawlServer, cache: Cache
 ) -> None:
