@@ -1,10 +1,10 @@
 """The commands that make shards of other formats and the other way round, as a user types them."""
 
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.ranks import ROOT
+import pytest
+
+from launch.cli import main
 from tests.unit.data_pipeline.formats.corpus import (
     make_documents,
     make_tokenizer,
@@ -12,21 +12,19 @@ from tests.unit.data_pipeline.formats.corpus import (
     write_jsonl,
 )
 
-FARSPAN = [sys.executable, "-m", "launch.cli", "data"]
 
+def test_texts_go_in_and_out_by_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
 
-def farspan(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*FARSPAN, *command.split()],
-        cwd=folder,
-        env={"PYTHONPATH": str(ROOT), "HOME": str(folder)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    def farspan(command: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["farspan", "data", *command.split()])
+        with pytest.raises(SystemExit) as end:
+            main()
+        printed = capsys.readouterr()
+        return int(end.value.code or 0), printed.out, printed.err
 
-
-def test_texts_go_in_and_out_by_the_command_line(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "in.jsonl", make_documents(30))
     make_tokenizer(tmp_path / "bpe.json")
     for command, printed in (
@@ -37,9 +35,9 @@ def test_texts_go_in_and_out_by_the_command_line(tmp_path: Path) -> None:
         ("export back --to jsonl --out out.jsonl.gz", "wrote 30 documents: out.jsonl.gz"),
         ("export back --to parquet --out out.parquet", "wrote 30 documents: out.parquet"),
     ):
-        done = farspan(tmp_path, command)
-        assert done.returncode == 0, done.stderr
-        assert printed in done.stdout
+        code, out, err = farspan(command)
+        assert code == 0, err
+        assert printed in out
     assert tokens_of(tmp_path / "back") == tokens_of(tmp_path / "own")
     for command, message in (
         ("export own --to jsonl --out a.jsonl --append-eod", "belongs to --to megatron"),
@@ -47,7 +45,7 @@ def test_texts_go_in_and_out_by_the_command_line(tmp_path: Path) -> None:
         ("tokenize in.jsonl --out own --tokenizer none.json", "none.json: no such file"),
         ("export none --to jsonl --out a.jsonl", "none/manifest.json: no such file"),
     ):
-        done = farspan(tmp_path, command)
-        assert done.returncode == 2
-        assert message in done.stderr
-        assert len(done.stderr.splitlines()) == 1
+        code, out, err = farspan(command)
+        assert code == 2
+        assert message in err
+        assert len(err.splitlines()) == 1
