@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
 from data_pipeline.dedup.index.batches import hashed, signed_documents, write_segments
+from data_pipeline.dedup.index.columns import Column, ColumnWriter
 from data_pipeline.dedup.index.folder import Dump, Index, held_index
 from data_pipeline.dedup.index.forest import Forest
 from data_pipeline.dedup.index.joining import join_documents
@@ -23,7 +24,12 @@ from data_pipeline.dedup.index.state import (
     roots_before,
     write_state,
 )
-from data_pipeline.dedup.index.tables import changed_documents, documents_of, write_tables
+from data_pipeline.dedup.index.tables import (
+    changed_documents,
+    documents_at,
+    documents_of,
+    write_tables,
+)
 from data_pipeline.dedup.inputs import Part, parquet_parts
 from data_pipeline.dedup.outputs import CLUSTERS, DOCUMENTS, SUPERSEDED, staged_results
 from data_pipeline.dedup.run import check_choice, check_settings, checked_bands, write_kept
@@ -123,9 +129,10 @@ def _add(index: Index, parts: Sequence[Part], limits: Limits, workers: int) -> t
         state, last = _join(index, segments, state, segment, limits), state
         if last is not before:
             shutil.rmtree(last.folder)
-    superseded = index.new("dump", ".parquet")
-    changed = changed_documents(segments, before, state, dumps, earlier.documents)
-    write_tables(superseded, changed, SUPERSEDED_NAMES)
+    superseded = index.new("dump")
+    with ColumnWriter(superseded, np.int64) as writer:
+        for numbers in changed_documents(before, state, earlier.documents):
+            writer.append(numbers)
     dump = Dump(earlier.documents, segments.documents, digest.hexdigest(), superseded.name)
     index.commit(segments, state, (*dumps, dump))
     return len(dumps), True
@@ -196,7 +203,7 @@ def _write_results(
         numbers = np.arange(first, first + len(rows["twin"]))
         is_kept[numbers - dump.first] = rows["twin"] == numbers
     write_kept(parts, is_kept, None, scratch / DOCUMENTS, workers)
-    shutil.copyfile(index.folder / dump.superseded, scratch / SUPERSEDED)
+    superseded = write_tables(scratch / SUPERSEDED, _superseded(index, dump), SUPERSEDED_NAMES)
     return IndexReport(
         dump=number,
         is_new=is_new,
@@ -204,5 +211,12 @@ def _write_results(
         kept=counts["kept"],
         exact_duplicates=counts["exact"],
         near_duplicates=counts["near"],
-        superseded=pq.read_metadata(scratch / SUPERSEDED).num_rows,
+        superseded=superseded,
     )
+
+
+def _superseded(index: Index, dump: Dump) -> Iterator[pa.Table]:
+    """The documents that the dump has superseded, and no removal has brought back."""
+    for numbers in Column(index.folder / dump.superseded, np.int64).chunks():
+        table = documents_at(index.segments, index.state, index.contents.dumps, numbers)
+        yield table.filter(pc.invert(table["kept"]))

@@ -3,7 +3,7 @@
     index.json      settings, dumps, segments, the state; the first line is the hash of the rest
     segment-*/      columns of documents, never changed
     state-*/        the cluster of each document
-    dump-*.parquet  the documents of earlier dumps that a dump has superseded
+    dump-*          the numbers of the earlier documents that a dump has superseded
 
 Whatever index.json does not name is left of a process that was killed, and is removed.
 """
@@ -31,7 +31,7 @@ INDEX = "index.json"
 LOCK = ".lock"
 SYNCS_AT_ONCE = 16
 VERSION = 1
-FOLDERS = ("segment-*", "state-*", "dump-*.parquet")
+NAMES = ("segment-*", "state-*", "dump-*")
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,10 @@ class Index:
                 pass
         return empty
 
-    def new(self, kind: str, suffix: str = "") -> Path:
+    def new(self, kind: str) -> Path:
         """A path that no file of this index ever had."""
         self._names += 1
-        self._new.append(self.folder / f"{kind}-{self._names:06d}{suffix}")
+        self._new.append(self.folder / f"{kind}-{self._names:06d}")
         return self._new[-1]
 
     def commit(self, segments: Segments, state: State, dumps: tuple[Dump, ...]) -> None:
@@ -122,7 +122,7 @@ class Index:
         """Remove what index.json does not name."""
         named = {name for name, *_ in self.contents.segments} | {self.contents.state}
         named |= {dump.superseded for dump in self.contents.dumps}
-        for pattern in FOLDERS:
+        for pattern in NAMES:
             for path in self.folder.glob(pattern):
                 if path.name not in named:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -177,7 +177,7 @@ def _refuse_other_files(folder: Path) -> None:
     if (folder / INDEX).exists():
         return
     for path in sorted(folder.iterdir()):
-        if path.name not in (LOCK, f".{INDEX}") and not any(map(path.match, FOLDERS)):
+        if path.name not in (LOCK, f".{INDEX}") and not any(map(path.match, NAMES)):
             raise DataError(
                 f"{folder}: has {path.name} but no {INDEX}, so it is no index; name an empty or a "
                 "new folder"

@@ -15,7 +15,7 @@ from data_pipeline.dedup.index.rewriting import Moves, rewrite_segment
 from data_pipeline.dedup.index.segments import DIGEST, Segments
 from data_pipeline.dedup.index.settings import limits_of
 from data_pipeline.dedup.index.state import State, fresh_documents, roots_before, write_state
-from data_pipeline.dedup.index.tables import SCHEMA, changed_documents, write_tables
+from data_pipeline.dedup.index.tables import SCHEMA, changed_documents, documents_at, write_tables
 from data_pipeline.dedup.signatures import digests
 from data_pipeline.errors import DataError
 
@@ -74,7 +74,8 @@ def remove_documents(
             index.new("state"), left, before, fresh, forest, removed, limits.shingles
         )
         dumps = index.contents.dumps
-        tables = changed_documents(left, before, state, dumps, left.documents)
+        changed_now = changed_documents(before, state, left.documents)
+        tables = (documents_at(left, state, dumps, numbers) for numbers in changed_now)
         aside = changes.with_name(f".{changes.name}")
         count = write_tables(aside, tables, SCHEMA.names)
         index.commit(left, state, dumps)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.dedup.index.folder import Dump, held_index
 from data_pipeline.dedup.index.segments import Segments
-from data_pipeline.dedup.index.state import GONE, State
+from data_pipeline.dedup.index.state import GONE, STATE, State
 
 SCHEMA = pa.schema(
     {
@@ -36,18 +36,24 @@ def documents_of(
         yield _table(segments, dumps, first + places, {k: v[places] for k, v in rows.items()})
 
 
-def changed_documents(
-    segments: Segments, before: State, after: State, dumps: Sequence[Dump], stop: int
-) -> Iterator[pa.Table]:
-    """The rows of the documents before `stop` that were kept and are not any more, or the reverse.
+def changed_documents(before: State, after: State, stop: int) -> Iterator[NDArray[np.int64]]:
+    """The documents before `stop` that were kept and are not any more, or the reverse.
 
     Documents that are removed are not among them.
     """
     for (first, old), (_, new) in zip(before.rows(0, stop), after.rows(0, stop), strict=True):
         numbers = np.arange(first, first + len(old["twin"]))
         was_kept, is_kept = (rows["twin"] == numbers for rows in (old, new))
-        places = np.flatnonzero((was_kept != is_kept) & (new["root"] != GONE))
-        yield _table(segments, dumps, first + places, {k: v[places] for k, v in new.items()})
+        yield numbers[(was_kept != is_kept) & (new["root"] != GONE)]
+
+
+def documents_at(
+    segments: Segments, state: State, dumps: Sequence[Dump], numbers: NDArray[np.int64]
+) -> pa.Table:
+    """The rows of SCHEMA of those of the documents that are left."""
+    rows = {name: state.column(name).take(numbers) for name in STATE}
+    is_left = rows["root"] != GONE
+    return _table(segments, dumps, numbers[is_left], {k: v[is_left] for k, v in rows.items()})
 
 
 def write_tables(path: Path, tables: Iterable[pa.Table], columns: Sequence[str]) -> int:

@@ -30,6 +30,12 @@ from tests.unit.data_pipeline.dedup.corpus import (
 DEFAULT = {"threshold": 0.8, "bands": None, "rows": None, "ngram": 5, "keep": "longest"}
 
 
+@pytest.fixture(autouse=True)
+def no_power_is_lost(monkeypatch):
+    """Waiting for a busy disk takes longer than all else; a process that is killed needs it not."""
+    monkeypatch.setattr("os.fsync", lambda file: None)
+
+
 def add(folder, documents, out="out", **settings):
     source = write_jsonl(folder / "dump.jsonl", documents)
     checked = checked_settings(**{**DEFAULT, **settings})
