@@ -1,5 +1,6 @@
 """Shards behind a failing server are those on this machine, or an error that names them."""
 
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import s3fs
 from data_pipeline.crawl import remote
 from data_pipeline.crawl.remote import UnreachableError
 from data_pipeline.errors import DataError
-from data_pipeline.shards import Cache, TokenReader, load_manifest, write_shards
+from data_pipeline.shards import Cache, TokenReader, growth, load_manifest, write_shards
 from data_pipeline.stream import Source, TokenStream
 from data_pipeline.tokenize import train_tokenizer
 from tests.unit.data_pipeline.crawl_server import CrawlServer, Fault, serve
@@ -195,3 +196,31 @@ def test_what_is_no_folder_of_shards_is_refused(server: CrawlServer, cache: Cach
         load_manifest(f"{server.url}/none", cache=cache)
     with pytest.raises(DataError, match=r"not from gs://"):
         load_manifest("gs://bucket/data", cache=cache)
+
+
+def test_a_manifest_that_grows_is_read_anew_until_it_is_finished(
+    server: CrawlServer, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(growth, "POLL_S", 0.0)
+    finished = server.files.pop("/data/manifest.json")
+    tree = json.loads(finished)
+
+    def publish(shards: int) -> None:
+        growing = tree | {"shards": tree["shards"][:shards], "finished": False}
+        server.replace("/data/manifest.growing.json", json.dumps(growing).encode())
+
+    publish(1)
+    url = f"{server.url}/data"
+    with pytest.raises(DataError, match=r"manifest\.growing\.json: not finished, 1 shards so far"):
+        load_manifest(url, cache=cache)
+    reader = TokenReader(load_manifest(url, growing=True, cache=cache))
+    reader.wait_for(2, lambda: publish(3))
+    assert len(reader.shard_documents) == 3
+
+    def finish() -> None:
+        server.files["/data/manifest.json"] = finished
+        del server.files["/data/manifest.growing.json"]
+
+    reader.wait_for(99, finish)
+    assert reader.manifest.is_finished
+    assert reader.manifest.shards == load_manifest(url, cache=cache).shards
