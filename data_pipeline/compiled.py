@@ -17,13 +17,25 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     numba takes what it has kept until the file of the function changes. Functions here also hold
     constants and functions of files beside theirs: each state of a folder has a cache of its own.
     """
+    return _compiled(function)
+
+
+def compiled_in_place(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`compiled` for a function that makes no array, and calls none that does.
+
+    References to arrays are not counted then, which takes most of the time of a short function.
+    """
+    return _compiled(function, _nrt=False)
+
+
+def _compiled(function: Callable[..., Any], **options: bool) -> Callable[..., Any]:
     folder = Path(function.__code__.co_filename).parent
     configured = config.CACHE_DIR
     config.CACHE_DIR = str(cache_folder(folder) / f"compiled-{_digest_of_sources(folder)}")
     try:
-        return numba.njit(cache=True, nogil=True)(function)
+        return numba.njit(cache=True, nogil=True, **options)(function)
     except RuntimeError:  # no folder can be written: every process compiles
-        return numba.njit(nogil=True)(function)
+        return numba.njit(nogil=True, **options)(function)
     finally:
         config.CACHE_DIR = configured
 

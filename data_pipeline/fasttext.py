@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.compiled import compiled
+from data_pipeline.compiled import compiled, compiled_in_place
 
 MAGIC = 793712314
 VERSION = 12
@@ -191,7 +191,7 @@ def _huffman_tree(counts: list[int]) -> NDArray[np.int64]:
     return children
 
 
-@compiled
+@compiled_in_place
 def _hash64(word: NDArray[np.uint8]) -> np.uint64:
     hash = FNV64_START
     for byte in word:
@@ -199,7 +199,7 @@ def _hash64(word: NDArray[np.uint8]) -> np.uint64:
     return hash
 
 
-@compiled
+@compiled_in_place
 def _slot(key: np.uint64, mask: int) -> np.int64:
     return np.int64((key ^ (key >> np.uint64(32))) & np.uint64(mask))
 
@@ -221,7 +221,7 @@ def _hash_table(
     return table_keys, table_rows
 
 
-@compiled
+@compiled_in_place
 def _find(key: np.uint64, keys: NDArray[np.uint64], rows: NDArray[np.int32]) -> int:
     slot = _slot(key, len(keys) - 1)
     while rows[slot] >= 0 and keys[slot] != key:
@@ -229,13 +229,13 @@ def _find(key: np.uint64, keys: NDArray[np.uint64], rows: NDArray[np.int32]) -> 
     return rows[slot]
 
 
-@compiled
+@compiled_in_place
 def _add(row: int, rows: NDArray[np.float32], hidden: NDArray[np.float32]) -> None:
     for place in range(rows.shape[1]):
         hidden[place] += rows[row, place]
 
 
-@compiled
+@compiled_in_place
 def _add_ngrams(
     word: NDArray[np.uint8],
     buckets: int,

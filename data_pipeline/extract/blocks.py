@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.compiled import compiled
+from data_pipeline.compiled import compiled_in_place
 from data_pipeline.extract import vocabulary
 from data_pipeline.extract.scan import (
     AMPERSAND,
@@ -133,7 +133,7 @@ class Blocks(NamedTuple):
     is_too_deep: bool
 
 
-@compiled
+@compiled_in_place
 def _end_block(blocks: Blocks, state: State, separator: int) -> None:
     """Text that follows is another block's."""
     if state[IS_OPEN]:
@@ -151,7 +151,7 @@ def _end_block(blocks: Blocks, state: State, separator: int) -> None:
     state[SPACE] = state[WORD_LENGTH] = 0
 
 
-@compiled
+@compiled_in_place
 def _begin_block(blocks: Blocks, state: State, stack: Stack) -> int:
     block = state[N_BLOCKS]
     if block >= len(blocks.block_node):
@@ -175,92 +175,108 @@ def _begin_block(blocks: Blocks, state: State, stack: Stack) -> int:
     return block
 
 
-@compiled
-def _count_character(html: Bytes, at: int, count: Counts, state: State) -> None:
-    """Count the character that begins at `at` in the statistics of its block."""
+@compiled_in_place
+def _count_character(html: Bytes, at: int, counts: Counts, block: int) -> None:
+    """Count the character that begins at `at`, no small letter, in the statistics of its block."""
     byte = html[at]
-    count[CHARACTERS] += 1
-    count[LINK_CHARACTERS] += state[LINK]
-    if state[BOLD_DEPTH]:
-        count[BOLD] += 1
     if byte < 128:
-        if 97 <= byte <= 122:
-            return
         if 65 <= byte <= 90:
-            count[CAPITALS] += 1
+            counts[block, CAPITALS] += 1
         elif 48 <= byte <= 57:
-            count[DIGITS] += 1
+            counts[block, DIGITS] += 1
         elif byte == 46 or byte == 33 or byte == 63:
-            count[SENTENCE_ENDS] += 1
+            counts[block, SENTENCE_ENDS] += 1
         elif byte == 44 or byte == 59:
-            count[COMMAS] += 1
+            counts[block, COMMAS] += 1
         return
-    count[BEYOND_ASCII] += 1
+    counts[block, BEYOND_ASCII] += 1
     if at + 2 >= len(html):
         return
     second, third = html[at + 1], html[at + 2]
     if byte == 0xE3 and second == 0x80:  # ideographic comma and full stop
-        count[COMMAS] += third == 0x81
-        count[SENTENCE_ENDS] += third == 0x82
+        counts[block, COMMAS] += third == 0x81
+        counts[block, SENTENCE_ENDS] += third == 0x82
     elif byte == 0xEF and second == 0xBC:  # full-width ! , ?
-        count[COMMAS] += third == 0x8C
-        count[SENTENCE_ENDS] += third == 0x81 or third == 0x9F
+        counts[block, COMMAS] += third == 0x8C
+        counts[block, SENTENCE_ENDS] += third == 0x81 or third == 0x9F
     elif byte == 0xE0 and second == 0xA5:  # danda
-        count[SENTENCE_ENDS] += third == 0xA4
+        counts[block, SENTENCE_ENDS] += third == 0xA4
     elif 0xE3 <= byte <= 0xED:
-        count[WIDE] += 1
+        counts[block, WIDE] += 1
     elif byte == 0xD8:  # Arabic comma, question mark
-        count[COMMAS] += second == 0x8C
-        count[SENTENCE_ENDS] += second == 0x9F
+        counts[block, COMMAS] += second == 0x8C
+        counts[block, SENTENCE_ENDS] += second == 0x9F
     elif byte == 0xDB:  # Urdu full stop
-        count[SENTENCE_ENDS] += second == 0x94
+        counts[block, SENTENCE_ENDS] += second == 0x94
 
 
-@compiled
+@compiled_in_place
 def _read_text(html: Bytes, at: int, end: int, blocks: Blocks, state: State, stack: Stack) -> None:
     """Copy text with its white space collapsed, and count what it consists of."""
     text, counts = blocks.text, blocks.counts
+    is_open, block, out = state[IS_OPEN], state[N_BLOCKS] - 1, state[OUT]
+    space, word_length, characters = state[SPACE], state[WORD_LENGTH], 0
     while at < end:
         byte = html[at]
+        if word_length and not space and not state[NEW_LINK]:
+            start = at
+            while at < end and 97 <= html[at] <= 122:
+                text[out] = html[at]
+                out += 1
+                at += 1
+            if at > start:
+                word_length += at - start
+                characters += at - start
+                continue
         width = space_at(html, at)
         if width:
-            if state[IS_OPEN]:
+            if is_open:
                 if state[PREFORMATTED] and byte == LINE_FEED:
-                    text[state[OUT]] = LINE_FEED
-                    state[OUT] += 1
-                    state[SPACE] = 0
+                    text[out] = LINE_FEED
+                    out += 1
+                    space = 0
                 else:
-                    state[SPACE] = 1
-            if 0 < state[WORD_LENGTH] <= MAX_SHORT_WORD:
-                counts[state[N_BLOCKS] - 1, SHORT_WORDS] += 1
-            state[WORD_LENGTH] = 0
+                    space = 1
+            if 0 < word_length <= MAX_SHORT_WORD:
+                counts[block, SHORT_WORDS] += 1
+            word_length = 0
             at += width
             continue
         if byte < 32:
             at += 1
             continue
-        block = state[N_BLOCKS] - 1 if state[IS_OPEN] else _begin_block(blocks, state, stack)
-        if state[SPACE]:
-            text[state[OUT]] = 32
-            state[OUT] += 1
-            state[SPACE] = 0
-        count = counts[block]
-        if state[WORD_LENGTH] == 0:
-            count[WORDS] += 1
+        if not is_open:
+            state[OUT] = out
+            block = _begin_block(blocks, state, stack)
+            is_open, out = 1, state[OUT]
+            space = word_length = 0
+        if space:
+            text[out] = 32
+            out += 1
+            space = 0
+        if word_length == 0:
+            counts[block, WORDS] += 1
         if state[NEW_LINK]:
-            count[LINKS] += 1
+            counts[block, LINKS] += 1
             state[NEW_LINK] = 0
         if byte < 128 or byte >= 192:
-            _count_character(html, at, count, state)
-            state[WORD_LENGTH] += 1
+            _count_character(html, at, counts, block)
+            characters += 1
+            word_length += 1
         stop = min(end, entity_end(html, at)) if byte == AMPERSAND else at + 1
         while at < stop:
-            text[state[OUT]] = html[at]
-            state[OUT] += 1
+            text[out] = html[at]
+            out += 1
             at += 1
+    if characters:
+        counts[block, CHARACTERS] += characters
+        counts[block, LINK_CHARACTERS] += characters * state[LINK]
+        if state[BOLD_DEPTH]:
+            counts[block, BOLD] += characters
+    state[OUT], state[SPACE], state[WORD_LENGTH] = out, space, word_length
 
 
-@compiled
+@compiled_in_place
 def _push(blocks: Blocks, state: State, stack: Stack, tag: int, marks: Marks, skips: bool) -> None:
     node = state[N_NODES]
     if state[DEPTH] + 1 >= MAX_DEPTH or node >= len(blocks.node_tag):
@@ -282,7 +298,7 @@ def _push(blocks: Blocks, state: State, stack: Stack, tag: int, marks: Marks, sk
     state[PREFORMATTED] += tag == PRE
 
 
-@compiled
+@compiled_in_place
 def _pop(blocks: Blocks, state: State, stack: Stack) -> None:
     node = stack[state[DEPTH]]
     tag = blocks.node_tag[node]
@@ -292,7 +308,7 @@ def _pop(blocks: Blocks, state: State, stack: Stack) -> None:
     state[DEPTH] -= 1
 
 
-@compiled
+@compiled_in_place
 def _close(
     blocks: Blocks,
     state: State,
@@ -314,7 +330,7 @@ def _close(
             return
 
 
-@compiled
+@compiled_in_place
 def _close_implied(blocks: Blocks, state: State, stack: Stack, tag: int) -> None:
     """Close what a start tag closes though no end tag says so (HTML standard, 13.2.6.4.7)."""
     top = blocks.node_tag[stack[state[DEPTH]]]
@@ -335,7 +351,7 @@ def _close_implied(blocks: Blocks, state: State, stack: Stack, tag: int) -> None
         _close(blocks, state, stack, TBODY, THEAD, TABLE, TABLE)
 
 
-@compiled
+@compiled_in_place
 def _start_tag(
     html: Bytes,
     at: int,
@@ -386,7 +402,7 @@ def _start_tag(
     return at
 
 
-@compiled
+@compiled_in_place
 def _end_tag(
     html: Bytes, at: int, name_start: int, name_end: int, blocks: Blocks, state: State, stack: Stack
 ) -> int:
@@ -409,9 +425,8 @@ def _end_tag(
     return tag_end(html, at)
 
 
-@compiled
-def _read(html: Bytes, blocks: Blocks, state: State, stack: Stack) -> None:
-    marks = np.zeros(MARKS, dtype=np.uint64)
+@compiled_in_place
+def _read(html: Bytes, blocks: Blocks, state: State, stack: Stack, marks: Marks) -> None:
     n = len(html)
     at = 0
     while at < n:
@@ -465,7 +480,8 @@ def read_blocks(html: Bytes) -> Blocks:
     )
     state = np.zeros(FIELDS, dtype=np.int64)
     state[N_NODES] = 1
-    _read(html, blocks, state, np.zeros(MAX_DEPTH, dtype=np.int32))
+    stack, marks = np.zeros(MAX_DEPTH, dtype=np.int32), np.zeros(MARKS, dtype=np.uint64)
+    _read(html, blocks, state, stack, marks)
     nodes, found = int(state[N_NODES]), int(state[N_BLOCKS])
     cut = {
         name: values[: nodes if name.startswith("node_") else found]

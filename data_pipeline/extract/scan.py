@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.compiled import compiled
+from data_pipeline.compiled import compiled_in_place
 from data_pipeline.extract import vocabulary
 
 Bytes = NDArray[np.uint8]
@@ -35,22 +35,22 @@ CLASS, ID, ROLE, ITEMPROP, REL, STYLE, HIDDEN, ARIA_HIDDEN = (
 MEANINGS, CLASSES, IS_HIDDEN, IS_SELF_CLOSING, MARKS = range(5)
 
 
-@compiled
+@compiled_in_place
 def lower(byte: int) -> int:
     return byte + 32 if 65 <= byte <= 90 else byte
 
 
-@compiled
+@compiled_in_place
 def is_letter(byte: int) -> bool:
     return 97 <= (byte | 32) <= 122
 
 
-@compiled
+@compiled_in_place
 def is_space(byte: int) -> bool:
     return byte == 32 or 9 <= byte <= 13
 
 
-@compiled
+@compiled_in_place
 def find_byte(html: Bytes, start: int, byte: int) -> int:
     index = start
     while index < len(html) and html[index] != byte:
@@ -58,7 +58,7 @@ def find_byte(html: Bytes, start: int, byte: int) -> int:
     return index
 
 
-@compiled
+@compiled_in_place
 def _find(html: Bytes, start: int, first: int, second: int) -> int:
     """Where two bytes follow each other at or after `start`, or the page's end."""
     for index in range(start, len(html) - 1):
@@ -67,7 +67,7 @@ def _find(html: Bytes, start: int, first: int, second: int) -> int:
     return len(html)
 
 
-@compiled
+@compiled_in_place
 def hash_bytes(html: Bytes, start: int, end: int) -> np.uint64:
     value = FNV_START
     for index in range(start, end):
@@ -75,13 +75,13 @@ def hash_bytes(html: Bytes, start: int, end: int) -> np.uint64:
     return value
 
 
-@compiled
+@compiled_in_place
 def tag_end(html: Bytes, start: int) -> int:
     """What follows the next >."""
     return min(len(html), find_byte(html, start, GT) + 1)
 
 
-@compiled
+@compiled_in_place
 def name_end(html: Bytes, start: int) -> int:
     end = start
     while end < len(html) and html[end] > 32 and html[end] != SLASH and html[end] != GT:
@@ -89,7 +89,7 @@ def name_end(html: Bytes, start: int) -> int:
     return end
 
 
-@compiled
+@compiled_in_place
 def tag_number(html: Bytes, start: int, end: int) -> int:
     """The number of a tag; unknown ones with a dash are custom elements, most often blocks."""
     key = hash_bytes(html, start, end)
@@ -104,7 +104,7 @@ def tag_number(html: Bytes, start: int, end: int) -> int:
     return OTHER_INLINE
 
 
-@compiled
+@compiled_in_place
 def comment_end(html: Bytes, start: int) -> int:
     """The byte after a comment or declaration that begins with <! at `start`."""
     if start + 4 <= len(html) and html[start + 2] == DASH and html[start + 3] == DASH:
@@ -123,7 +123,7 @@ def comment_end(html: Bytes, start: int) -> int:
     return tag_end(html, start)
 
 
-@compiled
+@compiled_in_place
 def raw_end(html: Bytes, start: int, name_start: int, name_end: int) -> int:
     """Where the end tag of a raw text element begins, or the page's end."""
     length = name_end - name_start
@@ -143,7 +143,7 @@ def raw_end(html: Bytes, start: int, name_start: int, name_end: int) -> int:
         at += 2
 
 
-@compiled
+@compiled_in_place
 def space_at(html: Bytes, at: int) -> int:
     """Bytes of the white space at `at`, a non-breaking one included; 0 if there is none."""
     byte = html[at]
@@ -160,7 +160,7 @@ def space_at(html: Bytes, at: int) -> int:
     return 0
 
 
-@compiled
+@compiled_in_place
 def entity_end(html: Bytes, at: int) -> int:
     """The byte after the character reference at `at`, or after its & where it is none."""
     limit = min(len(html), at + MAX_ENTITY_BYTES)
@@ -172,7 +172,7 @@ def entity_end(html: Bytes, at: int) -> int:
     return at + 1
 
 
-@compiled
+@compiled_in_place
 def read_attributes(html: Bytes, at: int, marks: Marks) -> int:
     """Read attributes up to the end of their tag, note them in `marks`, and return what follows."""
     marks[MEANINGS], marks[CLASSES] = ZERO, ZERO
@@ -213,7 +213,7 @@ def read_attributes(html: Bytes, at: int, marks: Marks) -> int:
     return n
 
 
-@compiled
+@compiled_in_place
 def _note_attribute(
     html: Bytes, name_start: int, name_end: int, start: int, end: int, marks: Marks
 ) -> None:
@@ -232,7 +232,7 @@ def _note_attribute(
         marks[IS_HIDDEN] |= np.uint64(_hides(html, start, end))
 
 
-@compiled
+@compiled_in_place
 def _meanings(html: Bytes, start: int, end: int) -> np.uint64:
     """The meanings of the words in an attribute's value."""
     found = ZERO
@@ -254,7 +254,7 @@ def _meanings(html: Bytes, start: int, end: int) -> np.uint64:
     return found | MEANINGS_FOUND[NEXT_STATE[state, EDGE]]
 
 
-@compiled
+@compiled_in_place
 def _hides(html: Bytes, start: int, end: int) -> bool:
     """Whether a style has display:none or visibility:hidden, by letters around its colons."""
     for colon in range(start + 1, end - 3):
