@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any, Protocol
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -26,15 +28,15 @@ from data_pipeline import ledger
 from data_pipeline.clean import Piece, clean_archive, get_ready
 from data_pipeline.crawl import CRAWL_URL, Source, find_archives, identify
 from data_pipeline.dedup import deduplicate
-from data_pipeline.errors import file_errors
+from data_pipeline.engine import NATIVE, Engine, Native, open_engine
+from data_pipeline.errors import DataError, file_errors
 from data_pipeline.meter import Meter
 from data_pipeline.recipe import Recipe
-from data_pipeline.run_folder import exclusive, record_plan
+from data_pipeline.run_folder import UNKNOWN, exclusive, record_plan, shared
 from data_pipeline.shards import Manifest, load_manifest, write_shards
 from data_pipeline.shards.manifest import GROWING
 from data_pipeline.stage import is_made, make_stage
 from data_pipeline.tokenize import load_tokenizer, require_vocab_size, train_tokenizer
-from data_pipeline.workers import do_each
 
 TOKENIZER = "tokenizer.json"
 TICK_S = 0.5
@@ -76,6 +78,7 @@ def run(
     recipe: Recipe,
     *,
     workers: int = 1,
+    engine: str = NATIVE,
     id_header: str = "WARC-Record-ID",
     tokenizer: Path | None = None,
     vocab_size: int = 8192,
@@ -85,11 +88,12 @@ def run(
     """Clean, deduplicate, tokenize and shard the documents of web archives.
 
     The same inputs, in any order, and options give the same bytes under `out` for any number of
-    workers, also when the run was killed in between and started again.
+    workers and any engine, also when the run was killed in between and started again.
 
     Args:
         inputs: WARC and WET files: paths, folders, patterns, URLs and crawls, as `find_archives`
             resolves them.
+        engine: what cleans the archives, see `open_engine`.
         tokenizer: a Hugging Face tokenizer.json; without one a BPE of `vocab_size` is trained on
             the kept texts.
         crawl_url: where the crawls of Common Crawl are found.
@@ -100,24 +104,123 @@ def run(
             files.
     """
     with file_errors():
-        # Sorted, so that neither the bytes nor the pieces of a killed run depend on their order.
-        sources = sorted(find_archives(inputs, crawl_url), key=lambda source: source.name)
-        if tokenizer is None:
-            require_vocab_size(vocab_size)
-        else:
-            vocab_size = load_tokenizer(tokenizer).vocab_size
+        sources, vocab_size = _asked_for(inputs, crawl_url, tokenizer, vocab_size)
         with exclusive(out):
             # For a large crawl on this machine that takes a while: it is read once more.
             sources = identify(sources, lambda done, total: progress("inputs", done, total))
-            plan = {
-                "inputs": {source.name: source.identity for source in sources},
-                "recipe": recipe.model_dump(mode="json", exclude={"description"}),
-                "id_header": id_header,
-                "tokenizer": None if tokenizer is None else _sha256(tokenizer),
-                "vocab_size": vocab_size,
-            }
-            record_plan(out, plan)
-            return _run(sources, out, recipe, workers, id_header, tokenizer, vocab_size, progress)
+            identities = {source.name: source.identity for source in sources}
+            record_plan(out, _plan(identities, recipe, id_header, tokenizer, vocab_size))
+            for number, source in enumerate(sources):
+                _refuse_changed(source, _identity_file(out / "work", number))
+            return _run(
+                sources, out, recipe, workers, engine, id_header, tokenizer, vocab_size, progress
+            )
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of the archives of a run the ones number, number + of, number + 2 of, ..., from 1 on."""
+
+    number: int
+    of: int
+
+
+def clean_part(
+    inputs: Sequence[str],
+    out: Path,
+    recipe: Recipe,
+    part: Part,
+    *,
+    workers: int = 1,
+    id_header: str = "WARC-Record-ID",
+    tokenizer: Path | None = None,
+    vocab_size: int = 8192,
+    crawl_url: str = CRAWL_URL,
+    progress: Progress = _no_progress,
+) -> int:
+    """Clean a part of the archives that `run` is given, and leave the rest to it.
+
+    Parts of one run may be cleaned at a time, on machines that share the folder, and again.
+
+    Returns:
+        How many archives the part has.
+
+    Raises:
+        DataError: as `run` does.
+    """
+    with file_errors():
+        sources, vocab_size = _asked_for(inputs, crawl_url, tokenizer, vocab_size)
+        numbers = range(part.number - 1, len(sources), part.of)
+        with shared(out):
+            # The content of the other parts is not looked at here.
+            identities = dict.fromkeys([source.name for source in sources], UNKNOWN)
+            record_plan(out, _plan(identities, recipe, id_header, tokenizer, vocab_size))
+            if (out / "manifest.json").exists():
+                return len(numbers)
+            mine = identify(
+                [sources[number] for number in numbers],
+                lambda done, total: progress("inputs", done, total),
+            )
+            work = out / "work"
+            (work / "identities").mkdir(parents=True, exist_ok=True)
+            for number, source in zip(numbers, mine, strict=True):
+                _record_identity(source, _identity_file(work, number))
+            pieces = [_piece(work, number) for number in numbers]
+            meter = work / f"meter-{part.number}-{part.of}"
+            _clean(mine, pieces, meter, recipe, id_header, Native(workers), progress)
+    return len(numbers)
+
+
+def _asked_for(
+    inputs: Sequence[str], crawl_url: str, tokenizer: Path | None, vocab_size: int
+) -> tuple[list[Source], int]:
+    """The archives, and the size of the vocabulary."""
+    # Sorted, so that neither the bytes nor the pieces of a killed run depend on their order.
+    sources = sorted(find_archives(inputs, crawl_url), key=lambda source: source.name)
+    if tokenizer is not None:
+        return sources, load_tokenizer(tokenizer).vocab_size
+    require_vocab_size(vocab_size)
+    return sources, vocab_size
+
+
+def _plan(
+    identities: dict[str, Any],
+    recipe: Recipe,
+    id_header: str,
+    tokenizer: Path | None,
+    vocab_size: int,
+) -> dict[str, Any]:
+    return {
+        "inputs": identities,
+        "recipe": recipe.model_dump(mode="json", exclude={"description"}),
+        "id_header": id_header,
+        "tokenizer": None if tokenizer is None else _sha256(tokenizer),
+        "vocab_size": vocab_size,
+    }
+
+
+def _piece(work: Path, number: int) -> Piece:
+    return Piece(work / "pieces" / f"{number:05d}")
+
+
+def _identity_file(work: Path, number: int) -> Path:
+    """Where a part of a run says which content of an archive it cleans."""
+    return work / "identities" / f"{number:05d}.json"
+
+
+def _record_identity(source: Source, path: Path) -> None:
+    _refuse_changed(source, path)
+    aside = path.with_name(f".{path.name}.{uuid4().hex}")
+    aside.write_text(json.dumps(source.identity))
+    aside.rename(path)
+
+
+def _refuse_changed(source: Source, path: Path) -> None:
+    if path.exists() and json.loads(path.read_text()) != source.identity:
+        raise DataError(
+            f"{source.name}: has changed since a part of this run cleaned it; restore the file or "
+            "choose another --out"
+        )
 
 
 def _run(
@@ -125,6 +228,7 @@ def _run(
     out: Path,
     recipe: Recipe,
     workers: int,
+    engine: str,
     id_header: str,
     tokenizer: Path | None,
     vocab_size: int,
@@ -135,7 +239,9 @@ def _run(
         (out / GROWING).unlink(missing_ok=True)
         shutil.rmtree(work, ignore_errors=True)
         return _result(load_manifest(out), out, is_new=False)
-    pieces, documents = clean_and_deduplicate(sources, work, recipe, id_header, workers, progress)
+    pieces, documents = clean_and_deduplicate(
+        sources, work, recipe, id_header, workers, progress, engine
+    )
     _write_audit(pieces, work / "dedup" / "clusters.parquet", out / "audit")
     if tokenizer is None:
         tokenizer = _train_tokenizer(documents, work / "tokenizer", vocab_size, progress)
@@ -159,14 +265,16 @@ def clean_and_deduplicate(
     id_header: str,
     workers: int,
     progress: Progress = _no_progress,
+    engine: str = NATIVE,
 ) -> tuple[list[Piece], Path]:
     """The cleaned form of each archive, and the folder of the documents that are kept of all.
 
     What is finished in `work` already is not done again.
     """
     work.mkdir(parents=True, exist_ok=True)
-    pieces = [Piece(work / "pieces" / f"{number:05d}") for number in range(len(sources))]
-    _clean(sources, pieces, work, recipe, id_header, workers, progress)
+    pieces = [_piece(work, number) for number in range(len(sources))]
+    cleaners = open_engine(engine, workers)
+    _clean(sources, pieces, work / "meter", recipe, id_header, cleaners, progress)
     return pieces, _deduplicate(pieces, work, recipe, workers, progress)
 
 
@@ -205,27 +313,28 @@ def _ticking(tick: Callable[[], None]) -> Iterator[Callable[[], None]]:
 def _clean(
     sources: Sequence[Source],
     pieces: Sequence[Piece],
-    work: Path,
+    meter_file: Path,
     recipe: Recipe,
     id_header: str,
-    workers: int,
+    engine: Engine,
     progress: Progress,
 ) -> None:
     """Clean the archives whose piece is not there yet, one process per archive at a time."""
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor() as pool:
         are_made = list(pool.map(is_made, [piece.folder for piece in pieces]))
-    meter = Meter(work / "meter", [source.size for source in sources], are_made)
+    meter = Meter(meter_file, [source.size for source in sources], are_made)
     tasks = [
         (source, piece, recipe, id_header, meter.path, row)
         for row, (source, piece) in enumerate(zip(sources, pieces, strict=True))
         if not are_made[row]
     ]
-    if tasks:
-        get_ready(recipe)
     done = len(pieces) - len(tasks)
-    with _ticking(lambda: progress("clean", done, len(pieces), meter.speed())) as tick:
+    # Counters that other machines map into their memory need not be what they have written.
+    speed = meter.speed if isinstance(engine, Native) else str
+    with _ticking(lambda: progress("clean", done, len(pieces), speed())) as tick:
         tick()
-        for _ in do_each(clean_archive, tasks, workers):
+        ready = partial(get_ready, recipe)
+        for _ in engine.do_each(clean_archive, tasks, meter_file.parent, ready):
             done += 1
             tick()
 

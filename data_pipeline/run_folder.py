@@ -8,11 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from data_pipeline.errors import DataError
 
 PLAN = "plan.json"
 OUTPUTS = ("audit", "manifest.json", "shards", "tokenizer.json", "work")
+
+
+# In a plan, in place of a value that this process does not know; it differs from none.
+UNKNOWN = "?"
 
 
 @contextmanager
@@ -22,6 +27,24 @@ def exclusive(folder: Path) -> Iterator[None]:
     Raises:
         DataError: another process holds it, or what a run would replace there is no run's.
     """
+    with _held(folder, fcntl.LOCK_EX):
+        yield
+
+
+@contextmanager
+def shared(folder: Path) -> Iterator[None]:
+    """Make the folder if need be, and hold it with others that do parts of one run.
+
+    Raises:
+        DataError: a process holds it for itself, or what a run would replace there is no run's.
+    """
+    with _held(folder, fcntl.LOCK_SH):
+        yield
+
+
+@contextmanager
+def _held(folder: Path, kind: int) -> Iterator[None]:
+    # In this order: another process may be making the plan and, after it, the rest.
     foreign = [name for name in OUTPUTS if (folder / name).exists()]
     if foreign and not (folder / PLAN).exists():
         raise DataError(
@@ -31,37 +54,78 @@ def exclusive(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise DataError(f"{folder} is in use by {holder}: wait for it or stop it") from None
-        file.truncate(0)
+            holder = file.read().strip().splitlines() or ["another process"]
+            raise DataError(f"{folder} is in use by {holder[-1]}: wait for it or stop it") from None
+        if kind == fcntl.LOCK_EX:
+            file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         try:
             yield
         finally:
-            file.truncate(0)
+            if kind == fcntl.LOCK_EX:
+                file.truncate(0)
 
 
 def record_plan(folder: Path, plan: dict[str, Any]) -> None:
     """Write the plan, or check that it is the one the folder was made by.
 
+    Of several processes the first one writes it. Values that are UNKNOWN there are filled in.
+
     Raises:
         DataError: naming the first setting that differs, and how many more do.
     """
     path = folder / PLAN
-    if not path.exists():
-        aside = path.with_name(f".{path.name}")
-        aside.write_text(json.dumps(plan, indent=1) + "\n")
-        aside.rename(path)
+    now = json.loads(json.dumps(plan))
+    if _write_if_first(path, now):
         return
     try:
-        before = dict(_leaves(json.loads(path.read_text())))
+        before = json.loads(path.read_text())
     except ValueError as error:
         raise DataError(f"{path}: not the plan of a run ({error}); choose another --out") from error
-    now = dict(_leaves(json.loads(json.dumps(plan))))
+    known = _fill_in(before, now)
+    _refuse_changes(folder, dict(_leaves(known)), dict(_leaves(_fill_in(now, before))))
+    if known != before:
+        with _aside(path, known) as written:
+            written.rename(path)
+
+
+def _write_if_first(path: Path, plan: dict[str, Any]) -> bool:
+    """Write a file that is there whole or not at all; return whether there was none."""
+    if path.exists():
+        return False
+    with _aside(path, plan) as written:
+        try:
+            path.hardlink_to(written)
+        except FileExistsError:
+            return False
+    return True
+
+
+@contextmanager
+def _aside(path: Path, plan: dict[str, Any]) -> Iterator[Path]:
+    """The plan in a file of another name, which is removed if it still has it."""
+    aside = path.with_name(f".{path.name}.{uuid4().hex}")
+    aside.write_text(json.dumps(plan, indent=1) + "\n")
+    try:
+        yield aside
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _fill_in(plan: Any, other: Any) -> Any:
+    """A plan with what another one knows in place of what is UNKNOWN."""
+    if plan == UNKNOWN:
+        return other
+    if isinstance(plan, dict) and isinstance(other, dict):
+        return {key: _fill_in(value, other.get(key, value)) for key, value in plan.items()}
+    return plan
+
+
+def _refuse_changes(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     changes = [
         f"{name}: {before.get(name, 'absent')!s:.80} -> {now.get(name, 'absent')!s:.80}"
         for name in sorted(before.keys() | now.keys())

@@ -1,35 +1,65 @@
 """The files of a stage: a folder that is there whole or not at all, and is checked when read."""
 
+import errno
+import fcntl
 import hashlib
 import json
-import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 FILES = "files.sha256"
+OWNED = ".owned"
 
 
 def make_stage(folder: Path, write: Callable[[Path], object]) -> None:
     """Have `write` fill a folder of another name, and put it in place with the hashes of its files.
 
     A process that is killed leaves nothing under the name of `folder`; what it left beside it is
-    removed when the stage is made again. One process at a time may make a stage.
+    removed when the stage is made again. Of several processes that make a stage at a time, on this
+    machine or others, which is what becomes of a task whose worker is lost but alive, the first
+    one to finish puts it in place: the files of all must be equal.
     """
     for left in folder.parent.glob(f".{folder.name}.*"):
-        shutil.rmtree(left)
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+        _remove_if_abandoned(left)
+    aside = folder.with_name(f".{folder.name}.{uuid4().hex}")
     aside.mkdir(parents=True)
-    write(aside)
-    hashes = {
-        str(path.relative_to(aside)): _sha256(path)
-        for path in sorted(aside.rglob("*"))
-        if path.is_file()
-    }
-    listed = json.dumps(hashes, indent=1).encode()
-    (aside / FILES).write_bytes(hashlib.sha256(listed).hexdigest().encode() + b"\n" + listed)
-    aside.rename(folder)
+    with _owned(aside) as mark:
+        write(aside)
+        hashes = {
+            str(path.relative_to(aside)): _sha256(path)
+            for path in sorted(aside.rglob("*"))
+            if path.is_file() and path != mark
+        }
+        listed = json.dumps(hashes, indent=1).encode()
+        digest = hashlib.sha256(listed).hexdigest().encode()
+        (aside / FILES).write_bytes(digest + b"\n" + listed)
+        mark.unlink()
+        try:
+            aside.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            shutil.rmtree(aside)
+
+
+@contextmanager
+def _owned(aside: Path) -> Iterator[Path]:
+    """A file in the folder that is locked for as long as this process works on it."""
+    new, mark = aside / f"{OWNED}-new", aside / OWNED
+    with new.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        new.rename(mark)  # locked from the moment when others find it
+        yield mark
+
+
+def _remove_if_abandoned(aside: Path) -> None:
+    with suppress(FileNotFoundError, BlockingIOError), (aside / OWNED).open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(aside)
 
 
 def is_made(folder: Path) -> bool:

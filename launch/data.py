@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,7 +25,7 @@ from launch.progress import show_progress
 from pretrain.errors import STOPPED_ON_REQUEST
 
 if TYPE_CHECKING:
-    from data_pipeline.run import RunResult
+    from data_pipeline.run import Part, RunResult
 
 app = typer.Typer(no_args_is_help=True, help="Make token shards from web archives.")
 console = Console()
@@ -76,6 +76,17 @@ def run(
     out: Annotated[Path, typer.Option(help="Folder to fill; a killed run continues there.")],
     recipe: Annotated[str, typer.Option(help="A shipped recipe or a .yaml file.")] = "c4-gopher",
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    engine: Annotated[
+        str, typer.Option(help="What cleans: native (--workers), ray, or ray=ADDRESS.")
+    ] = "native",
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Only clean the I-th of N parts of the archives, all at a time if you like; the "
+            "same command without --task does the rest.",
+        ),
+    ] = None,
     id_header: IdHeader = "WARC-Record-ID",
     tokenizer: Annotated[
         Path | None, typer.Option(help="A tokenizer.json (default: train one).")
@@ -92,6 +103,7 @@ def run(
 ) -> None:
     """Clean, deduplicate, tokenize and shard; audit what became of every document."""
     from data_pipeline.recipe import load_recipe
+    from data_pipeline.run import clean_part
     from data_pipeline.run import run as run_pipeline
 
     chosen = load_recipe(recipe).override(
@@ -99,19 +111,36 @@ def run(
         languages=None if languages is None else tuple(languages.split(",")),
         classifier=classifier,
     )
+    part = _parse_part(task, engine)
+    options: dict[str, Any] = {
+        "workers": workers,
+        "id_header": id_header,
+        "tokenizer": tokenizer,
+        "vocab_size": vocab_size,
+        "crawl_url": crawl_url,
+    }
     with _stoppable(), show_progress(console) as progress:
-        result = run_pipeline(
-            inputs,
-            out,
-            chosen,
-            workers=workers,
-            id_header=id_header,
-            tokenizer=tokenizer,
-            vocab_size=vocab_size,
-            crawl_url=crawl_url,
-            progress=progress,
-        )
+        if part is not None:
+            archives = clean_part(inputs, out, chosen, part, progress=progress, **options)
+            _say(f"{out}: cleaned part {task}, {archives} archives")
+            return
+        result = run_pipeline(inputs, out, chosen, engine=engine, progress=progress, **options)
     _report(result, out)
+
+
+def _parse_part(task: str | None, engine: str) -> "Part | None":
+    from data_pipeline.engine import NATIVE
+    from data_pipeline.errors import DataError
+    from data_pipeline.run import Part
+
+    if task is None:
+        return None
+    number, _, of = task.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise DataError(f"task={task} is not allowed: it is I/N, from 1/N to N/N, as in 3/8")
+    if engine != NATIVE:
+        raise DataError(f"task={task} with engine={engine}: a part is cleaned on one machine")
+    return Part(int(number), int(of))
 
 
 @contextmanager

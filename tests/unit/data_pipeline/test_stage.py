@@ -35,9 +35,20 @@ def test_a_stage_that_was_not_finished_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         make_stage(tmp_path / "stage", fail)
     assert not is_made(tmp_path / "stage")
-    (tmp_path / ".stage.1").mkdir()  # of a process that was killed
-    make_stage(tmp_path / "stage", write)
+    make_stage(tmp_path / "stage", write)  # which removes what the failed one has left
     assert is_made(tmp_path / "stage")
+    assert [path.name for path in tmp_path.iterdir()] == ["stage"]
+
+
+def test_two_that_make_a_stage_at_a_time_do_not_disturb_each_other(tmp_path: Path) -> None:
+    def write_while_another_does_it_all(folder: Path) -> None:
+        (folder / "first.txt").write_text("here before the other one began")
+        make_stage(tmp_path / "stage", write)
+        assert (folder / "first.txt").exists()
+
+    make_stage(tmp_path / "stage", write_while_another_does_it_all)
+    assert is_made(tmp_path / "stage")
+    assert not (tmp_path / "stage" / "first.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["stage"]
 
 

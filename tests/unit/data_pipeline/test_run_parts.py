@@ -1,0 +1,144 @@
+"""Parts of a run, cleaned at a time or one after the other, make the run that one process makes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import DataError
+from data_pipeline.recipe import load_recipe
+from data_pipeline.run import Part, clean_part, run
+from data_pipeline.run_folder import UNKNOWN, exclusive, record_plan, shared
+from data_pipeline.sample import make_sample_crawl
+from tests.ranks import ROOT, TIMEOUT_S
+
+PARTS = 3
+FILES = 5
+
+
+@pytest.fixture(scope="module")
+def crawl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("crawl")
+    make_sample_crawl(folder, pages=80, files=FILES, seed=4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(crawl: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("whole") / "data"
+    run([str(crawl)], out, load_recipe("demo"), vocab_size=600)
+    return _files(out)
+
+
+def _files(out: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+def _command(crawl: Path, out: Path, *more: str) -> list[str]:
+    farspan = [sys.executable, "-m", "launch.cli", "data", "run", str(crawl), "--out", str(out)]
+    return [*farspan, "--recipe", "demo", "--vocab-size", "600", *more]
+
+
+def test_parts_at_a_time_one_of_them_killed_and_started_again(
+    crawl: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "data"
+    tasks = [f"{number}/{PARTS}" for number in range(1, PARTS + 1)]
+    processes = [
+        subprocess.Popen(
+            _command(crawl, out, "--task", task), cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        for task in tasks
+    ]
+    killed = processes[0]
+    assert killed.stdout
+    for line in killed.stdout:
+        if line.startswith("clean: 0 of"):
+            break
+    os.kill(killed.pid, signal.SIGKILL)
+    for process in processes[1:]:
+        printed, _ = process.communicate(timeout=TIMEOUT_S)
+        assert process.returncode == 0
+        assert "cleaned part" in printed
+    killed.communicate()
+    for task in (tasks[0], tasks[2]):  # the one that was killed, and one that is done
+        subprocess.run(_command(crawl, out, "--task", task), cwd=ROOT, check=True)
+    assert sorted(path.name for path in (out / "work" / "pieces").iterdir()) == [
+        f"{number:05d}" for number in range(FILES)
+    ]
+    rest = subprocess.run(
+        _command(crawl, out), cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
+    )
+    assert f"clean: {FILES} of {FILES}" in rest.stdout
+    assert "clean: 0 of" not in rest.stdout
+    assert _files(out) == whole
+
+
+def test_a_run_does_what_parts_have_left(
+    crawl: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "data"
+    recipe = load_recipe("demo")
+    assert clean_part([str(crawl)], out, recipe, Part(2, 3), vocab_size=600) == 2
+    assert len(list((out / "work" / "pieces").iterdir())) == 2
+    run([str(crawl)], out, recipe, vocab_size=600)
+    assert _files(out) == whole
+    assert clean_part([str(crawl)], out, recipe, Part(1, 3), vocab_size=600) == 2
+    assert not (out / "work").exists()
+
+
+def test_parts_of_other_options_and_of_changed_archives_are_refused(
+    crawl: Path, tmp_path: Path
+) -> None:
+    source, out, recipe = tmp_path / "crawl", tmp_path / "data", load_recipe("demo")
+    source.mkdir()
+    for path in crawl.iterdir():
+        (source / path.name).write_bytes(path.read_bytes())
+    clean_part([str(source)], out, recipe, Part(1, 5), vocab_size=600)
+    with pytest.raises(DataError, match="vocab_size: 600 -> 700"):
+        clean_part([str(source)], out, recipe, Part(2, 5), vocab_size=700)
+    changed = min(source.iterdir())
+    changed.write_bytes(changed.read_bytes() + b"\n")
+    for again in (
+        lambda: clean_part([str(source)], out, recipe, Part(1, 5), vocab_size=600),
+        lambda: run([str(source)], out, recipe, vocab_size=600),
+    ):
+        with pytest.raises(DataError, match=rf"{changed}: has changed since a part of this run"):
+            again()
+
+
+def test_the_rest_of_a_run_waits_for_its_parts(crawl: Path, tmp_path: Path) -> None:
+    out = tmp_path / "data"
+    with shared(out), shared(out):
+        with pytest.raises(DataError, match=r"in use by process \d+ on \S+: wait for it or stop"):
+            run([str(crawl)], out, load_recipe("demo"), vocab_size=600)
+        record_plan(out, {"inputs": {}})
+    with exclusive(out), pytest.raises(DataError, match=r"in use by process \d+ on"):
+        clean_part([str(crawl)], out, load_recipe("demo"), Part(1, 2), vocab_size=600)
+
+
+def test_a_plan_takes_what_it_did_not_know(tmp_path: Path) -> None:
+    record_plan(tmp_path, {"inputs": {"a": UNKNOWN, "b": UNKNOWN}, "size": 1})
+    record_plan(tmp_path, {"inputs": {"a": {"sha256": "1"}, "b": UNKNOWN}, "size": 1})
+    record_plan(tmp_path, {"inputs": {"a": UNKNOWN, "b": {"sha256": "2"}}, "size": 1})
+    expected = {"inputs": {"a": {"sha256": "1"}, "b": {"sha256": "2"}}, "size": 1}
+    assert json.loads((tmp_path / "plan.json").read_text()) == expected
+    with pytest.raises(DataError, match=r"inputs\.b\.sha256: 2 -> 3"):
+        record_plan(tmp_path, {"inputs": {"a": UNKNOWN, "b": {"sha256": "3"}}, "size": 1})
+    with pytest.raises(DataError, match=r"inputs\.c: absent -> \?"):
+        record_plan(tmp_path, {"inputs": {"a": UNKNOWN, "b": UNKNOWN, "c": UNKNOWN}, "size": 1})
+    assert json.loads((tmp_path / "plan.json").read_text()) == expected
+
+
+@pytest.mark.parametrize("task", ["0/3", "4/3", "1", "a/b", "1/-2", "1/2/3"])
+def test_a_part_that_does_not_exist_is_refused(crawl: Path, tmp_path: Path, task: str) -> None:
+    from launch.data import _parse_part
+
+    with pytest.raises(DataError, match=f"task={task} is not allowed: it is I/N"):
+        _parse_part(task, "native")
+    with pytest.raises(DataError, match="task=1/2 with engine=ray"):
+        _parse_part("1/2", "ray")
