@@ -1,14 +1,14 @@
 """Tokens per CPU second through the whole stream, from local shards to rows ready to train on.
 
-    python -m bench.stream [--megatron PYTHON] [--tokens N]
+    python -m bench.stream [--megatron PYTHON] [--mosaicml PYTHON] [--tokens N]
 
 Documents have log-normal lengths around 700 tokens and a Pareto tail, the same for all. farspan's
 number has everything in it: the mixture of 1, 3 and 10 sources, the permutation, the packing, the
 copy of tokens, labels and positions, and each shard's sha256 before its first use. The peers
-read the documents of the single source: webdataset the same tars (shuffle buffer 1000), and
-megatron-core, if PYTHON has it, its own files, whose index is built before the clock starts. Each
-runs in a process of its own, in three rounds; the middle one counts. Exit code 1: below 40 million
-tokens per CPU second.
+read the documents of the single source: webdataset the same tars (shuffle buffer 1000),
+mosaicml-streaming and megatron-core, where a PYTHON has them, their own files, whose index is made
+before the clock starts. Each runs in a process of its own, in three rounds; the middle one counts.
+Exit code 1: below 40 million tokens per CPU second.
 """
 
 import argparse
@@ -38,6 +38,7 @@ TOKENS_PER_SHARD = 1 << 22
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megatron", type=Path, metavar="PYTHON", help="has megatron-core")
+    parser.add_argument("--mosaicml", type=Path, metavar="PYTHON", help="has mosaicml-streaming")
     parser.add_argument("--tokens", type=int, default=64_000_000)
     options = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}")
@@ -46,11 +47,15 @@ def main() -> int:
         make(root, options.tokens)
         own = {count: [sys.executable, __file__, str(root), str(count)] for count in COUNTS}
         commands = {f"farspan, {count} sources": command for count, command in own.items()}
-        peers = {"webdataset": sys.executable, "megatron": options.megatron}
+        peers = {
+            "webdataset": sys.executable,
+            "mosaicml": options.mosaicml,
+            "megatron": options.megatron,
+        }
         for peer, python in peers.items():
             if python:
                 script = [str(ROOT / "bench" / "stream_peers.py"), peer, str(root / "1" / "0")]
-                rows = options.tokens // SEQ_LEN // (16 if peer == "webdataset" else 4)
+                rows = options.tokens // SEQ_LEN // (4 if peer == "megatron" else 16)
                 commands[peer] = [str(python), *script, str(rows), str(SEQ_LEN)]
         speeds: dict[str, list[float]] = {name: [] for name in commands}
         run(own[1])  # compiles, once on a machine

@@ -1,6 +1,6 @@
 """What other projects make of the documents of `bench.stream`; prints tokens and CPU seconds.
 
-    PYTHON bench/stream_peers.py webdataset|megatron FOLDER ROWS SEQ_LEN
+    PYTHON bench/stream_peers.py webdataset|mosaicml|megatron FOLDER ROWS SEQ_LEN
 
 FOLDER has shards/*.tar of .npy members, and tokens.npy and lengths.npy of the same documents. A row
 ends in tokens and labels, int64; what is measured begins with the second row.
@@ -8,7 +8,7 @@ ends in tokens and labels, int64; what is measured begins with the second row.
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +16,8 @@ import numpy as np
 
 
 def main(peer: str, folder: Path, rows: int, seq_len: int) -> None:
-    made = {"webdataset": webdataset, "megatron": megatron}[peer](folder, seq_len)
+    peers = {"webdataset": webdataset, "mosaicml": mosaicml, "megatron": megatron}
+    made = peers[peer](folder, seq_len)
     next(made)
     began = time.process_time()
     size = sum(row.size for row in islice(made, rows))
@@ -29,15 +30,33 @@ def webdataset(folder: Path, seq_len: int) -> Iterator[np.ndarray]:
 
     tars = sorted(map(str, folder.glob("shards/*.tar")))
     documents = wds.WebDataset(tars, shardshuffle=len(tars), seed=0).shuffle(1000).decode()
+    return laid_end_to_end((document["npy"] for document in documents), seq_len)
+
+
+def mosaicml(folder: Path, seq_len: int) -> Iterator[np.ndarray]:
+    """StreamingDataset over its own shards, shuffled as it does by default, laid end to end."""
+    from streaming import MDSWriter, StreamingDataset
+    from streaming.base.util import clean_stale_shared_memory
+
+    clean_stale_shared_memory()
+    tokens, lengths = np.load(folder / "tokens.npy"), np.load(folder / "lengths.npy")
+    out = str(folder / "mosaicml")
+    with MDSWriter(out=out, columns={"tokens": "ndarray:uint16"}, exist_ok=True) as writer:
+        for document in np.split(tokens, np.cumsum(lengths)[:-1]):
+            writer.write({"tokens": document})
+    documents = StreamingDataset(local=out, shuffle=True, shuffle_seed=0, batch_size=1)
+    return laid_end_to_end((document["tokens"] for document in documents), seq_len)
+
+
+def laid_end_to_end(documents: Iterable[np.ndarray], seq_len: int) -> Iterator[np.ndarray]:
     rest = np.empty(0, np.int64)
-    while True:
-        for document in documents:
-            rest = np.concatenate([rest, document["npy"]])
-            while len(rest) > seq_len:
-                tokens, labels = rest[:seq_len], rest[1 : seq_len + 1].copy()
-                labels[tokens == 0] = -100
-                yield tokens
-                rest = rest[seq_len:]
+    for document in documents:
+        rest = np.concatenate([rest, document])
+        while len(rest) > seq_len:
+            tokens, labels = rest[:seq_len], rest[1 : seq_len + 1].copy()
+            labels[tokens == 0] = -100
+            yield tokens
+            rest = rest[seq_len:]
 
 
 def megatron(folder: Path, seq_len: int) -> Iterator[np.ndarray]:
