@@ -1,7 +1,7 @@
 """Documents laid end to end in rows of equal length."""
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,9 +53,13 @@ def plan_rows(mixture: Mixture, rows: int, seq_len: int) -> BatchPlan:
 
 
 def read_rows(
-    plan: BatchPlan, rows: Sequence[int], seq_len: int, readers: Sequence[TokenReader]
+    plan: BatchPlan,
+    rows: Sequence[int],
+    seq_len: int,
+    readers: Sequence[TokenReader],
+    beat: Callable[[], None] = lambda: None,
 ) -> Batch:
-    """Read the chosen rows of a plan, and nothing else."""
+    """Read the chosen rows of a plan, and nothing else; `beat` as in `TokenReader.tokens`."""
     from data_pipeline.kernels.rows import copy_pieces
 
     bounds = [(plan.row_starts[row], plan.row_starts[row + 1]) for row in rows]
@@ -72,7 +76,7 @@ def read_rows(
         first_token, goes_on = reader.first_token[document], stop < reader.lengths[document]
         for number, at in _by_shard(shard):
             copy_pieces(
-                reader.tokens(number),
+                reader.tokens(number, beat),
                 first_token[at] + start[at],
                 first_token[at] + stop[at],
                 goes_on[at],

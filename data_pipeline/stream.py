@@ -126,9 +126,11 @@ class TokenStream:
                 self._readers[source].prefetch(shards.tolist())
         return plan
 
-    def read(self, plan: BatchPlan, rows: Sequence[int]) -> Batch:
-        """Read these rows of a planned batch."""
-        return read_rows(plan, rows, self.seq_len, self._readers)
+    def read(
+        self, plan: BatchPlan, rows: Sequence[int], beat: Callable[[], None] = lambda: None
+    ) -> Batch:
+        """Read these rows of a planned batch; `beat` is called while a shard is fetched."""
+        return read_rows(plan, rows, self.seq_len, self._readers, beat)
 
     def outlook(self, tokens: int) -> list[SourceUse]:
         """What the first `tokens` of the stream consist of; less than that if it ends before."""

@@ -341,7 +341,7 @@ class Trainer:
         self.plan = self.stream.next_batch(self.config.train.global_batch, beat)
         share = self.config.train.global_batch // self.mesh.data_ranks
         first = self.mesh.data_rank * share
-        return self.stream.read(self.plan, range(first, first + share))
+        return self.stream.read(self.plan, range(first, first + share), beat)
 
     def lr(self) -> float:
         """The learning rate of the step to come."""

@@ -116,6 +116,10 @@ class Cache:
             self._unmap(max(int(self.max_bytes * MAPPED_SHARE), len(mapped)))
         return mapped
 
+    def has_mapped(self, file: StoredFile) -> bool:
+        with self._mapping:
+            return file.sha256 in self._mapped
+
     def _unmap(self, down_to: int) -> None:
         """Forget the mappings used longest ago; who uses one still has it."""
         mapped_bytes = sum(len(mapped) for mapped in self._mapped.values())

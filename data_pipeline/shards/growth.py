@@ -1,8 +1,10 @@
-"""Wait for the shards that a pipeline still writes."""
+"""Wait for shards: those that a pipeline still writes, and those that are far away."""
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from time import monotonic, sleep
+from typing import TypeVar
 
 from data_pipeline.errors import DataError
 from data_pipeline.shards.manifest import Manifest, read_manifest
@@ -14,7 +16,17 @@ ABANDONED_S = 60.0
 # Where a writer cannot be seen, whoever uploads its shards may do so in batches.
 STALLED_S = 1800.0
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
+
+
+def while_beating(work: Callable[[], T], beat: Callable[[], None]) -> T:
+    """What `work` returns; `beat` is called every few seconds until then."""
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(work)
+        while not wait([result], POLL_S).done:
+            beat()
+        return result.result()
 
 
 class Growth:

@@ -2,12 +2,13 @@
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.shards.growth import Growth
+from data_pipeline.shards.growth import Growth, while_beating
 from data_pipeline.shards.manifest import Manifest, Shard
 from data_pipeline.shards.prefetch import Prefetch
 
@@ -43,14 +44,22 @@ class TokenReader:
         stop = min(stop, self.lengths[document])
         return self.tokens(shard)[first + start : first + stop]
 
-    def tokens(self, shard: int) -> NDArray[Any]:
+    def tokens(self, shard: int, beat: Callable[[], None] = lambda: None) -> NDArray[Any]:
         """The mapped tar of a shard as an array of tokens; documents begin at `first_token`.
+
+        Args:
+            beat: called every few seconds while the shard is fetched.
 
         Raises:
             DataError: the shard is gone, has changed, or cannot be fetched.
         """
+        store, tar = self.manifest.store, self.manifest.shards[shard].tar
+        if store.is_at_hand(tar):
+            mapped = store.map(tar)
+        else:
+            mapped = while_beating(partial(store.map, tar), beat)
         # Tokens are aligned: a tar has blocks of 512 bytes, and .npy pads its header to 64.
-        return self.manifest.store.map(self.manifest.shards[shard].tar).view(self._dtype)
+        return mapped.view(self._dtype)
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Have these shards fetched and verified in the background, in this order.

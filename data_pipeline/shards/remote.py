@@ -78,6 +78,9 @@ class RemoteStore:
     def map(self, file: StoredFile) -> NDArray[np.uint8]:
         return self._cache.map(file, self._name(file), self._download(file))
 
+    def is_at_hand(self, file: StoredFile) -> bool:
+        return self._cache.has_mapped(file)
+
     def prefetch(self, files: Iterable[StoredFile]) -> Iterable[Callable[[], None]]:
         files = list(files)
         self._warn_of_a_small_cache(files)

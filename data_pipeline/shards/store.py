@@ -47,6 +47,9 @@ class Store(Protocol):
     def map(self, file: StoredFile) -> NDArray[np.uint8]:
         """The bytes of a verified file, mapped."""
 
+    def is_at_hand(self, file: StoredFile) -> bool:
+        """Whether `map` need not wait for another machine."""
+
     def prefetch(self, files: Iterable[StoredFile]) -> Iterable[Callable[[], None]]:
         """What is to be done, in this order, so that these files are there when they are needed."""
 
@@ -92,6 +95,9 @@ class LocalStore:
 
     def map(self, file: StoredFile) -> NDArray[np.uint8]:
         return _map_verified(self._folder / file.path, file.sha256)
+
+    def is_at_hand(self, file: StoredFile) -> bool:
+        return True
 
     def prefetch(self, files: Iterable[StoredFile]) -> Iterable[Callable[[], None]]:
         # Reading all of it to verify it brings it into the page cache.

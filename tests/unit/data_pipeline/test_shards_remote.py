@@ -100,6 +100,23 @@ def test_each_retry_is_told_in_a_line(
     assert f"{server.url}{SHARD}, byte " in second
 
 
+def test_who_waits_for_a_slow_store_shows_that_it_lives(
+    server: CrawlServer, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = TokenReader(load_manifest(f"{server.url}/data", cache=cache))
+    monkeypatch.setattr(growth, "POLL_S", 0.01)
+    server.lock.acquire()
+    beats: list[bool] = []
+
+    def beat() -> None:
+        beats.append(server.lock.locked())
+        if beats[-1]:
+            server.lock.release()
+
+    reader.tokens(2, beat)
+    assert beats[0]
+
+
 def test_what_is_in_the_cache_is_not_fetched_again(server: CrawlServer, cache: Cache) -> None:
     def read() -> None:
         reader = TokenReader(load_manifest(f"{server.url}/data", cache=cache))
