@@ -28,7 +28,7 @@ def compiled_in_place(function: Callable[..., Any]) -> Callable[..., Any]:
     return _compiled(function, _nrt=False)
 
 
-def _compiled(function: Callable[..., Any], **options: bool) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     folder = Path(function.__code__.co_filename).parent
     configured = config.CACHE_DIR
     config.CACHE_DIR = str(cache_folder(folder) / f"compiled-{_digest_of_sources(folder)}")
