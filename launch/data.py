@@ -1,14 +1,7 @@
 """`farspan data`: from web archives to token shards. Heavy imports stay inside the commands."""
 
-import os
-import signal
-import socket
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,7 +15,7 @@ from launch.data_index import app as index_app
 from launch.data_index import dedup_with_index
 from launch.data_mixture import mixture
 from launch.progress import show_progress
-from pretrain.errors import STOPPED_ON_REQUEST
+from launch.stoppable import stoppable
 
 if TYPE_CHECKING:
     from data_pipeline.run import Part, RunResult
@@ -119,7 +112,7 @@ def run(
         "vocab_size": vocab_size,
         "crawl_url": crawl_url,
     }
-    with _stoppable(), show_progress(console) as progress:
+    with stoppable(console), show_progress(console) as progress:
         if part is not None:
             archives = clean_part(inputs, out, chosen, part, progress=progress, **options)
             _say(f"{out}: cleaned part {task}, {archives} archives")
@@ -141,38 +134,6 @@ def _parse_part(task: str | None, engine: str) -> "Part | None":
     if engine != NATIVE:
         raise DataError(f"task={task} with engine={engine}: a part is cleaned on one machine")
     return Part(int(number), int(of))
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """End on SIGTERM and ctrl-C with one line and the exit code for what can be continued.
-
-    A thread does so: Python's own handlers wait until native code returns to the main thread. What
-    is on disk is good at any time, so that nothing else need be saved; workers end with this one.
-    """
-    signalled, wakeup = socket.socketpair()
-    wakeup.setblocking(False)
-
-    def stop() -> None:
-        if not signalled.recv(1):
-            return
-        print("stopped; the same command continues", file=sys.stderr, flush=True)
-        console.show_cursor()
-        os._exit(STOPPED_ON_REQUEST)
-
-    signal.set_wakeup_fd(wakeup.fileno())
-    before = {
-        number: signal.signal(number, lambda number, frame: None)
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    Thread(target=stop, daemon=True).start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(-1)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        wakeup.close()
 
 
 @app.command()

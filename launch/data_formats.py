@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from launch.progress import show_progress
+from launch.stoppable import stoppable
 from pretrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def tokenize(
     from data_pipeline.formats import tokenize_files, tokenizer_of
 
     chosen = tokenizer_of(tokenizer, like)
-    with show_progress(console) as progress:
+    with stoppable(console), show_progress(console) as progress:
         made = tokenize_files(
             files, chosen, out, text_field=text_field, id_field=id_field, progress=progress
         )
@@ -80,7 +81,7 @@ def import_megatron(
     from data_pipeline.formats import tokenizer_of
 
     chosen = tokenizer_of(tokenizer, like)
-    with show_progress(console) as progress:
+    with stoppable(console), show_progress(console) as progress:
         made = run_import(prefixes, chosen, out, progress)
     _report(made, out)
 
