@@ -18,6 +18,7 @@ from data_pipeline.workers import WorkerDiedError, do_each
 
 # In a row, without a task done in between.
 MOST_FAILURES = 3
+CONNECT_S = 10
 # Daft's runner draws bars, and would do so from the cluster's processes.
 ENVIRONMENT = {"DAFT_PROGRESS_BAR": "0"}
 
@@ -35,6 +36,8 @@ def open_ray(address: str | None) -> "RayEngine":
     import daft
 
     try:
+        if address is not None:
+            _require_answer(address)
         ray.init(
             address,
             log_to_driver=False,
@@ -42,7 +45,7 @@ def open_ray(address: str | None) -> "RayEngine":
             runtime_env={"env_vars": ENVIRONMENT},
             ignore_reinit_error=True,
         )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         place = "on this machine" if address is None else f"at {address}"
         raise DataError(
             f"engine=ray: no cluster answers {place} ({error}); start one with `ray start`, or "
@@ -50,6 +53,12 @@ def open_ray(address: str | None) -> "RayEngine":
         ) from error
     daft.set_runner_ray(noop_if_initialized=True)
     return RayEngine()
+
+
+def _require_answer(address: str) -> None:
+    """Raise OSError or ValueError where Ray itself would wait for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    socket.create_connection((host, int(port)), CONNECT_S).close()
 
 
 @dataclass(frozen=True)
