@@ -251,6 +251,9 @@ def get_ready(recipe: Recipe) -> None:
     """Load what judging takes, once for all processes that are copies of this one.
 
     What has to be compiled is, before a document's seconds are counted.
+
+    Raises:
+        RuntimeError: a page that is known to be good cannot be read, so that no other will be.
     """
     any_language = recipe.language.model_copy(update={"allowed": (), "threshold": 0.0})
     recipe = recipe.model_copy(update={"language": any_language})
@@ -259,4 +262,6 @@ def get_ready(recipe: Recipe) -> None:
         for content_type, body in READYING
     ]
     rows = [judge(page, recipe)[0] for page in pages]
+    if broken := next((row for row in rows if row.get("reason") == "parser"), None):
+        raise RuntimeError(f"the parser fails on a good page: {broken['detail']}")
     pa.Table.from_pylist(rows, ledger.SCHEMA)  # imports pandas

@@ -12,7 +12,7 @@ import pytest
 
 from data_pipeline import clean
 from data_pipeline.crawl import Page
-from data_pipeline.extract import Mode, extract_text
+from data_pipeline.extract import Mode, extract_text, text
 from data_pipeline.recipe import Recipe, load_recipe
 from data_pipeline.run import run
 from data_pipeline.workers import WorkerDiedError, do_each
@@ -112,3 +112,14 @@ def test_an_exception_of_a_task_comes_back_with_where_it_was_raised() -> None:
     with pytest.raises(ValueError, match="crawl") as error:
         list(do_each(_fail, [("crawl",)], 1))
     assert "in _fail" in error.value.__notes__[0]
+
+
+def test_a_parser_that_reads_nothing_ends_the_run_before_every_page_is_dropped(
+    archive: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(decoded: str, mode: Mode) -> str:
+        raise ImportError("no such kernel")
+
+    monkeypatch.setattr(text, "_main_text", fail)
+    with pytest.raises(RuntimeError, match="fails on a good page: ImportError: no such kernel"):
+        _run(archive, recipe, tmp_path / "out")
