@@ -3,12 +3,11 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,34 +16,7 @@ import pytest
 from pretrain.run_dir import RunDirectory
 from tests.ranks import ROOT, TIMEOUT_S
 
-SANDBOX = ROOT.parent / "shared" / "tools" / "slurm_sandbox"
-NEEDS = ("sbatch", "slurmctld", "slurmd", "munged")
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not SANDBOX.exists(), reason=f"no {SANDBOX} to start a cluster with"),
-    pytest.mark.skipif(
-        not all(map(shutil.which, NEEDS)), reason=f"Slurm is not installed ({', '.join(NEEDS)})"
-    ),
-]
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """The environment in which sbatch reaches a cluster of two nodes."""
-    folder = tmp_path / "cluster"
-    script = tmp_path / "slurm_sandbox"
-    shutil.copy(SANDBOX, script)
-    start = ["bash", str(script), "start", str(folder), "--nodes", "2", "--cpus", "1"]
-    subprocess.run(start, check=True, timeout=TIMEOUT_S)
-    try:
-        yield os.environ | {
-            "SLURM_CONF": str(folder / "slurm.conf"),
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "OMP_NUM_THREADS": "1",
-        }
-    finally:
-        subprocess.run(["bash", str(script), "stop", str(folder)], check=True, timeout=TIMEOUT_S)
+pytestmark = pytest.mark.slow
 
 
 class Job:
