@@ -58,7 +58,7 @@ def _run(module: str, arguments: Sequence[str], outputs: Sequence[Path]) -> list
                         stdout=file,
                         # Most of the time all ranks say the same.
                         stderr=None if rank == 0 else file,
-                        preexec_fn=_prepare_rank,
+                        preexec_fn=partial(_prepare_rank, os.getpid()),
                     )
                 )
         return _wait(ranks)
@@ -68,10 +68,12 @@ def _run(module: str, arguments: Sequence[str], outputs: Sequence[Path]) -> list
             process.wait()
 
 
-def _prepare_rank() -> None:
+def _prepare_rank(launcher: int) -> None:
     # A terminal sends ctrl-C to all; the ranks end with this process, and say nothing.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal_when_parent_dies(signal.SIGKILL)
+    if os.getppid() != launcher:  # it was gone before
+        os._exit(1)
 
 
 def _wait(ranks: Sequence[Rank]) -> list[int | None]:
