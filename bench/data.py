@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from data_pipeline.clean import READYING
 from data_pipeline.crawl import find_archives
 from data_pipeline.recipe import load_recipe
-from data_pipeline.run import clean_and_deduplicate
+from data_pipeline.run import Resources, clean_and_deduplicate
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -174,7 +174,9 @@ def documents(out: Path) -> int:
 
 def run_ours(out: str, workers: str, *archives: str) -> None:
     sources = find_archives(archives)
-    clean_and_deduplicate(sources, Path(out), load_recipe("fineweb"), ID_HEADER, int(workers))
+    clean_and_deduplicate(
+        sources, Path(out), load_recipe("fineweb"), ID_HEADER, Resources(int(workers))
+    )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from data_pipeline import ledger
 from data_pipeline.clean import Piece, clean_archive, get_ready
 from data_pipeline.crawl import CRAWL_URL, Source, find_archives, identify
-from data_pipeline.dedup import deduplicate
+from data_pipeline.dedup import check_memory, deduplicate
 from data_pipeline.engine import NATIVE, Engine, Native, open_engine
 from data_pipeline.errors import DataError, file_errors
 from data_pipeline.meter import Meter
@@ -72,6 +72,21 @@ class RunResult:
     is_new: bool
 
 
+@dataclass(frozen=True)
+class Resources:
+    """What a run may take; what it makes does not depend on it.
+
+    Attributes:
+        workers: processes that clean, and threads.
+        engine: what cleans, as `open_engine` names it.
+        memory: bytes that deduplication holds at a time; None: 0.4 kB of each document.
+    """
+
+    workers: int = 1
+    engine: str = NATIVE
+    memory: int | None = None
+
+
 def run(
     inputs: Sequence[str],
     out: Path,
@@ -79,6 +94,7 @@ def run(
     *,
     workers: int = 1,
     engine: str = NATIVE,
+    memory: int | None = None,
     id_header: str = "WARC-Record-ID",
     tokenizer: Path | None = None,
     vocab_size: int = 8192,
@@ -88,7 +104,7 @@ def run(
     """Clean, deduplicate, tokenize and shard the documents of web archives.
 
     The same inputs, in any order, and options give the same bytes under `out` for any number of
-    workers and any engine, also when the run was killed in between and started again.
+    workers, any engine and memory, also when the run was killed in between and started again.
 
     Args:
         inputs: WARC and WET files: paths, folders, patterns, URLs and crawls, as `find_archives`
@@ -104,6 +120,7 @@ def run(
             files.
     """
     with file_errors():
+        check_memory(memory, recipe.dedup.exact)
         sources, vocab_size = _asked_for(inputs, crawl_url, tokenizer, vocab_size)
         with exclusive(out):
             # For a large crawl on this machine that takes a while: it is read once more.
@@ -112,9 +129,8 @@ def run(
             record_plan(out, _plan(identities, recipe, id_header, tokenizer, vocab_size))
             for number, source in enumerate(sources):
                 _refuse_changed(source, _identity_file(out / "work", number))
-            return _run(
-                sources, out, recipe, workers, engine, id_header, tokenizer, vocab_size, progress
-            )
+            resources = Resources(workers, engine, memory)
+            return _run(sources, out, recipe, id_header, tokenizer, vocab_size, resources, progress)
 
 
 @dataclass(frozen=True)
@@ -227,11 +243,10 @@ def _run(
     sources: Sequence[Source],
     out: Path,
     recipe: Recipe,
-    workers: int,
-    engine: str,
     id_header: str,
     tokenizer: Path | None,
     vocab_size: int,
+    resources: Resources,
     progress: Progress,
 ) -> RunResult:
     work = out / "work"
@@ -239,9 +254,7 @@ def _run(
         (out / GROWING).unlink(missing_ok=True)
         shutil.rmtree(work, ignore_errors=True)
         return _result(load_manifest(out), out, is_new=False)
-    pieces, documents = clean_and_deduplicate(
-        sources, work, recipe, id_header, workers, progress, engine
-    )
+    pieces, documents = clean_and_deduplicate(sources, work, recipe, id_header, resources, progress)
     _write_audit(pieces, work / "dedup" / "clusters.parquet", out / "audit")
     if tokenizer is None:
         tokenizer = _train_tokenizer(documents, work / "tokenizer", vocab_size, progress)
@@ -263,9 +276,8 @@ def clean_and_deduplicate(
     work: Path,
     recipe: Recipe,
     id_header: str,
-    workers: int,
+    resources: Resources,
     progress: Progress = _no_progress,
-    engine: str = NATIVE,
 ) -> tuple[list[Piece], Path]:
     """The cleaned form of each archive, and the folder of the documents that are kept of all.
 
@@ -273,9 +285,9 @@ def clean_and_deduplicate(
     """
     work.mkdir(parents=True, exist_ok=True)
     pieces = [_piece(work, number) for number in range(len(sources))]
-    cleaners = open_engine(engine, workers)
+    cleaners = open_engine(resources.engine, resources.workers)
     _clean(sources, pieces, work / "meter", recipe, id_header, cleaners, progress)
-    return pieces, _deduplicate(pieces, work, recipe, workers, progress)
+    return pieces, _deduplicate(pieces, work, recipe, resources, progress)
 
 
 def _result(manifest: Manifest, out: Path, is_new: bool) -> RunResult:
@@ -340,14 +352,18 @@ def _clean(
 
 
 def _deduplicate(
-    pieces: Sequence[Piece], work: Path, recipe: Recipe, workers: int, progress: Progress
+    pieces: Sequence[Piece], work: Path, recipe: Recipe, resources: Resources, progress: Progress
 ) -> Path:
     """Deduplicate over all pieces; return the folder of the kept documents."""
     finished = work / "dedup"
     progress("dedup", 0, 1)
     if not is_made(finished):
-        texts, settings = [piece.documents for piece in pieces], recipe.dedup.model_dump()
-        make_stage(finished, lambda out: deduplicate(texts, out, **settings, workers=workers))
+        settings = recipe.dedup.model_dump() | {
+            "workers": resources.workers,
+            "memory": resources.memory,
+        }
+        texts = [piece.documents for piece in pieces]
+        make_stage(finished, lambda out: deduplicate(texts, out, **settings))
     progress("dedup", 1, 1)
     return finished / "documents"
 

@@ -60,6 +60,13 @@ Archives = Annotated[
 CrawlUrl = Annotated[
     str, typer.Option(help="Where CC-MAIN-... is found: a URL or folder that holds crawl-data/.")
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="What deduplication holds at a time, as in 2GB (default: 0.4 kB of each document; "
+        "with an index 2GB)."
+    ),
+]
 IdHeader = Annotated[str, typer.Option(help="WARC header that holds a document's id.")]
 
 
@@ -72,6 +79,7 @@ def run(
     engine: Annotated[
         str, typer.Option(help="What cleans: native (--workers), ray, or ray=ADDRESS.")
     ] = "native",
+    memory: Memory = None,
     task: Annotated[
         str | None,
         typer.Option(
@@ -95,6 +103,7 @@ def run(
     crawl_url: CrawlUrl = "https://data.commoncrawl.org",
 ) -> None:
     """Clean, deduplicate, tokenize and shard; audit what became of every document."""
+    from data_pipeline.dedup.index import parse_memory
     from data_pipeline.recipe import load_recipe
     from data_pipeline.run import clean_part
     from data_pipeline.run import run as run_pipeline
@@ -117,7 +126,15 @@ def run(
             archives = clean_part(inputs, out, chosen, part, progress=progress, **options)
             _say(f"{out}: cleaned part {task}, {archives} archives")
             return
-        result = run_pipeline(inputs, out, chosen, engine=engine, progress=progress, **options)
+        result = run_pipeline(
+            inputs,
+            out,
+            chosen,
+            engine=engine,
+            memory=None if memory is None else parse_memory(memory),
+            progress=progress,
+            **options,
+        )
     _report(result, out)
 
 
@@ -191,13 +208,11 @@ def dedup(
         Path | None,
         typer.Option(help="Folder of all earlier dumps' documents; these are added to it."),
     ] = None,
-    memory: Annotated[
-        str | None, typer.Option(help="With --index: what is held at a time (default: 2GB).")
-    ] = None,
+    memory: Memory = None,
 ) -> None:
     """Remove exact and near-duplicates from files with `id` and `text`."""
     from data_pipeline.dedup import deduplicate
-    from data_pipeline.errors import DataError
+    from data_pipeline.dedup.index import parse_memory
 
     if index is not None:
         dedup_with_index(
@@ -214,8 +229,6 @@ def dedup(
             keep=keep.value,
         )
         return
-    if memory is not None:
-        raise DataError(f"memory={memory} is not allowed without --index, which it is for")
     report = deduplicate(
         inputs,
         out,
@@ -226,6 +239,7 @@ def dedup(
         exact=exact.value,
         keep=keep.value,
         workers=workers,
+        memory=None if memory is None else parse_memory(memory),
     )
     _say(f"kept {report.kept} of {report.documents} documents: {out / 'documents'}")
     _say(

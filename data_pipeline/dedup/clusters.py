@@ -25,7 +25,7 @@ class Clusters:
     """One entry per input document.
 
     Attributes:
-        number: int64, clusters numbered by their first document.
+        number: int64, the first document of the cluster.
         twin: int64, the document kept of the cluster; the document itself if it is kept.
         jaccard: float64, similarity with the twin; 1 for itself.
         exact: bool, whether the twin has the same text; false for itself.
@@ -62,7 +62,7 @@ def find_clusters(
 
     twin = _preferred(parent, signatures.preference)
     return Clusters(
-        number=np.unique(parent, return_inverse=True)[1],
+        number=parent,
         twin=twin,
         jaccard=_similarities(shingles, original, original[twin]),
         exact=(twin != rows) & (original == original[twin]),

@@ -55,6 +55,7 @@ def deduplicate(
     exact: Exact = "document",
     keep: Keep = "longest",
     workers: int = 1,
+    memory: int | None = None,
 ) -> DedupReport:
     r"""Keep one document of every cluster of duplicates.
 
@@ -67,9 +68,10 @@ def deduplicate(
             Parquet are carried along; other fields of JSONL become one column `extra`, a JSON
             object of the fields as they were written, or null.
         out: gets documents/*.parquet, in input order, and clusters.parquet, a row per input
-            document: id, cluster, kept, exact (dropped, and nothing of its text is lost), twin
-            (the document kept of its cluster), jaccard (with its twin), both null if it is that
-            document itself, and removed_units.
+            document: id, cluster (the number of its first document), kept, exact (dropped, and
+            nothing of its text is lost), twin (the document kept of its cluster), jaccard (with
+            its twin), both null if it is that document itself; and removed_units, unless `exact`
+            is "document".
         threshold: None removes exact duplicates alone.
         bands: of the MinHash signature, with `rows` values each; both or neither. By default 14 of
             8, as in FineWeb; below 0.79 such that a pair exactly at `threshold` is found in 95 of
@@ -83,6 +85,8 @@ def deduplicate(
             "first"; the first among equals. `timestamp` is of that type or a string as
             2024-03-01T00:00:00Z.
         workers: threads that hash the texts.
+        memory: bytes for what is held at a time, on top of the program itself, or None for all of
+            it, about 0.4 kB of each document. The rest is in files meanwhile; the outcome is equal.
 
     Raises:
         DataError: a setting or a file is wrong; `out` keeps what it had.
@@ -91,10 +95,13 @@ def deduplicate(
     check_choice("exact", exact, Exact)
     check_choice("keep", keep, Keep)
     bands, rows = checked_bands(threshold, bands, rows)
-    folder = out / DOCUMENTS
-    for path in inputs:
-        if folder.resolve() in path.resolve().parents:
-            raise DataError(f"{path}: lies in {folder}, which will be replaced; name another --out")
+    check_memory(memory, exact)
+    refuse_inputs_in(out, inputs)
+    if memory is not None:
+        from data_pipeline.dedup.index import Settings, deduplicate_within
+
+        settings = Settings(threshold, bands, rows, ngram, keep)
+        return deduplicate_within(memory, inputs, out, settings, workers)
     with staged_results(out) as scratch:
         parts = parquet_parts(inputs, scratch)
         if keep == "newest":
@@ -114,7 +121,10 @@ def deduplicate(
         is_best = clusters.twin == np.arange(len(clusters.twin))
         units = None if exact == "document" else RepeatedUnits(exact)
         kept, removed = write_kept(parts, is_best, units, scratch / DOCUMENTS, workers)
-        pq.write_table(_table(ids, clusters, kept, removed), scratch / CLUSTERS)
+        table = _table(ids, clusters, kept)
+        if units is not None:
+            table = table.append_column("removed_units", pa.array(removed))
+        pq.write_table(table, scratch / CLUSTERS)
     return DedupReport(
         documents=len(kept),
         kept=int(kept.sum()),
@@ -124,6 +134,28 @@ def deduplicate(
         removed_units=int(removed.sum()),
         emptied=int((is_best & ~kept).sum()),
     )
+
+
+def check_memory(memory: int | None, exact: Exact) -> None:
+    """Raises DataError if deduplication cannot keep within so many bytes."""
+    if memory is None:
+        return
+    if exact != "document":
+        raise DataError(
+            f"exact={exact} is not allowed with a memory, which bounds what is held of whole texts "
+            "alone: leave it out, or deduplicate what is kept once more without it"
+        )
+    # Indices are made of what is here.
+    from data_pipeline.dedup.index.settings import limits_of
+
+    limits_of(memory)
+
+
+def refuse_inputs_in(out: Path, inputs: Sequence[Path]) -> None:
+    folder = out / DOCUMENTS
+    for path in inputs:
+        if folder.resolve() in path.resolve().parents:
+            raise DataError(f"{path}: lies in {folder}, which will be replaced; name another --out")
 
 
 def check_settings(threshold: float | None, **counts: int) -> None:
@@ -206,9 +238,7 @@ def _without_repeated(
     return changed.filter(pa.array(stays, pa.bool_())), np.array(removed), np.array(stays, np.bool_)
 
 
-def _table(
-    ids: pa.Array, clusters: Clusters, kept: NDArray[np.bool_], removed: NDArray[np.int64]
-) -> pa.Table:
+def _table(ids: pa.Array, clusters: Clusters, kept: NDArray[np.bool_]) -> pa.Table:
     is_best = clusters.twin == np.arange(len(kept))
     return pa.table(
         {
@@ -219,6 +249,5 @@ def _table(
             "exact": clusters.exact | (is_best & ~kept),
             "twin": pc.if_else(is_best, None, ids.take(pa.array(clusters.twin))),
             "jaccard": pa.array(clusters.jaccard, mask=is_best),
-            "removed_units": removed,
         }
     )

@@ -1,6 +1,11 @@
 """An index of all documents that were ever deduplicated, which later dumps are compared with."""
 
-from data_pipeline.dedup.index.add import IndexReport, checked_settings, deduplicate_with_index
+from data_pipeline.dedup.index.add import (
+    IndexReport,
+    checked_settings,
+    deduplicate_with_index,
+    deduplicate_within,
+)
 from data_pipeline.dedup.index.removal import RemovalReport, remove_documents
 from data_pipeline.dedup.index.settings import Settings, parse_memory
 from data_pipeline.dedup.index.tables import export_clusters
@@ -11,6 +16,7 @@ __all__ = [
     "Settings",
     "checked_settings",
     "deduplicate_with_index",
+    "deduplicate_within",
     "export_clusters",
     "parse_memory",
     "remove_documents",

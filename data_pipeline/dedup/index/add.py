@@ -32,7 +32,14 @@ from data_pipeline.dedup.index.tables import (
 )
 from data_pipeline.dedup.inputs import Part, parquet_parts
 from data_pipeline.dedup.outputs import CLUSTERS, DOCUMENTS, SUPERSEDED, staged_results
-from data_pipeline.dedup.run import check_choice, check_settings, checked_bands, write_kept
+from data_pipeline.dedup.run import (
+    DedupReport,
+    check_choice,
+    check_settings,
+    checked_bands,
+    refuse_inputs_in,
+    write_kept,
+)
 from data_pipeline.dedup.signatures import Keep
 from data_pipeline.dedup.timestamps import require_timestamps
 from data_pipeline.errors import DataError
@@ -102,14 +109,42 @@ def deduplicate_with_index(
             keep what they had.
     """
     limits = limits_of(memory)
+    refuse_inputs_in(out, inputs)
     if out.resolve() == folder.resolve():
         raise DataError(f"{out}: is the folder of the index; name another --out")
     with held_index(folder, settings) as index, staged_results(out) as scratch:
-        parts = parquet_parts(inputs, scratch)
-        if settings.keep == "newest":
-            require_timestamps(parts)
-        number, is_new = _add(index, parts, limits, workers)
-        return _write_results(index, parts, scratch, number, is_new, workers)
+        return _add_inputs(index, inputs, scratch, limits, workers)
+
+
+def deduplicate_within(
+    memory: int, inputs: Sequence[Path], out: Path, settings: Settings, workers: int
+) -> DedupReport:
+    """`deduplicate` by an index that is made for this alone, and removed."""
+    limits = limits_of(memory)
+    with staged_results(out) as scratch, held_index(scratch / "index", settings) as index:
+        report = _add_inputs(index, inputs, scratch, limits, workers)
+        (scratch / SUPERSEDED).unlink()
+        is_joined = np.zeros(report.documents, np.bool_)
+        for first, rows in index.state.rows(0, report.documents):
+            numbers = np.arange(first, first + len(rows["root"]))
+            is_joined[rows["root"][rows["root"] != numbers]] = True
+    return DedupReport(
+        documents=report.documents,
+        kept=report.kept,
+        exact_duplicates=report.exact_duplicates,
+        near_duplicates=report.near_duplicates,
+        clusters=int(is_joined.sum()),
+    )
+
+
+def _add_inputs(
+    index: Index, inputs: Sequence[Path], scratch: Path, limits: Limits, workers: int
+) -> IndexReport:
+    parts = parquet_parts(inputs, scratch)
+    if index.contents.settings.keep == "newest":
+        require_timestamps(parts)
+    number, is_new = _add(index, parts, limits, workers)
+    return _write_results(index, parts, scratch, number, is_new, workers)
 
 
 def _add(index: Index, parts: Sequence[Part], limits: Limits, workers: int) -> tuple[int, bool]:

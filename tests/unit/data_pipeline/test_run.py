@@ -74,6 +74,26 @@ def _files(out: Path) -> dict[str, bytes]:
     }
 
 
+def test_a_run_within_a_memory_gives_the_same_bytes(
+    sample: SampleReport, finished: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "data"
+    run(_inputs(sample), out, load_recipe("demo"), vocab_size=VOCAB_SIZE, memory=1 << 20)
+    assert _files(out) == _files(finished)
+
+
+def test_a_memory_that_cannot_be_kept_is_refused_before_archives_are_cleaned(
+    sample: SampleReport, tmp_path: Path
+) -> None:
+    recipe = load_recipe("demo")
+    by_line = recipe.model_copy(update={"dedup": recipe.dedup.model_copy(update={"exact": "line"})})
+    with pytest.raises(DataError, match="exact=line is not allowed with a memory"):
+        run(_inputs(sample), tmp_path / "data", by_line, memory=1 << 30)
+    with pytest.raises(DataError, match="memory=5 bytes is not allowed: it is at least 1048576"):
+        run(_inputs(sample), tmp_path / "data", recipe, memory=5)
+    assert not (tmp_path / "data").exists()
+
+
 def test_every_document_has_one_audit_row(sample: SampleReport, finished: Path) -> None:
     rows = _audit(finished)
     kinds = _planted(sample)

@@ -224,3 +224,16 @@ def test_four_dumps_of_real_pages_give_what_one_run_gives(tmp_path):
     assert report.dump == 3
     assert report.near_duplicates > 5
     dumps.remove({document["id"] for document in documents[::50]})
+
+
+@pytest.mark.parametrize("keep", ["longest", "first"])
+def test_within_a_memory_the_outcome_is_the_same(tmp_path, keep):
+    corpus = make_corpus(seed=4)
+    source = write_jsonl(tmp_path / "corpus.jsonl", corpus)
+    report = deduplicate([source], tmp_path / "all", keep=keep)
+    assert deduplicate([source], tmp_path / "little", keep=keep, memory=MEMORY) == report
+    assert report.near_duplicates > 10
+    assert clusters_of(tmp_path / "little") == clusters_of(tmp_path / "all")
+    assert documents_of(tmp_path / "little") == documents_of(tmp_path / "all")
+    names = {path.name for path in (tmp_path / "little").iterdir()}
+    assert names == {"documents", "clusters.parquet"}
