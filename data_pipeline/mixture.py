@@ -175,13 +175,7 @@ class Mixture:
             if reason == columns.NEEDS_ROOM:
                 pieces = np.concatenate([pieces, np.empty_like(pieces)])
             elif reason == columns.NEEDS_DOCUMENTS:
-                self._columns[source, columns.BEGUN], before = (
-                    0,
-                    self._columns[source, columns.BEGUN],
-                )
-                epoch, window, first = self._queue_at[source]
-                self._queue_at[source] = epoch, window, first + int(before)
-                self._enqueue(source)
+                self._move_on(source)
             elif reason in (columns.SHARES_CHANGE, columns.SOURCE_ENDS):
                 self._set_shares()
             elif reason == columns.ALL_USED_UP:
