@@ -6,7 +6,7 @@ Each check sees all batches that count, and then tells what does not hold.
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +70,9 @@ def mixture_of(
     attempt: AttemptBegun, paths: Sequence[str], documents: Sequence[Documents]
 ) -> Mixture:
     """The mixture that an attempt has read, from its beginning."""
+    names = [field.name for field in fields(Source) if field.name != "path"]
     sources = [
-        Source(
-            path,
-            source.weight,
-            source.epochs,
-            source.max_epochs,
-            source.upsample,
-            source.growing,
-            source.name,
-        )
+        Source(path, **{name: getattr(source, name) for name in names})
         for path, source in zip(paths, attempt.sources, strict=True)
     ]
     return Mixture(

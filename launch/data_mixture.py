@@ -16,8 +16,9 @@ def mixture(
 ) -> None:
     """Show how much of each source a run would train on, and how often it would pass over it."""
     from launch.sample import sample_shards
-    from pretrain.config import SAMPLE_SHARDS, load_config
+    from pretrain.config import load_config
     from pretrain.data import stream_of
+    from pretrain.data_config import SAMPLE_SHARDS
 
     config = load_config(recipe, overrides or [])
     data = config.data

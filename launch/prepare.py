@@ -12,8 +12,9 @@ from typing import Any
 from data_pipeline.shards import Manifest, load_manifest
 from launch.changes import allow_changes, find_changes, note_changes
 from launch.sample import sample_shards
-from pretrain.config import SAMPLE_SHARDS, Config, ShardSource, read_run_config
+from pretrain.config import Config, read_run_config
 from pretrain.data import cache_of, open_stream
+from pretrain.data_config import SAMPLE_SHARDS, ShardSource
 from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory, write_atomically
 

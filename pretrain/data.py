@@ -1,7 +1,8 @@
 """The data of a run, as its configuration names it."""
 
 from data_pipeline.stream import Cache, Phase, Source, TokenStream
-from pretrain.config import Config, DataConfig
+from pretrain.config import Config
+from pretrain.data_config import DataConfig
 from pretrain.errors import UserError
 
 
@@ -36,18 +37,7 @@ def stream_of(data: DataConfig) -> TokenStream:
 
 
 def sources_of(data: DataConfig) -> list[Source]:
-    return [
-        Source(
-            path=source.path,
-            weight=source.weight,
-            epochs=source.epochs,
-            max_epochs=source.max_epochs,
-            upsample=source.upsample,
-            growing=source.growing,
-            name=source.name,
-        )
-        for source in data.sources()
-    ]
+    return [Source(**source.model_dump()) for source in data.sources()]
 
 
 def cache_of(data: DataConfig) -> Cache:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pretrain.config import ShardSource
+from pretrain.data_config import ShardSource
 from pretrain.guard import Rollback, Verdict
 from pretrain.ledger import Ledger, LedgerSource
 from pretrain.metrics.expert_load import DeadExperts
@@ -138,13 +138,9 @@ def _ledger_sources(sources: Sequence[ShardSource], state: Mapping[str, Any]) ->
     return [
         LedgerSource(
             sha256=sha256,
-            weight=source.relative_weight,
-            epochs=source.epochs,
-            max_epochs=source.max_epochs,
-            upsample=source.upsample,
-            growing=source.growing,
-            name=source.name,
             shards=shards if source.growing else None,
+            weight=source.relative_weight,
+            **source.model_dump(exclude={"path", "weight"}),
         )
         for source, sha256, shards in zip(sources, state["data"], state["shards"], strict=True)
     ]
