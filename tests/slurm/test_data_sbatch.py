@@ -11,15 +11,12 @@ import pytest
 from data_pipeline.recipe import load_recipe
 from data_pipeline.run import run
 from data_pipeline.sample import make_sample_crawl
+from tests.files import contents
 from tests.ranks import ROOT, TIMEOUT_S
 
 pytestmark = pytest.mark.slow
 
 SCRIPT = ROOT / "slurm" / "data.sbatch"
-
-
-def _files(out: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
 
 
 def _wait_until(condition: Callable[[], bool], logs: Path) -> None:
@@ -61,4 +58,4 @@ def test_an_array_one_part_of_which_is_stopped_and_the_job_behind_it(
     assert field(f"{array}_1", "Restarts") == "1"
     assert "cleaned part 1/2, 3 archives" in log.read_text()
     assert "clean: 6 of 6" in printed
-    assert _files(tmp_path / "data") == _files(tmp_path / "whole")
+    assert contents(tmp_path / "data") == contents(tmp_path / "whole")

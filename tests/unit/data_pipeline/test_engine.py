@@ -18,6 +18,7 @@ import pytest
 from data_pipeline.engine import open_engine
 from data_pipeline.errors import DataError
 from data_pipeline.sample import make_sample_crawl
+from tests.files import contents
 from tests.ranks import ROOT, TIMEOUT_S
 
 STORE_BYTES = 80 << 20  # the least that Ray allows
@@ -82,16 +83,12 @@ def crawl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def native(crawl: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("native") / "data"
     subprocess.run(_command(crawl, out, "native"), check=True, cwd=ROOT, timeout=TIMEOUT_S)
-    return _files(out)
+    return contents(out)
 
 
 def _command(crawl: Path, out: Path, engine: str) -> list[str]:
     farspan = [sys.executable, "-m", "launch.cli", "data", "run", str(crawl), "--out", str(out)]
     return [*farspan, "--recipe", "demo", "--vocab-size", "600", "--engine", engine]
-
-
-def _files(out: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
 
 
 def _ancestors(pid: int) -> list[int]:
@@ -178,7 +175,7 @@ def test_ray_gives_the_same_bytes_whatever_is_lost(
     losses = {"nothing": lambda: None, "worker": cluster.kill_worker, "node": cluster.kill_node}
     printed = _run_and(losses[lost], crawl, tmp_path / "data", cluster.engine)
     assert f"clean: {FILES} of {FILES}" in printed
-    assert _files(tmp_path / "data") == native
+    assert contents(tmp_path / "data") == native
     if lost == "node":
         cluster.add_node()
 

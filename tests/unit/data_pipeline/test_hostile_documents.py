@@ -16,6 +16,7 @@ from data_pipeline.extract import Mode, extract_text, text
 from data_pipeline.recipe import Recipe, load_recipe
 from data_pipeline.run import run
 from data_pipeline.workers import WorkerDiedError, do_each
+from tests.files import contents
 from tests.unit.data_pipeline.warc_records import record
 
 ENDLESS, DEADLY, HARMLESS = 2, 4, 6
@@ -39,9 +40,7 @@ def recipe() -> Recipe:
 
 def _run(archive: Path, recipe: Recipe, out: Path, workers: int = 1) -> dict[str, bytes]:
     run([str(archive)], out, recipe, workers=workers, id_header="X-Doc-Id", vocab_size=300)
-    return {
-        str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()
-    }
+    return contents(out)
 
 
 def _hostile(page: Page, mode: Mode) -> str:

@@ -22,6 +22,7 @@ from data_pipeline.recipe import load_recipe
 from data_pipeline.run import run
 from data_pipeline.sample import SampleReport, make_sample_crawl
 from data_pipeline.shards import load_manifest
+from tests.files import contents
 
 VOCAB_SIZE = 600
 OPTIONS = ["--recipe", "demo", "--vocab-size", str(VOCAB_SIZE)]
@@ -68,18 +69,12 @@ def _planted(sample: SampleReport) -> dict[str, str]:
     return kinds
 
 
-def _files(out: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()
-    }
-
-
 def test_a_run_within_a_memory_gives_the_same_bytes(
     sample: SampleReport, finished: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "data"
     run(_inputs(sample), out, load_recipe("demo"), vocab_size=VOCAB_SIZE, memory=1 << 20)
-    assert _files(out) == _files(finished)
+    assert contents(out) == contents(finished)
 
 
 def test_a_memory_that_cannot_be_kept_is_refused_before_archives_are_cleaned(
@@ -196,7 +191,7 @@ def test_a_killed_run_ends_with_the_same_bytes_for_any_workers_and_order_of_inpu
     command = _command(inputs[::-1], out, 2)
     again = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "clean: 0 of 4" not in again.stdout
-    assert _files(out) == _files(finished)
+    assert contents(out) == contents(finished)
 
 
 def test_damaged_files_of_a_killed_run_are_named_and_made_again(
@@ -221,7 +216,7 @@ def test_damaged_files_of_a_killed_run_are_named_and_made_again(
     for name in damaged:
         assert f"warning: {out / 'work' / name} is damaged" in again.stderr
     assert "clean: 1 of 4" in again.stdout
-    assert _files(out) == _files(finished)
+    assert contents(out) == contents(finished)
 
 
 @pytest.mark.parametrize(
@@ -243,10 +238,10 @@ def test_a_stopped_run_says_how_to_continue(
 
 
 def test_a_finished_run_is_said_to_be_and_left_alone(sample: SampleReport, finished: Path) -> None:
-    before = _files(finished)
+    before = contents(finished)
     result = run(_inputs(sample), finished, load_recipe("demo"), vocab_size=VOCAB_SIZE)
     assert not result.is_new
-    assert _files(finished) == before
+    assert contents(finished) == before
 
 
 def test_another_run_in_the_same_folder_is_refused_with_the_difference(

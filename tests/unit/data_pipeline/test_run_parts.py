@@ -14,6 +14,7 @@ from data_pipeline.recipe import load_recipe
 from data_pipeline.run import Part, clean_part, run
 from data_pipeline.run_folder import UNKNOWN, exclusive, record_plan, shared
 from data_pipeline.sample import make_sample_crawl
+from tests.files import contents
 from tests.ranks import ROOT, TIMEOUT_S
 
 PARTS = 3
@@ -31,11 +32,7 @@ def crawl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(crawl: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("whole") / "data"
     run([str(crawl)], out, load_recipe("demo"), vocab_size=600)
-    return _files(out)
-
-
-def _files(out: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    return contents(out)
 
 
 def _command(crawl: Path, out: Path, *more: str) -> list[str]:
@@ -75,7 +72,7 @@ def test_parts_at_a_time_one_of_them_killed_and_started_again(
     )
     assert f"clean: {FILES} of {FILES}" in rest.stdout
     assert "clean: 0 of" not in rest.stdout
-    assert _files(out) == whole
+    assert contents(out) == whole
 
 
 def test_a_run_does_what_parts_have_left(
@@ -86,7 +83,7 @@ def test_a_run_does_what_parts_have_left(
     assert clean_part([str(crawl)], out, recipe, Part(2, 3), vocab_size=600) == 2
     assert len(list((out / "work" / "pieces").iterdir())) == 2
     run([str(crawl)], out, recipe, vocab_size=600)
-    assert _files(out) == whole
+    assert contents(out) == whole
     assert clean_part([str(crawl)], out, recipe, Part(1, 3), vocab_size=600) == 2
     assert not (out / "work").exists()
 

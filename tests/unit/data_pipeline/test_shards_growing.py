@@ -18,6 +18,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.run_folder import exclusive
 from data_pipeline.shards import Manifest, TokenReader, growth, load_manifest, write_shards, writer
 from data_pipeline.tokenize import train_tokenizer
+from tests.files import contents
 
 DOCUMENTS = [(f"id-{i}", f"Document {i} " + "says more. " * (i % 7)) for i in range(60)]
 GROWING = "manifest.growing.json"
@@ -53,14 +54,6 @@ def kill_after(documents: int, out: Path, whole: Path) -> None:
         write(killed_after(documents), out, whole)
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
 @given(kills=st.lists(st.integers(0, len(DOCUMENTS)), max_size=5))
 @settings(max_examples=25, deadline=None)
 def test_kills_leave_a_prefix_and_no_trace(
@@ -77,7 +70,7 @@ def test_kills_leave_a_prefix_and_no_trace(
         assert growing.sha256 == finished.prefix_sha256(count)
         assert sum(shard.documents for shard in growing.shards) <= max(kills)
     write(iter(DOCUMENTS), out, whole)
-    assert files(out) == files(whole / "data")
+    assert contents(out) == contents(whole / "data")
     assert load_manifest(out).is_finished
 
 
@@ -110,7 +103,7 @@ def test_kills_before_any_step_leave_a_prefix_and_no_trace(
         assert found.shards == finished.shards[: len(found.shards)]
         TokenReader(found)
     write(iter(DOCUMENTS), out, whole)
-    assert files(out) == files(whole / "data")
+    assert contents(out) == contents(whole / "data")
 
 
 def killing(step: Callable[..., Any], left: Iterator[int]) -> Callable[..., Any]:
@@ -140,7 +133,7 @@ def test_a_listed_shard_that_is_damaged_is_made_again(
     (path,) = (tmp_path / "data/shards").glob(f"{name}*")
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     write(iter(DOCUMENTS), tmp_path / "data", whole)
-    assert files(tmp_path / "data") == files(whole / "data")
+    assert contents(tmp_path / "data") == contents(whole / "data")
 
 
 def test_other_documents_or_settings_keep_nothing_that_differs(whole: Path, tmp_path: Path) -> None:
@@ -149,7 +142,7 @@ def test_other_documents_or_settings_keep_nothing_that_differs(whole: Path, tmp_
         if folder == "killed":
             kill_after(45, tmp_path / folder, whole)
         write(iter(others), tmp_path / folder, whole)
-    assert files(tmp_path / "killed") == files(tmp_path / "fresh")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "fresh")
     kill_after(45, tmp_path / "extra", whole)
     write(iter(DOCUMENTS), tmp_path / "extra", whole, extra=2)
     assert load_manifest(tmp_path / "extra").extra == {"a": 2}

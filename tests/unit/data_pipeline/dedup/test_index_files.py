@@ -21,6 +21,7 @@ from data_pipeline.dedup.index import (
 )
 from data_pipeline.dedup.index.columns import Column, ColumnWriter
 from data_pipeline.errors import DataError
+from tests.files import contents
 from tests.unit.data_pipeline.dedup.corpus import (
     clusters_of,
     documents_of,
@@ -41,14 +42,6 @@ def add(folder, documents, out="out", **settings):
     source = write_jsonl(folder / "dump.jsonl", documents)
     checked = checked_settings(**{**DEFAULT, **settings})
     return deduplicate_with_index([source], folder / out, folder / "ix", checked, memory=1 << 20)
-
-
-def contents(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.fixture
