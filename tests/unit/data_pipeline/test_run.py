@@ -16,6 +16,7 @@ from warcio.archiveiterator import ArchiveIterator
 from warcio.exceptions import ArchiveLoadFailed
 from warcio.warcwriter import WARCWriter
 
+from data_pipeline.dedup import DedupReport, deduplicate
 from data_pipeline.errors import DataError
 from data_pipeline.extract import extract_archives
 from data_pipeline.recipe import load_recipe
@@ -70,10 +71,18 @@ def _planted(sample: SampleReport) -> dict[str, str]:
 
 
 def test_a_run_within_a_memory_gives_the_same_bytes(
-    sample: SampleReport, finished: Path, tmp_path: Path
+    sample: SampleReport, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    kept_within = []
+
+    def noted(*arguments: Any, **settings: Any) -> DedupReport:
+        kept_within.append(settings["memory"])
+        return deduplicate(*arguments, **settings)
+
+    monkeypatch.setattr("data_pipeline.run.deduplicate", noted)
     out = tmp_path / "data"
     run(_inputs(sample), out, load_recipe("demo"), vocab_size=VOCAB_SIZE, memory=1 << 20)
+    assert kept_within == [1 << 20]
     assert contents(out) == contents(finished)
 
 

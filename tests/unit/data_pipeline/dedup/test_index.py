@@ -20,6 +20,7 @@ from data_pipeline.dedup.index import (
     export_clusters,
     remove_documents,
 )
+from data_pipeline.dedup.index.batches import write_segments
 from tests.unit.data_pipeline.dedup.corpus import (
     clusters_of,
     documents_of,
@@ -227,12 +228,23 @@ def test_four_dumps_of_real_pages_give_what_one_run_gives(tmp_path):
 
 
 @pytest.mark.parametrize("keep", ["longest", "first"])
-def test_within_a_memory_the_outcome_is_the_same(tmp_path, keep):
+def test_within_a_memory_the_outcome_is_the_same(tmp_path, monkeypatch, keep):
+    batches = []
+
+    def counted(*arguments):
+        for segment in write_segments(*arguments):
+            batches.append(segment.documents)
+            yield segment
+
+    monkeypatch.setattr("data_pipeline.dedup.index.add.write_segments", counted)
+    monkeypatch.setattr("data_pipeline.dedup.index.settings.BYTES_PER_DOCUMENT", 10_000)
+    monkeypatch.setattr("data_pipeline.dedup.batches.ROWS_PER_BATCH", 10)
     corpus = make_corpus(seed=4)
     source = write_jsonl(tmp_path / "corpus.jsonl", corpus)
     report = deduplicate([source], tmp_path / "all", keep=keep)
     assert deduplicate([source], tmp_path / "little", keep=keep, memory=MEMORY) == report
     assert report.near_duplicates > 10
+    assert len(batches) > 2
     assert clusters_of(tmp_path / "little") == clusters_of(tmp_path / "all")
     assert documents_of(tmp_path / "little") == documents_of(tmp_path / "all")
     names = {path.name for path in (tmp_path / "little").iterdir()}
