@@ -34,7 +34,7 @@ class ExtractError(Exception):
 def extract_text(page: Page, mode: Mode = "fast") -> str:
     """The main text of a page: one line per block, no control characters.
 
-    `fast` classifies blocks of text, `accurate` is trafilatura, a tenth as fast or less. A page
+    `fast` classifies blocks of text, `accurate` is trafilatura, a twelfth as fast. A page
     nested too deeply for either is flattened to all of its visible text.
 
     Raises:
