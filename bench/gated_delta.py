@@ -84,10 +84,16 @@ def random_inputs(length: int) -> list[Tensor]:
 
 
 def transformers_rule(chunk_rule: GatedDeltaRule) -> GatedDeltaRule:
-    """With our axes, [B, H, T, ...] for transformers' [B, T, H, ...]."""
+    """With our axes, [B, H, T, ...] for transformers' [B, T, H, ...].
 
-    def rule(*inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-        out, state = chunk_rule(*(x.transpose(1, 2) for x in inputs))
+    Its model repeats key heads before it calls the rule.
+    """
+
+    def rule(
+        q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        q, k = (x.repeat_interleave(v.shape[1] // x.shape[1], dim=1) for x in (q, k))
+        out, state = chunk_rule(*(x.transpose(1, 2) for x in (q, k, v, g, beta)))
         return out.transpose(1, 2), state
 
     return rule

@@ -1,9 +1,11 @@
 """Which kernel runs where: a function of the device, the type and what is installed."""
 
 import os
+import re
 import warnings
 from functools import cache
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -11,6 +13,9 @@ import torch
 
 HALF = (torch.float16, torch.bfloat16)
 HOPPER = (9, 0)
+# On Hopper its releases from the first on, and before the second, give wrong gradients of gated
+# rules (flash-linear-attention issue 640); without Triton, tilelang does the same.
+BROKEN_TRITON = ((3, 4, 0), (3, 7, 1))
 
 # Backend -> the module without which it is nothing.
 _MODULES = {
@@ -41,12 +46,13 @@ class Setting(NamedTuple):
     def here(cls, device: torch.device, dtype: torch.dtype, head_dim: int) -> "Setting":
         """On a device of this machine, with torch as it is set now."""
         is_cuda = device.type == "cuda"
+        capability = _capability(device) if is_cuda else (0, 0)
         return cls(
             device.type,
-            _capability(device) if is_cuda else (0, 0),
+            capability,
             dtype,
             head_dim,
-            _installed() if is_cuda else frozenset(),
+            _installed(capability) if is_cuda else frozenset(),
             torch.are_deterministic_algorithms_enabled(),
         )
 
@@ -70,7 +76,11 @@ def usable_backends(setting: Setting) -> tuple[str, ...]:
         "flash_attn_2": takes_flash and "flash_attn_2" in s.installed,
         "torch_flash": takes_flash,
         # Never the first: cuDNN builds a graph for each new length, and documents have many.
-        "torch_cudnn": takes_flash and s.head_dim <= 128 and not s.deterministic,
+        "torch_cudnn": (
+            takes_flash
+            and s.head_dim <= (256 if s.capability == HOPPER else 128)
+            and not s.deterministic
+        ),
         "torch_efficient": takes_efficient
         and (s.dtype in (torch.float16, torch.float32) or (is_half and is_ampere)),
         "reference": True,
@@ -125,12 +135,12 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 @cache
-def _installed() -> frozenset[str]:
-    return frozenset(backend for backend, module in _MODULES.items() if _loads(module))
+def _installed(capability: tuple[int, int]) -> frozenset[str]:
+    return frozenset(backend for backend, module in _MODULES.items() if _loads(module, capability))
 
 
-def _loads(module: str) -> bool:
-    """Whether a module is there and fits this torch and us; warns of one that does not."""
+def _loads(module: str, capability: tuple[int, int]) -> bool:
+    """Whether a module is there and fits this GPU, torch and us; warns of one that does not."""
     package = module.partition(".")[0]
     if find_spec(package) is None:
         return False
@@ -139,14 +149,26 @@ def _loads(module: str) -> bool:
     except ImportError as error:
         problem = f"does not load: {error}"
     else:
-        if package != "fla" or _is_recent(import_module(package).__version__):
-            return True
+        problem = _problem_of_fla(capability) if package == "fla" else ""
+    if problem:
+        warnings.warn(f"{module} is installed but not used: it {problem}", stacklevel=3)
+    return not problem
+
+
+def _problem_of_fla(capability: tuple[int, int]) -> str:
+    if _numbers(import_module("fla").__version__) < (0, 5):
         # Older ones take as many value heads as key heads, and do not check.
-        problem = "is older than 0.5"
-    warnings.warn(f"{module} is installed but not used: it {problem}", stacklevel=2)
-    return False
+        return "is older than 0.5"
+    first, mended = BROKEN_TRITON
+    triton = version("triton")
+    if capability == HOPPER and first <= _numbers(triton) < mended and not find_spec("tilelang"):
+        return (
+            f"gives wrong gradients with Triton {triton} on Hopper; take Triton "
+            f"{'.'.join(map(str, mended))} or newer, or install tilelang"
+        )
+    return ""
 
 
-def _is_recent(version: str) -> bool:
-    major, minor = version.split(".")[:2]
-    return (int(major), int(minor)) >= (0, 5)
+def _numbers(version: str) -> tuple[int, ...]:
+    """(3, 6, 0) of 3.6.0+git1."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])

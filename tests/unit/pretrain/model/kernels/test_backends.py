@@ -102,10 +102,47 @@ def test_a_package_that_does_not_load_is_named_and_not_used(
     with pytest.warns(
         UserWarning, match=r"flash_attn_2_cuda is installed but .*: undefined symbol"
     ):
-        assert not backends._loads("flash_attn_2_cuda")
+        assert not backends._loads("flash_attn_2_cuda", AMPERE)
     for module in [name for name in sys.modules if name.startswith("fla.") or name == "fla"]:
         monkeypatch.delitem(sys.modules, module)
-    assert not backends._loads("flash_attn_3_that_is_not_there._C")
+    assert not backends._loads("flash_attn_3_that_is_not_there._C", HOPPER)
+
+
+@pytest.mark.parametrize(
+    ("fla", "triton", "capability", "problem"),
+    [
+        ("0.4.1", "3.7.1", HOPPER, "older than 0.5"),
+        ("0.6.0", "3.6.0+git1", HOPPER, "Triton 3.6.0.* take Triton 3.7.1"),
+        ("0.6.0", "3.6.0", AMPERE, None),
+        ("0.6.0", "3.3.1", HOPPER, None),
+        ("0.6.0", "3.7.1", HOPPER, None),
+    ],
+)
+def test_linear_attention_is_not_left_to_versions_that_compute_it_wrong(
+    fla: str,
+    triton: str,
+    capability: tuple[int, int],
+    problem: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Any,
+) -> None:
+    rule = tmp_path / "fla" / "ops" / "gated_delta_rule"
+    rule.mkdir(parents=True)
+    for package in (tmp_path / "fla", tmp_path / "fla" / "ops", rule):
+        (package / "__init__.py").write_text(f"__version__ = {fla!r}")
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in [name for name in sys.modules if name.startswith("fla.") or name == "fla"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(backends, "version", {"triton": triton}.__getitem__)
+    try:
+        if problem is None:
+            assert backends._loads("fla.ops.gated_delta_rule", capability)
+        else:
+            with pytest.warns(UserWarning, match=problem):
+                assert not backends._loads("fla.ops.gated_delta_rule", capability)
+    finally:
+        for module in [name for name in sys.modules if name.startswith("fla.") or name == "fla"]:
+            del sys.modules[module]
 
 
 def test_what_a_run_prints() -> None:

@@ -54,7 +54,9 @@ def documented(
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> str:
-    if torch.cuda.is_available() and "fla" in backends._installed():
+    if torch.cuda.is_available() and "fla" in backends._installed(
+        torch.cuda.get_device_capability()
+    ):
         return "cuda"
     names = ("fla", "fla.ops", "fla.ops.gated_delta_rule")
     for name in names:
