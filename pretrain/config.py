@@ -20,7 +20,7 @@ from parallel.pipeline.plan import Schedule
 from parallel.verdict import VERDICT_S
 from pretrain.data_config import DataConfig
 from pretrain.errors import UserError
-from pretrain.model.config import LayerKind, ModelConfig
+from pretrain.model.config import AttentionConfig, LayerKind, ModelConfig, Positions
 from pretrain.run_dir import RunDirectory
 from pretrain.settings import Decay, NonNegative, Positive, Section, Share
 
@@ -398,6 +398,7 @@ def _check_model(model: ModelConfig) -> None:
             f"model.attention.rope_fraction = {attention.rope_fraction}: it must turn an even "
             f"number of the head's {attention.head_dim} dimensions, and not more than all"
         )
+    _check_positions(attention)
     if moe.n_experts:
         # grouped_mm wants rows of a multiple of 16 bytes, which is 8 elements in bfloat16.
         for dotted, width in (("d_model", model.d_model), ("moe.d_expert", moe.d_expert)):
@@ -407,6 +408,23 @@ def _check_model(model: ModelConfig) -> None:
         raise UserError(
             f"model.moe.top_k = {moe.top_k}: a token cannot go to more experts than the "
             f"{moe.n_experts} of model.moe.n_experts"
+        )
+
+
+def _check_positions(attention: AttentionConfig) -> None:
+    yarn = attention.yarn
+    if not attention.positions:
+        kinds = ", ".join(get_args(Positions))
+        raise UserError(f"model.attention.positions is empty: name at least one of {kinds}")
+    if yarn.factor < 1:
+        raise UserError(
+            f"model.attention.yarn.factor = {yarn.factor}: must be 1 or more, the new length over "
+            f"model.attention.yarn.original_length = {yarn.original_length}"
+        )
+    if yarn.beta_fast <= yarn.beta_slow:
+        raise UserError(
+            f"model.attention.yarn.beta_fast, beta_slow = {yarn.beta_fast}, {yarn.beta_slow}: the "
+            "first must be above the second"
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pretrain.checkpoint.hf_rope import rope_to_hf, yarn_from_hf
 from pretrain.checkpoint.hf_weights import State, state_from_hf, state_to_hf
 from pretrain.errors import UserError
 from pretrain.model.config import (
@@ -129,7 +130,6 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """
     family = _family(config)
     attention, linear, moe = config.attention, config.linear, config.moe
-    rope = {"rope_theta": attention.rope_base, "partial_rotary_factor": attention.rope_fraction}
     fields: dict[str, Any] = {
         "architectures": [_ARCHITECTURES[family]],
         "model_type": family,
@@ -143,8 +143,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "initializer_range": config.init_std,
         "tie_word_embeddings": config.tie_embeddings,
-        "rope_parameters": {"rope_type": "default", **rope},
-        **rope,
+        **rope_to_hf(attention),
     }
     if family != "qwen3":
         fields |= {
@@ -196,11 +195,6 @@ def config_from_hf(fields: Mapping[str, Any]) -> ModelConfig:
         value = getattr(hf, name, allowed)
         if value != allowed:
             raise UserError(f"config.json: {name} = {value!r} is not supported, only {allowed!r}")
-    if hf.rope_parameters["rope_type"] != "default":
-        raise UserError(
-            f"config.json: rope_type = {hf.rope_parameters['rope_type']!r} is not supported, "
-            "only 'default'"
-        )
     is_next = family == "qwen3_next"
     window = _window(hf)
     return ModelConfig(
@@ -216,6 +210,7 @@ def config_from_hf(fields: Mapping[str, Any]) -> ModelConfig:
             output_gate=is_next,
             rope_base=hf.rope_parameters["rope_theta"],
             rope_fraction=hf.rope_parameters.get("partial_rotary_factor", 1.0),
+            yarn=yarn_from_hf(hf.rope_parameters, hf.max_position_embeddings),
             window=AttentionConfig.window if window is None else window,
         ),
         linear=_linear_from_hf(hf) if is_next else LinearAttentionConfig(),
@@ -287,6 +282,10 @@ def _unmet_needs(config: ModelConfig, family: str) -> list[str]:
         (attention.output_gate == is_next, f"model.attention.output_gate={str(is_next).lower()}"),
         (config.zero_centered_norm == is_next, f"model.zero_centered_norm={str(is_next).lower()}"),
         (is_next or attention.rope_fraction == 1, "model.attention.rope_fraction=1"),
+        (
+            config.rotates() == tuple(kind != "linear" for kind in config.layer_kinds()),
+            "model.attention.positions=[rope], as all its layers of softmax attention rotate",
+        ),
         (family != "qwen3_moe" or not shared, "model.moe.d_shared_expert=0"),
         (not is_next or shared or moe.n_experts == 0, "model.moe.d_shared_expert above 0"),
     ]

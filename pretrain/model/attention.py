@@ -17,14 +17,16 @@ class Attention(nn.Module):
 
     Attributes:
         window: how many tokens a query sees, its own included; None is all.
+        rotates: whether queries and keys are rotated by their positions.
         core: `(q, k, v, documents, *, scale, window) -> out`, q and out [B, H, T, D], k and v
             [B, H_kv, T, D]; causal within each document. Context parallelism replaces it.
     """
 
-    def __init__(self, config: ModelConfig, window: int | None) -> None:
+    def __init__(self, config: ModelConfig, window: int | None, rotates: bool = True) -> None:
         super().__init__()
         c = config.attention
         self.window = window
+        self.rotates = rotates
         self.head_dim = c.head_dim
         d_query, d_key = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
         self.q_proj = nn.Linear(config.d_model, d_query, bias=False)
@@ -37,8 +39,10 @@ class Attention(nn.Module):
         self.core = documents_attention
 
     def forward(self, x_btd: Tensor, documents: Documents, rotation: Rotation) -> Tensor:
-        q_bhtd = rotation(self.q_norm(self._heads(self.q_proj(x_btd))))
-        k_bhtd = rotation(self.k_norm(self._heads(self.k_proj(x_btd))))
+        q_bhtd = self.q_norm(self._heads(self.q_proj(x_btd)))
+        k_bhtd = self.k_norm(self._heads(self.k_proj(x_btd)))
+        if self.rotates:
+            q_bhtd, k_bhtd = rotation(q_bhtd), rotation(k_bhtd)
         v_bhtd = self._heads(self.v_proj(x_btd))
         out_bhtd = self.core(
             q_bhtd, k_bhtd, v_bhtd, documents, scale=self.head_dim**-0.5, window=self.window

@@ -5,11 +5,45 @@ attention, 3 to 1, with a Mixture-of-Experts feed-forward. With every layer `sof
 no output gate and no shared expert it is Qwen3 (dense) or Qwen3-MoE.
 """
 
+import itertools
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 LayerKind = Literal["linear", "softmax", "sliding"]
+Positions = Literal["rope", "none"]
 Balance = Literal["batch", "sequence", "bias"]
+
+
+@dataclass(frozen=True)
+class YarnConfig:
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): RoPE for `factor` times the original length.
+
+    Attributes:
+        factor: 1 is RoPE as it is.
+        original_length: in tokens, of the training before.
+        beta_fast, beta_slow: pairs of dimensions that turn more often than the first within the
+            original length are left alone; those that turn less often than the second are slowed
+            down by `factor`.
+        attention_factor: what rotated queries and keys are multiplied by; None is
+            0.1 ln(factor) + 1 (equation 22).
+        whole_pairs: whether the ramp between the two begins and ends at whole pairs.
+    """
+
+    factor: float = 1.0
+    original_length: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    whole_pairs: bool = True
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    def scale_of_rotated(self) -> float:
+        """What rotated queries and keys are multiplied by."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return 0.1 * math.log(self.factor) + 1 if self.factor > 1 else 1.0
 
 
 @dataclass(frozen=True)
@@ -17,6 +51,9 @@ class AttentionConfig:
     """Softmax attention: grouped-query, with QK norm, partial RoPE and an output gate.
 
     Attributes:
+        positions: of the first layers with softmax attention, `softmax` and `sliding`, repeated
+            over the others: `rope` rotates queries and keys, `none` leaves them (NoPE, Kazemnejad
+            et al. 2023, arXiv:2305.19466).
         window: how many tokens a query of a `sliding` layer sees, its own included.
     """
 
@@ -26,6 +63,8 @@ class AttentionConfig:
     output_gate: bool = True
     rope_base: float = 10_000_000.0
     rope_fraction: float = 0.25
+    yarn: YarnConfig = field(default_factory=YarnConfig)
+    positions: tuple[Positions, ...] = ("rope",)
     window: int = 4096
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
@@ -100,6 +139,14 @@ class ModelConfig:
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """The kind of each layer: the pattern, repeated over `n_layers`."""
         return tuple(self.layer_pattern[i % len(self.layer_pattern)] for i in range(self.n_layers))
+
+    def rotates(self) -> tuple[bool, ...]:
+        """Of each layer, whether it rotates queries and keys; layers of `linear` have none."""
+        pattern, places = self.attention.positions, itertools.count()
+        return tuple(
+            kind != "linear" and pattern[next(places) % len(pattern)] == "rope"
+            for kind in self.layer_kinds()
+        )
 
     def window(self, kind: LayerKind) -> int | None:
         """How many tokens a query of a layer with softmax attention sees; None is all."""

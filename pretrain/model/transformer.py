@@ -42,12 +42,12 @@ class Layer(nn.Module):
     The mixer is `attention` or `gated_delta`, the feed-forward `mlp` or `moe`; the others are None.
     """
 
-    def __init__(self, config: ModelConfig, kind: LayerKind) -> None:
+    def __init__(self, config: ModelConfig, kind: LayerKind, rotates: bool) -> None:
         super().__init__()
         norm = (config.d_model, config.norm_eps, config.zero_centered_norm)
         self.mixer_norm = RMSNorm(*norm)
         is_linear = kind == "linear"
-        self.attention = None if is_linear else Attention(config, config.window(kind))
+        self.attention = None if is_linear else Attention(config, config.window(kind), rotates)
         self.gated_delta = GatedDeltaNet(config) if is_linear else None
         self.feed_forward_norm = RMSNorm(*norm)
         sparse = config.moe.n_experts > 0
@@ -102,8 +102,10 @@ class Transformer(nn.Module):
         self.embedding = None
         if embeds or (predicts and tied):
             self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        kinds = config.layer_kinds()
-        self.layers = nn.ModuleDict({str(i): Layer(config, kinds[i]) for i in self.part.layers})
+        kinds, rotates = config.layer_kinds(), config.rotates()
+        self.layers = nn.ModuleDict(
+            {str(i): Layer(config, kinds[i], rotates[i]) for i in self.part.layers}
+        )
         self.norm = None
         self.lm_head = None
         if predicts:
@@ -130,7 +132,9 @@ class Transformer(nn.Module):
             documents = Documents.whole_rows(inputs.shape[0], inputs.shape[1], inputs.device)
         attention = self.config.attention
         rotary_dim = int(attention.head_dim * attention.rope_fraction)
-        rotation = Rotation.of_positions(documents.position, rotary_dim, attention.rope_base)
+        rotation = Rotation.of_positions(
+            documents.position, rotary_dim, attention.rope_base, attention.yarn
+        )
         x_btd = inputs
         if self.part.embeds:
             assert self.embedding is not None

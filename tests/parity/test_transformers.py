@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.checkpoint import hf
-from pretrain.model.config import AttentionConfig, LinearAttentionConfig, ModelConfig, MoEConfig
+from pretrain.model.config import (
+    AttentionConfig,
+    LinearAttentionConfig,
+    ModelConfig,
+    MoEConfig,
+    YarnConfig,
+)
 from pretrain.model.kernels.documents import Documents
 from pretrain.model.transformer import Transformer
 
@@ -25,6 +31,8 @@ PLAIN = AttentionConfig(4, 2, 16, output_gate=False, rope_base=1e4, rope_fractio
 SLIDING = dataclasses.replace(PLAIN, window=24)
 GATED = AttentionConfig(4, 1, 32, output_gate=True, rope_base=1e5, rope_fraction=0.25)
 DENSE = MoEConfig(n_experts=0)
+# A third of the tokens lie within the original length.
+YARN = YarnConfig(4.0, original_length=32, beta_fast=4.0)
 
 
 def model_config(**settings: Any) -> ModelConfig:
@@ -58,6 +66,26 @@ CASES = {
         attention=SLIDING,
         moe=MoEConfig(4, 2, 24, d_shared_expert=0),
         zero_centered_norm=False,
+    ),
+    "qwen3-yarn": model_config(
+        layer_pattern=("softmax",),
+        attention=dataclasses.replace(PLAIN, yarn=YARN),
+        moe=DENSE,
+        zero_centered_norm=False,
+    ),
+    "qwen3-moe-yarn": model_config(
+        layer_pattern=("softmax",),
+        attention=dataclasses.replace(
+            PLAIN, yarn=dataclasses.replace(YARN, attention_factor=1.3, whole_pairs=False)
+        ),
+        moe=MoEConfig(8, 3, 24, d_shared_expert=0),
+        zero_centered_norm=False,
+    ),
+    "qwen3-next-yarn": model_config(
+        n_layers=4,
+        attention=dataclasses.replace(GATED, yarn=YARN),
+        linear=LinearAttentionConfig(2, 4, 16, 24),
+        moe=MoEConfig(8, 2, 24, d_shared_expert=40),
     ),
     "qwen3-next-moe": model_config(
         n_layers=4,

@@ -9,8 +9,15 @@ import torch
 
 from pretrain.checkpoint import hf
 from pretrain.errors import UserError
-from pretrain.model.config import AttentionConfig, LinearAttentionConfig, ModelConfig, MoEConfig
+from pretrain.model.config import (
+    AttentionConfig,
+    LinearAttentionConfig,
+    ModelConfig,
+    MoEConfig,
+    YarnConfig,
+)
 from pretrain.model.init import initialize
+from pretrain.model.rope import rotary_frequencies
 from pretrain.model.transformer import Transformer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -42,6 +49,14 @@ SLIDING = dataclasses.replace(
 )
 SLIDING_MOE = dataclasses.replace(
     QWEN3_MOE, layer_pattern=("sliding",), attention=SLIDING_ATTENTION
+)
+
+
+YARN = dataclasses.replace(
+    NEXT,
+    attention=dataclasses.replace(
+        NEXT.attention, yarn=YarnConfig(8.0, 1024, 16.0, 2.0, attention_factor=1.25)
+    ),
 )
 
 
@@ -77,7 +92,7 @@ def exported(tokenizer: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("config", [NEXT, QWEN3, QWEN3_MOE, SLIDING, SLIDING_MOE])
+@pytest.mark.parametrize("config", [NEXT, QWEN3, QWEN3_MOE, SLIDING, SLIDING_MOE, YARN])
 def test_configuration_survives_the_round_trip(config: ModelConfig) -> None:
     returned = hf.config_from_hf(hf.config_to_hf(config))
     assert returned.layer_kinds() == config.layer_kinds()
@@ -108,6 +123,14 @@ def test_family_follows_from_the_model(config: ModelConfig, architecture: str) -
         (changed(QWEN3, "attention", rope_fraction=0.5), "model.attention.rope_fraction=1"),
         (changed(QWEN3_MOE, "moe", d_shared_expert=8), "model.moe.d_shared_expert=0"),
         (changed(QWEN3, "attention", output_gate=True), "model.attention.output_gate=false"),
+        (
+            changed(NEXT, "attention", positions=("none",)),
+            r"Qwen3NextForCausalLM, needs model\.attention\.positions=\[rope\], as all its layers",
+        ),
+        (
+            changed(QWEN3, "attention", positions=("rope", "rope", "none")),
+            r"Qwen3ForCausalLM, needs model\.attention\.positions=\[rope\], as all its layers",
+        ),
         (
             dataclasses.replace(NEXT, layer_pattern=("linear", "sliding")),
             "Qwen3NextForCausalLM, needs softmax instead of sliding in model.layer_pattern",
@@ -144,6 +167,34 @@ def test_fields_of_the_released_qwen3_next_are_read() -> None:
         }
     )
     assert config == ModelConfig()
+
+
+@pytest.mark.parametrize(
+    ("fields", "yarn"),
+    [
+        ({"factor": 4.0}, YarnConfig(4.0, 32_768)),
+        ({"factor": None}, YarnConfig(2.0, 32_768)),
+        ({"factor": 4.0, "truncate": False}, YarnConfig(4.0, 32_768, whole_pairs=False)),
+        (
+            {"factor": 40.0, "mscale": 0.707, "mscale_all_dim": 1.0, "beta_slow": 2},
+            YarnConfig(40.0, 32_768, beta_slow=2, attention_factor=0.9210423553163399),
+        ),
+    ],
+)
+def test_yarn_is_read_as_transformers_reads_it(fields: dict[str, Any], yarn: YarnConfig) -> None:
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaling = {"rope_type": "yarn", "original_max_position_embeddings": 32_768} | fields
+    # The spelling of transformers 4.
+    asked = {"model_type": "qwen3", "rope_scaling": scaling, "max_position_embeddings": 65_536}
+    attention = hf.config_from_hf(asked).attention
+    frequencies, scale = ROPE_INIT_FUNCTIONS["yarn"](AutoConfig.for_model(**asked))
+
+    ours = rotary_frequencies(attention.head_dim, attention.rope_base, attention.yarn)
+    assert torch.equal(ours, frequencies)
+    assert attention.yarn.scale_of_rotated() == scale
+    assert attention.yarn == yarn
 
 
 WINDOW = {"use_sliding_window": True, "sliding_window": 64}
@@ -208,6 +259,17 @@ def test_windows_are_read_as_transformers_reads_them(
                 "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
             },
             "rope_type = 'linear'",
+        ),
+        (
+            {
+                "model_type": "qwen3",
+                "rope_scaling": {
+                    "rope_type": "yarn",
+                    "factor": 0.5,
+                    "original_max_position_embeddings": 64,
+                },
+            },
+            "factor = 0.5",
         ),
     ],
 )

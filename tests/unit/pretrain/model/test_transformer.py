@@ -10,6 +10,7 @@ from pretrain.model.config import (
     LinearAttentionConfig,
     ModelConfig,
     MoEConfig,
+    Positions,
 )
 from pretrain.model.init import initialize
 from pretrain.model.kernels.documents import Documents
@@ -78,6 +79,34 @@ def test_a_sliding_layer_does_not_see_beyond_its_window(
     first = (positions >= 40) & (positions <= 40 + reach)
     assert is_other[0].tolist() == first.tolist()
     assert is_other[1].tolist() == (first & (positions < 45)).tolist()
+
+
+@pytest.mark.parametrize(("positions", "is_blind"), [(("none",), True), (("rope",), False)])
+def test_a_layer_without_positions_cannot_tell_the_order_of_the_past(
+    tokens: Tensor, positions: tuple[Positions, ...], is_blind: bool
+) -> None:
+    config = dataclasses.replace(make_config(n_layers=1), layer_pattern=("softmax",))
+    attention = dataclasses.replace(config.attention, positions=positions)
+    model = make_model(dataclasses.replace(config, attention=attention))
+    reversed_past = torch.cat([tokens[:, :-1].flip(1), tokens[:, -1:]], dim=1)
+
+    change = (model(tokens).value - model(reversed_past).value)[:, -1].abs().max()
+    assert (change < 1e-5) == is_blind
+
+
+def test_positions_repeat_over_the_layers_that_attend() -> None:
+    config = make_config(n_layers=12)
+    attention = dataclasses.replace(config.attention, positions=("rope", "rope", "none"))
+    pattern = ("linear", "sliding", "softmax")
+    config = dataclasses.replace(config, layer_pattern=pattern, attention=attention)
+    model = Transformer(config)
+
+    rotating = {
+        int(number)
+        for number, layer in model.layers.items()
+        if layer.attention is not None and layer.attention.rotates
+    }
+    assert rotating == {1, 2, 5, 7, 10, 11}
 
 
 def test_output_is_applied_to_the_hidden_state_and_the_output_embedding(tokens: Tensor) -> None:
