@@ -11,6 +11,7 @@ from parallel.comm import Communicator
 from parallel.context.split import split_sequence
 from parallel.expert.sequence import split_rows
 from parallel.expert.shard import Dispatcher, shard_experts
+from parallel.feed_forward import tile_feed_forwards
 from parallel.fsdp import shard_weights
 from parallel.mesh import Mesh
 from parallel.pipeline.schedule import Pipeline, PipelineShape, SingleStage
@@ -30,6 +31,7 @@ class Spread:
         dtype: of the computation.
         dispatcher: what carries tokens to the experts of other ranks.
         recompute: which activations a layer computes again, repeated over the layers.
+        feed_forward_tile: tokens of a rank that go through a feed-forward at a time; None is all.
         microbatch: sequences of a microbatch.
         pipeline: what its ranks agree on; None without a pipeline.
     """
@@ -37,6 +39,7 @@ class Spread:
     dtype: torch.dtype
     dispatcher: Dispatcher = "all_to_all"
     recompute: Sequence[Recompute] = ("none",)
+    feed_forward_tile: int | None = None
     microbatch: int = 1
     pipeline: PipelineShape | None = None
 
@@ -116,7 +119,10 @@ def apply(
     if mesh.tp.size() * mesh.cp.size() > 1:
         split_rows(moe_layers, traffic.get("tp"), traffic.get("cp"))
 
-    # 4. Recompute: layers forget activations, and compute them again in the backward pass.
+    # 4. Recompute: layers forget activations, and compute them again in the backward pass; so do
+    #    the feed-forwards within them, by tiles of tokens.
+    if how.feed_forward_tile is not None:
+        tile_feed_forwards(layers.values(), how.feed_forward_tile)
     recompute_layers(layers, how.recompute)
 
     # 5. FSDP2, last: it shards what is left on this rank.

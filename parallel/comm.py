@@ -71,6 +71,16 @@ def is_recording() -> bool:
     return results is not None and not results.replays
 
 
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Keep nothing of what is computed here for a second forward pass."""
+    token = _results.set(None)
+    try:
+        yield
+    finally:
+        _results.reset(token)
+
+
 def keep_as_one(compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """`compute()`; where a second forward pass takes results from the first, that takes these.
 
@@ -82,11 +92,8 @@ def keep_as_one(compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]
     if results.replays:
         kept: tuple[Tensor, ...] = results.next()
         return kept
-    token = _results.set(None)
-    try:
+    with unrecorded():
         made = compute()
-    finally:
-        _results.reset(token)
     results.keep(made)
     return made
 

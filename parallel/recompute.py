@@ -3,7 +3,9 @@
 Chen et al. 2016, arXiv:1604.06174; selective: Korthikanti et al. 2022, arXiv:2205.05198, section 5.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
@@ -35,12 +37,51 @@ def recompute_layers(layers: Mapping[str, nn.Module], modes: Sequence[Recompute]
             layer.forward = _checkpointed(layer.forward, mode)
 
 
+def recomputed(region: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`region(*args, **kwargs)`, which the backward pass calls again instead of keeping more than
+    its arguments.
+    """
+    return checkpoint(region, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def is_second_pass() -> bool:
+    """Whether a layer runs to find what its backward pass needs, and not for its result."""
+    return _second_pass.get()
+
+
+_second_pass: ContextVar[bool] = ContextVar("_second_pass", default=False)
+
+
+@contextmanager
+def _in_second_pass() -> Iterator[None]:
+    token = _second_pass.set(True)
+    try:
+        yield
+    finally:
+        _second_pass.reset(token)
+
+
 def _checkpointed(forward: Callable[..., Any], mode: Recompute) -> Callable[..., Any]:
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
-        region = _Selective(forward) if mode == "selective" else forward
-        return checkpoint(region, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        region = _Selective(forward) if mode == "selective" else _Full(forward)
+        return recomputed(region, *args, **kwargs)
 
     return checkpointed
+
+
+class _Full:
+    """`forward`, which knows its second call from its first."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+        self.has_run = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.has_run:
+            with _in_second_pass():
+                return self.forward(*args, **kwargs)
+        self.has_run = True
+        return self.forward(*args, **kwargs)
 
 
 class _Selective:
@@ -58,7 +99,7 @@ class _Selective:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.has_run:
-            with self.collectives.replaying(), _Replay(self.results):
+            with _in_second_pass(), self.collectives.replaying(), _Replay(self.results):
                 return self.forward(*args, **kwargs)
         self.has_run = True
         with self.collectives.recording(), _Keep(self.results):

@@ -35,6 +35,7 @@ def build_model(config: Config, layout: Layout, mesh: Mesh, device: torch.device
         getattr(torch, config.train.dtype),
         dispatcher=config.parallel.dispatcher,
         recompute=recompute_modes(config),
+        feed_forward_tile=config.parallel.feed_forward_tile,
         microbatch=config.train.microbatch,
         pipeline=pipeline_shape(config, layout),
     )

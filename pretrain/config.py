@@ -115,6 +115,11 @@ class ParallelConfig(Section):
         description="Which activations are computed again in the backward pass; a list repeats "
         "over the layers.",
     )
+    feed_forward_tile: Positive | None = Field(
+        None,
+        description="Tokens of a rank that go through a feed-forward at a time, forward and "
+        "backward; null: all of a microbatch.",
+    )
     dispatcher: Literal["all_to_all", "deepep"] = Field(
         "all_to_all", description="What carries tokens to the experts; deepep needs CUDA."
     )

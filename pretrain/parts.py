@@ -43,6 +43,12 @@ def recompute_modes(config: Config) -> tuple[Recompute, ...]:
     return (asked,) if isinstance(asked, str) else asked
 
 
+def recomputes(config: Config) -> bool:
+    """Whether a backward pass computes anything again."""
+    is_tiled = config.parallel.feed_forward_tile is not None
+    return is_tiled or set(recompute_modes(config)) != {"none"}
+
+
 def attention_cost(model: ModelConfig) -> AttentionCost:
     """What a token costs by its place in a document, in the layers that look back."""
     kinds = model.layer_kinds()
@@ -61,5 +67,5 @@ def pipeline_shape(config: Config, layout: Layout) -> PipelineShape | None:
         tokens=(train.microbatch, seq_len // layout.cp),
         hidden=(train.microbatch, seq_len // (layout.cp * layout.tp), config.model.d_model),
         dtype=getattr(torch, train.dtype),
-        splits_backward=set(recompute_modes(config)) == {"none"},
+        splits_backward=not recomputes(config),
     )

@@ -102,14 +102,21 @@ class MoE(nn.Module):
         balance = self._balance(probability_bte, counts_be)
         indices_btk, dropped = self._drop(indices_btk, counts_be, documents)
 
-        tokens = (x_btd.flatten(0, 1), indices_btk.flatten(0, 1), weights_btk.flatten(0, 1))
-        finish = self.dispatch(*tokens, self.experts)
-        shared_btd = self._shared(x_btd)
-        out_btd = finish().view_as(x_btd)
-        if shared_btd is not None:
-            out_btd = out_btd + shared_btd
         z = logits_bte.logsumexp(-1).square().sum()
+
+        tokens = (x_btd.flatten(0, 1), indices_btk.flatten(0, 1), weights_btk.flatten(0, 1))
+        out_btd = self.mix(*tokens).view_as(x_btd)
         return out_btd, Routing(balance, z, counts_be.sum(0), dropped)
+
+    def mix(self, x: Tensor, expert_indices: Tensor, expert_weights: Tensor) -> Tensor:
+        """x [N, d] through the experts and weights [N, k] that were chosen -> [N, d].
+
+        Each token is treated alone: any of them may be left to another call.
+        """
+        finish = self.dispatch(x, expert_indices, expert_weights, self.experts)
+        shared = self._shared(x)
+        out = finish()
+        return out if shared is None else out + shared
 
     def _choose(self, probability_bte: Tensor) -> tuple[Tensor, Tensor]:
         """The k experts of each token and their weights: [B, T, k] each."""
@@ -155,10 +162,10 @@ class MoE(nn.Module):
         over = place_btk >= share_b.ceil()[:, None, None]
         return indices_btk.masked_fill(over, -1), over.sum()
 
-    def _shared(self, x_btd: Tensor) -> Tensor | None:
+    def _shared(self, x: Tensor) -> Tensor | None:
         if self.shared_expert is None or self.shared_gate is None:
             return None
-        gated: Tensor = torch.sigmoid(self.shared_gate(x_btd)) * self.shared_expert(x_btd)
+        gated: Tensor = torch.sigmoid(self.shared_gate(x)) * self.shared_expert(x)
         return gated
 
 

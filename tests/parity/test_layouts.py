@@ -74,6 +74,15 @@ OPTIONS = [
         "tied", "packed", "pp=2", (schedule("1f1b"), "parallel.pipeline.layers_per_stage=[3, 1]")
     ),
     Setting("hybrid-moe", "packed", "dp_shard=2", ("train.microbatch=1",)),
+    # Of 64 or 128 tokens: the last tile is shorter.
+    Setting(
+        "hybrid-moe",
+        "packed",
+        "dp_shard=2 tp=2 ep=2",
+        ("parallel.feed_forward_tile=24", "parallel.recompute=[full, selective]"),
+    ),
+    Setting("linear-moe", "packed", "cp=2 ep=2", ("parallel.feed_forward_tile=24",)),
+    Setting("hybrid", "packed", "pp=2 tp=2", (schedule("zbv"), "parallel.feed_forward_tile=24")),
 ]
 EVERYTHING = [
     Setting(model, data, layout, options)
