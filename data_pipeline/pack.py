@@ -37,8 +37,9 @@ class Batch:
 
     Attributes:
         tokens: the inputs.
-        labels: the next token of the same document; -100 at a document's last token. The label of
-            a row's last token is the token that the next row starts with, if the document goes on.
+        labels: the next token of the same document; -100 at a document's last token, and for a
+            token that its source never predicts. The label of a row's last token is the token that
+            the next row starts with, if the document goes on.
         position: the distance from the start of the document's piece in this row.
     """
 
@@ -86,6 +87,10 @@ def read_rows(
                 position.ravel(),
                 IGNORED_LABEL,
             )
+        if predicted_from := reader.manifest.predicted_from:
+            for piece in mine:
+                of_piece = labels.ravel()[starts[piece] : starts[piece] + lengths[piece]]
+                of_piece[of_piece < predicted_from] = IGNORED_LABEL
     return Batch(tokens, labels, position)
 
 

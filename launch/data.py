@@ -14,6 +14,7 @@ from launch.data_formats import export, import_megatron, tokenize
 from launch.data_index import app as index_app
 from launch.data_index import dedup_with_index
 from launch.data_mixture import mixture
+from launch.data_synthetic import synthetic
 from launch.progress import show_progress
 from launch.stoppable import stoppable
 
@@ -260,6 +261,7 @@ app.command()(train_classifier)
 app.command()(tokenize)
 app.command("import")(import_megatron)
 app.command()(export)
+app.command()(synthetic)
 
 
 def _say(line: str) -> None:

@@ -14,6 +14,8 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 GROWING = "manifest.growing.json"
 TOKENIZER = "tokenizer.json"
+# In `extra`: the first id of those that are predicted, where not all are.
+PREDICTED_FROM = "predicted_from"
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Manifest:
 
     Attributes:
         store: where the files lie.
-        unigram_entropy: nats per token of a model that knows the frequency of each token and
+        unigram_entropy: nats per predicted token of a model that knows the frequency of each and
             nothing else.
         is_finished: false while more shards are written.
     """
@@ -63,6 +65,11 @@ class Manifest:
     def tokenizer(self) -> Path:
         """The file on this machine; it is fetched if need be."""
         return self.store.file(TOKENIZER, self.tokenizer_sha256)
+
+    @property
+    def predicted_from(self) -> int:
+        """Tokens of lower ids are read, and never predicted: synthetic tasks set it."""
+        return int(self.extra.get(PREDICTED_FROM, 0))
 
     @property
     def documents(self) -> int:

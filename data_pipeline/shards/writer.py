@@ -136,7 +136,8 @@ def _list(
     manifest: Manifest, out: Path, shards: tuple[Shard, ...], occurrences: NDArray[np.int64]
 ) -> Manifest:
     """Let who trains already see these shards."""
-    manifest = replace(manifest, shards=shards, unigram_entropy=_entropy(occurrences))
+    entropy = _entropy(occurrences[manifest.predicted_from :])
+    manifest = replace(manifest, shards=shards, unigram_entropy=entropy)
     save_manifest(manifest, out)
     return manifest
 

@@ -1,0 +1,36 @@
+"""Documents that ask for what stands far back in them, drawn from a seed.
+
+The tasks are those of RULER (Hsieh et al. 2024, arXiv:2404.06654): one needle, several keys,
+several values of a key, variable tracking; and overwriting, where the last value of a key counts. A
+story says what a document states and asks; here it is told in reserved tokens, of a vocabulary of
+any size, to train on and to evaluate with.
+"""
+
+from data_pipeline.synthetic.shards import make_synthetic
+from data_pipeline.synthetic.stories import (
+    TASKS,
+    Event,
+    Question,
+    Statement,
+    Task,
+    placed_at_end,
+    random_numbers,
+    tell,
+)
+from data_pipeline.synthetic.tokens import Alphabet, Document, is_synthetic, write_document
+
+__all__ = [
+    "TASKS",
+    "Alphabet",
+    "Document",
+    "Event",
+    "Question",
+    "Statement",
+    "Task",
+    "is_synthetic",
+    "make_synthetic",
+    "placed_at_end",
+    "random_numbers",
+    "tell",
+    "write_document",
+]
