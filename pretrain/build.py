@@ -7,6 +7,7 @@ import torch
 from parallel.apply import Parallelised, Spread, apply
 from parallel.mesh import Mesh
 from parallel.pipeline.plan import stages_of_rank
+from parallel.stage import Objective
 from pretrain.config import Config
 from pretrain.layouts import Layout, stages_per_rank
 from pretrain.model.transformer import Transformer
@@ -22,11 +23,18 @@ def build_mesh(config: Config, layout: Layout, device: torch.device) -> Mesh:
     return Mesh.build(device, **asdict(layout), ends_share_a_weight=tied_apart)
 
 
-def build_model(config: Config, layout: Layout, mesh: Mesh, device: torch.device) -> Parallelised:
+def build_model(
+    config: Config,
+    layout: Layout,
+    mesh: Mesh,
+    device: torch.device,
+    objective: Objective | None = None,
+) -> Parallelised:
     """The stages of this rank, spread over its mesh, on the meta device. Collective.
 
     Args:
         device: where the stages will be moved.
+        objective: what the output is for; None is training.
     """
     parts = parts_of_rank(config, layout, mesh.pp.get_local_rank())
     with torch.device("meta"):
@@ -39,4 +47,4 @@ def build_model(config: Config, layout: Layout, mesh: Mesh, device: torch.device
         microbatch=config.train.microbatch,
         pipeline=pipeline_shape(config, layout),
     )
-    return apply(models, build_objective(config), mesh, how, device)
+    return apply(models, objective or build_objective(config), mesh, how, device)

@@ -182,7 +182,7 @@ class CheckpointStore:
     def load(
         self,
         weights: nn.Module,
-        optimizer: torch.optim.AdamW,
+        optimizer: torch.optim.AdamW | None,
         routers: Mapping[str, Tensor],
         *,
         up_to: int | None = None,
@@ -193,6 +193,7 @@ class CheckpointStore:
         The weights may be laid out over the ranks in another way than they were saved in.
 
         Args:
+            optimizer: None leaves out what belongs to it.
             up_to: the last step that is wanted.
             or_oldest: rather than none, take the oldest of those that are newer than that.
 
@@ -393,7 +394,7 @@ def _check_together(checkpoint: Target) -> Manifest:
 
 
 def _tensors(
-    weights: nn.Module, optimizer: torch.optim.AdamW, routers: Mapping[str, Tensor]
+    weights: nn.Module, optimizer: torch.optim.AdamW | None, routers: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The tensors themselves, by names that no layout changes: loading fills them in place."""
     named = dict(weights.named_parameters())
@@ -402,6 +403,7 @@ def _tensors(
         **{
             f"optimizer.{name}.{moment}": value
             for name, weight in named.items()
+            if optimizer is not None
             for moment, value in moments(optimizer, weight).items()
         },
         **{f"routers.{name}": value for name, value in routers.items()},

@@ -1,14 +1,24 @@
-"""A trained model, whole, in one process: for evaluation, generation and export."""
+"""A trained model: whole in one process, for generation and export, or spread over ranks."""
 
 import sys
+from functools import partial
+
+from torch import nn
 
 from pretrain.balancing import RouterState
 from pretrain.checkpoint.index import Index
 from pretrain.checkpoint.manifest import Manifest, read_index
 from pretrain.checkpoint.reader import read_tensors, refuse_another_model
-from pretrain.checkpoint.store import checkpoint_in, newest_whole, saved_steps
+from pretrain.checkpoint.store import (
+    CheckpointStore,
+    Retention,
+    checkpoint_in,
+    newest_whole,
+    saved_steps,
+)
 from pretrain.checkpoint.target import Target
-from pretrain.config import Config, read_run_config
+from pretrain.config import Config, phases_of, read_run_config
+from pretrain.curriculum import phase_of_checkpoint
 from pretrain.errors import UserError
 from pretrain.model.transformer import Transformer
 from pretrain.run_dir import RunDirectory
@@ -19,8 +29,18 @@ def checkpoints_of(config: Config, run: RunDirectory) -> Target:
     return Target(config.checkpoint.dir or str(run.checkpoints))
 
 
+def newest_config(run: RunDirectory) -> Config:
+    """The configuration that the newest checkpoint was trained with; before the first, the run's
+    first one. Raises UserError: not a run directory.
+    """
+    config = read_run_config(run)
+    step = max(saved_steps(checkpoints_of(config, run)), default=0)
+    return phase_of_checkpoint(phases_of(config), step).config
+
+
 def load_trained(run: RunDirectory) -> tuple[Config, Transformer]:
-    """The model of the newest whole checkpoint, in float32 on the CPU.
+    """The model of the newest whole checkpoint, in float32 on the CPU, and the configuration of the
+    phase that it was trained in last.
 
     Raises:
         UserError: not a run directory, or no checkpoint yet.
@@ -29,15 +49,39 @@ def load_trained(run: RunDirectory) -> tuple[Config, Transformer]:
     target = checkpoints_of(config, run)
     found = newest_whole(target, saved_steps(target))
     if found is None:
-        raise UserError(
-            f"{run.root} has no checkpoint yet; train to step {config.checkpoint.every} at least "
-            "(checkpoint.every)"
-        )
+        raise _no_checkpoint(run, config)
     step, manifest = found
+    config = phase_of_checkpoint(phases_of(config), step).config
     model = Transformer(config.model)
     load_weights(model, checkpoint_in(target, step), manifest)
     print(f"loaded step {step} of {run.root}", file=sys.stderr)
     return config, model.eval()
+
+
+def load_sharded(
+    run: RunDirectory, config: Config, weights: nn.Module, routers: RouterState
+) -> int:
+    """Fill weights, laid out over the ranks in any way, and the routers' state. Collective.
+
+    Returns:
+        The step of the newest whole checkpoint.
+
+    Raises:
+        UserError: there is none yet, or it is one of another model.
+    """
+    target, check = checkpoints_of(config, run), partial(run.check_attempt, 0)
+    store = CheckpointStore(target, Retention(config.checkpoint.keep), 0, check)
+    progress = store.load(weights, None, routers.state_dict())
+    if progress is None:
+        raise _no_checkpoint(run, config)
+    return progress.step
+
+
+def _no_checkpoint(run: RunDirectory, config: Config) -> UserError:
+    return UserError(
+        f"{run.root} has no checkpoint yet; train to step {config.checkpoint.every} at least "
+        "(checkpoint.every)"
+    )
 
 
 def load_weights(model: Transformer, checkpoint: Target, manifest: Manifest) -> None:
