@@ -1,35 +1,49 @@
 """Run a script on N gloo ranks inside a test."""
 
+import atexit
+import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
-from launch.local import free_port, rank_environment
-
 ROOT = Path(__file__).resolve().parents[1]
-RUN_RANK = Path(__file__).with_name("run_rank.py")
 # Against hanging for ever: a busy machine may take ten times as long as a quiet one.
 TIMEOUT_S = 1200
 
 
 def run_on_ranks(nproc: int, script: Path, *arguments: str) -> None:
     """Run `script` on ranks of this machine; fail with the output of a rank that fails."""
-    port = free_port()
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(RUN_RANK), str(script), *arguments],
-            env=os.environ | rank_environment(rank, nproc, port) | {"PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(nproc)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=TIMEOUT_S)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    for number, (rank, output) in enumerate(zip(ranks, outputs, strict=True)):
-        assert rank.returncode == 0, f"rank {number} of {nproc} failed:\n{output}"
+    process = _ready_process()
+    assert process.stdin is not None
+    assert process.stdout is not None
+    launch = {
+        "nproc": nproc,
+        "script": str(script),
+        "arguments": arguments,
+        "environment": dict(os.environ),
+        "timeout_s": TIMEOUT_S,
+    }
+    process.stdin.write(json.dumps(launch) + "\n")
+    process.stdin.flush()
+    answer = process.stdout.readline()
+    assert answer, f"{script}: what forks ranks has ended"
+    problem = json.loads(answer)
+    assert problem is None, problem
+
+
+@cache
+def _ready_process() -> subprocess.Popen[str]:
+    """What forks the ranks of this process's tests: to import torch takes each of them 3 s."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.forked_ranks"],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None
+    atexit.register(process.wait)
+    atexit.register(process.stdin.close)
+    return process

@@ -1,7 +1,7 @@
 """Data, ranks to train on it, and how far a layout is from one of them."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,8 @@ def parity_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    with Ranks(tmp_path_factory.mktemp("parity")) as ranks:
-        yield ranks
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return Ranks(tmp_path_factory.mktemp("parity"))
 
 
 @pytest.fixture(scope="session")

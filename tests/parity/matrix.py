@@ -1,20 +1,19 @@
 """Runs cases and compares a layout with one rank."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tests.parity.case import Case
+from tests.parity.train_case import Case
+from tests.ranks import run_on_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = Path(__file__).with_name("train_case.py")
 
 
 class Result(NamedTuple):
@@ -42,40 +41,17 @@ class Ranks:
         self._numbers = count()
         self._results: dict[str, Result] = {}
 
-    def __enter__(self) -> Self:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.parity.forked_ranks"],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
     def run(self, ranks: int, overrides: Sequence[str], steps: int, **options: Any) -> Result:
         """Run a case; fails with the output of a rank that fails."""
         key = json.dumps([ranks, list(overrides), steps, options])
         if key not in self._results:
             folder = self.folder / str(next(self._numbers))
             folder.mkdir()
-            self._ask(Case(ranks, list(overrides), steps, str(folder), **options))
+            case = Case(list(overrides), steps, str(folder), **options)
+            run_on_ranks(ranks, SCRIPT, json.dumps(asdict(case)))
             outcomes = [torch.load(folder / f"rank-{rank}.pt") for rank in range(ranks)]
             self._results[key] = Result(outcomes, folder)
         return self._results[key]
-
-    def _ask(self, case: Case) -> None:
-        process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(json.dumps(asdict(case)) + "\n")
-        process.stdin.flush()
-        problem = json.loads(process.stdout.readline())
-        assert problem is None, f"{' '.join(case.overrides)}: {problem}"
 
 
 def difference(ours: Result, one_rank: Result) -> Difference:

@@ -1,20 +1,56 @@
-"""What one rank does for a parity case: train a few steps and return all that must be equal."""
+"""Train a layout of a model for a few steps and keep all that must be equal; run by matrix.py.
 
+The argument is a case, as JSON.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from parallel.mesh import join_ranks
 from pretrain.config import Config, load_config
 from pretrain.run_dir import RunDirectory
 from pretrain.trainer import Trainer
 from tests.parity.broken import BREAKS
-from tests.parity.case import Case
 from tests.parity.routing import Routing
 
 STEPS_TO_WEIGHTS = 3
+
+
+@dataclass
+class Case:
+    """What ranks are asked to do.
+
+    Attributes:
+        overrides: of the recipe `tiny-hybrid-moe`.
+        steps: of the optimizer.
+        results: the folder where rank N leaves what `train_case` returned, as rank-N.pt.
+        routing: `record` the experts that are chosen, or the results of one rank that did, to
+            choose the same.
+        breaks: what is deliberately wrong, a name in `broken.BREAKS`.
+    """
+
+    overrides: list[str]
+    steps: int
+    results: str
+    routing: str | None = None
+    breaks: str | None = None
+
+
+def main() -> None:
+    case = Case(**json.loads(sys.argv[1]))
+    device = join_ranks(timedelta(minutes=10))
+    torch.save(train_case(case, device), Path(case.results) / f"rank-{os.environ['RANK']}.pt")
+    dist.destroy_process_group()
 
 
 def train_case(case: Case, device: torch.device) -> dict[str, Any]:
@@ -67,3 +103,7 @@ def gradients(weights: torch.nn.Module) -> dict[str, Tensor]:
 
 def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+if __name__ == "__main__":
+    main()
