@@ -128,7 +128,7 @@ def audit_run(run: RunDirectory, progress: Progress = lambda done, total: None) 
         sources_of(config.data),
         config.data.seed,
         shuffle_shards=config.data.shuffle_shards,
-        curriculum=curriculum_of(config.data),
+        curriculum=curriculum_of(config),
     )
     uses = use.of_sources(mixture.outlook(use.delivered))
     trained = sum(source.trained_tokens for source in uses)

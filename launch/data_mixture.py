@@ -15,24 +15,22 @@ def mixture(
     ] = None,
 ) -> None:
     """Show how much of each source a run would train on, and how often it would pass over it."""
-    from launch.sample import sample_shards
-    from pretrain.config import load_config
-    from pretrain.data import stream_of
-    from pretrain.data_config import SAMPLE_SHARDS
+    from launch.sample import with_sample
+    from pretrain.config import load_config, phases_of
+    from pretrain.curriculum import step_sizes, steps_within, tokens_until
+    from pretrain.data import curriculum_of, stream_of
 
-    config = load_config(recipe, overrides or [])
-    data = config.data
-    if data.shards == SAMPLE_SHARDS:
-        data = data.model_copy(update={"shards": str(sample_shards())})
-    stream = stream_of(data)
-    per_step = config.train.global_batch * data.seq_len
-    wanted = config.train.steps * per_step
-    total, starts = stream.outlook(wanted), [0, *(phase.tokens for phase in data.curriculum)]
+    config = with_sample(load_config(recipe, overrides or []))
+    phases, steps = phases_of(config), config.train.steps
+    stream = stream_of(config)
+    wanted = tokens_until(phases, steps)
+    total, starts = stream.outlook(wanted), [0, *(phase.tokens for phase in curriculum_of(config))]
     starts = [first for first in starts if first < wanted]
     found = sum(use.tokens for use in total)
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    console.print(f"{recipe}: {config.train.steps:,} steps of {per_step:,} tokens: {wanted:,}\n")
+    sizes = step_sizes(phases, steps)
+    console.print(f"{recipe}: {steps:,} steps of {sizes} tokens: {wanted:,}\n")
     table = Table(box=None, pad_edge=False)
     table.add_column("source", no_wrap=True)
     for name in ("tokens", "trained on", "epochs", *(f"share from {n:,}" for n in starts)):
@@ -46,8 +44,8 @@ def mixture(
             shares.append(f"{(after[number] - before[number]) / delivered:.1%}")
         table.add_row(use.name, f"{use.size:,}", f"{use.tokens:,}", f"{use.epochs:.2f}", *shares)
     console.print(table)
-    if found < wanted - per_step:
+    if found < tokens_until(phases, steps - 1):
         console.print(
-            f"\nused up after {found:,} tokens, {found // per_step:,} steps: lower train.steps, "
-            "or raise epochs or max_epochs"
+            f"\nused up after {found:,} tokens, {steps_within(phases, found):,} steps: lower "
+            "train.steps, or raise epochs or max_epochs"
         )

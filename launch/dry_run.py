@@ -1,23 +1,42 @@
 """`farspan train --dry-run`: print what a rank of a layout would hold, need and send."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from pretrain.config import load_config
+from pretrain.config import Config, load_config, phases_of
+from pretrain.layouts import resolve_layouts
+
+if TYPE_CHECKING:
+    from pretrain.dry_run.plan import Plan
 
 
 def print_plan(recipe: str, overrides: Sequence[str], ranks: int, rank: int) -> None:
-    """Plan a recipe for `rank` of `ranks` and print the plan."""
+    """Plan each phase of a recipe for `rank` of `ranks` and print the plans."""
     config = load_config(recipe, overrides)
+    resolve_layouts(config, ranks)
+    phases = phases_of(config)
     from pretrain.dry_run.assumptions import ASSUMPTIONS
     from pretrain.dry_run.plan import plan_rank
 
-    plan = plan_rank(config, ranks, rank)
-    place = ", ".join(f"{axis} {at}" for axis, at in plan.coordinates.items())
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"{recipe} on {ranks} ranks ({plan.layout})")
+    for phase in phases:
+        plan = plan_rank(phase.config, ranks, rank)
+        console.print(f"{recipe} on {ranks} ranks ({plan.layout})")
+        if len(phases) > 1:
+            console.print(str(phase))
+        _print_plan(console, plan, phase.config)
+    for assumption in ASSUMPTIONS:
+        console.print(f"assumed: {assumption}")
+    if plan.layout.pp > 1:
+        firsts = ", ".join(str(first) for first in range(0, ranks, ranks // plan.layout.pp))
+        console.print(f"ranks differ by their place in the pipeline: see --rank {firsts}")
+
+
+def _print_plan(console: Console, plan: "Plan", config: Config) -> None:
+    rank, place = plan.rank, ", ".join(f"{axis} {at}" for axis, at in plan.coordinates.items())
     console.print(f"rank {rank} ({place}): {_layers(plan.layers)}")
     console.print(
         f"{plan.microbatches} microbatches of {config.train.microbatch} x {config.data.seq_len:,} "
@@ -50,11 +69,6 @@ def print_plan(recipe: str, overrides: Sequence[str], ranks: int, rank: int) -> 
         table.add_row(axis, kind, f"{traffic.calls:,}", _size(traffic.bytes))
     console.print(table)
     console.print()
-    for assumption in ASSUMPTIONS:
-        console.print(f"assumed: {assumption}")
-    if plan.layout.pp > 1:
-        firsts = ", ".join(str(first) for first in range(0, ranks, ranks // plan.layout.pp))
-        console.print(f"ranks differ by their place in the pipeline: see --rank {firsts}")
 
 
 def _layers(numbers: Sequence[int]) -> str:

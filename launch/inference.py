@@ -10,7 +10,6 @@ from rich.console import Console
 
 from launch.progress import show_progress
 from launch.shared import run_shared
-from pretrain.config import read_run_config
 from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory
 
@@ -24,7 +23,7 @@ def evaluate_text(
         nproc: processes that share each window.
     """
     run = RunDirectory(directory)
-    context = context or read_run_config(run).data.seq_len
+    context = context or _trained_length(run)
     content = _read_text(text)
     result = (
         _evaluate_here(run, content, context)
@@ -38,6 +37,12 @@ def evaluate_text(
             f"{result['loss']:.4f} nats per token over {result['tokens']} predicted tokens, "
             f"context {result['context']}"
         )
+
+
+def _trained_length(run: RunDirectory) -> int:
+    from pretrain.checkpoint.trained import newest_config
+
+    return newest_config(run).data.seq_len
 
 
 def _evaluate_here(run: RunDirectory, text: str, context: int) -> dict[str, Any]:

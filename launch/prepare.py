@@ -11,10 +11,10 @@ from typing import Any
 
 from data_pipeline.shards import Manifest, load_manifest
 from launch.changes import allow_changes, find_changes, note_changes
-from launch.sample import sample_shards
+from launch.sample import with_sample
 from pretrain.config import Config, read_run_config
-from pretrain.data import cache_of, open_stream
-from pretrain.data_config import SAMPLE_SHARDS, ShardSource
+from pretrain.data import cache_of, open_stream, require_enough
+from pretrain.data_config import ShardSource
 from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory, write_atomically
 
@@ -38,6 +38,7 @@ def prepare_run(config: Config, directory: Path, allowed: Sequence[str] = ()) ->
 
         Target(config.checkpoint.dir).check()
     stream = open_stream(config)
+    require_enough(stream, config)
     cache = cache_of(config.data)
     data = [
         _describe(source, load_manifest(source.path, growing=source.growing, cache=cache))
@@ -71,9 +72,9 @@ def prepare_run(config: Config, directory: Path, allowed: Sequence[str] = ()) ->
 
 def _with_absolute_paths(config: Config, run: RunDirectory) -> Config:
     """The run can be resumed and reported from any working directory."""
-    if config.data.shards == SAMPLE_SHARDS:
-        shards: Any = str(sample_shards())
-    elif isinstance(config.data.shards, str):
+    config = with_sample(config)
+    shards: Any
+    if isinstance(config.data.shards, str):
         shards = _absolute(config.data.shards)
     else:
         shards = tuple(

@@ -10,6 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+from pretrain.config import Config
+from pretrain.data_config import SAMPLE_SHARDS
 
 PAGES = 120
 SEED = 0
@@ -31,6 +35,20 @@ def sample_shards() -> Path:
             print(f"making sample shards in {folder}", file=sys.stderr, flush=True)
             _make(folder)
     return folder
+
+
+def with_sample(config: Config) -> Config:
+    """A configuration that names the folder of the sample where it says `sample`."""
+    data = config.data
+    if SAMPLE_SHARDS not in [source.path for source in data.sources()]:
+        return config
+    shards: Any = str(sample_shards())
+    if not isinstance(data.shards, str):
+        shards = tuple(
+            source.model_copy(update={"path": shards}) if source.path == SAMPLE_SHARDS else source
+            for source in data.shards
+        )
+    return config.model_copy(update={"data": data.model_copy(update={"shards": shards})})
 
 
 def _make(folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from launch.local import StopSignals
 from pretrain.config import load_config, read_run_config
 from pretrain.errors import TrainingError, UserError
-from pretrain.layouts import resolve_layout
+from pretrain.layouts import resolve_layouts
 from pretrain.run_dir import RunDirectory
 
 
@@ -28,10 +28,13 @@ def prepare(
     from launch.prepare import prepare_run
 
     config = load_config(recipe, overrides)
-    layout = resolve_layout(config, nproc)
+    layouts = dict.fromkeys(map(str, resolve_layouts(config, nproc)))
     directory = run_dir or Path(config.run.dir or Path("runs") / Path(recipe).stem)
     run = prepare_run(config, directory, allowed)
-    print(f"{recipe} on {nproc} ranks ({layout}), run directory {run.root}", flush=True)
+    print(
+        f"{recipe} on {nproc} ranks ({', then '.join(layouts)}), run directory {run.root}",
+        flush=True,
+    )
     return run
 
 

@@ -86,6 +86,11 @@ class Heartbeat:
             # A run that is rolled back trains the same step again.
             self.work = Work(self.work.steps + 1, busy_s - self._began)
 
+    def forget(self) -> None:
+        """What phases have taken so far tells nothing of those to come."""
+        self._finished.clear()
+        self._longest_s.clear()
+
     def pass_time(self, seconds: float) -> None:
         """Let the time go by during which the process was running."""
         if self.last is self._watched:

@@ -121,6 +121,10 @@ class RankMonitor:
         """
         self._heart.beat(step, phase, is_slow=is_slow)
 
+    def forget(self) -> None:
+        """What phases have taken so far tells nothing of those to come: steps of another size."""
+        self._heart.forget()
+
     @property
     def slowest(self) -> Slowest | None:
         """The rank that waited least for the others lately; see `JobStatus`."""

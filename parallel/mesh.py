@@ -146,6 +146,13 @@ def _pipeline_ends(tokens: DeviceMesh) -> dist.ProcessGroup | None:
     return group
 
 
+def release_groups() -> None:
+    """Destroy all groups but that of all ranks, so that others can be arranged. Collective."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
 def limit_collectives(timeout: timedelta) -> None:
     """Let a collective of any group of this rank that waits longer than `timeout` fail.
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, ValidationError
 from parallel.heartbeat import longest_silence_s
 from parallel.pipeline.plan import Schedule
 from parallel.verdict import VERDICT_S
+from pretrain.curriculum import Phase, PhaseConfig, resolve_phases
 from pretrain.data_config import DataConfig
 from pretrain.errors import UserError
 from pretrain.model.config import AttentionConfig, LayerKind, ModelConfig, Positions
@@ -76,6 +77,10 @@ class ScheduleConfig(Section):
     warmup_steps: NonNegative = 0
     decay_share: Share = Field(0.2, description="wsd: how much of the steps after warmup decays.")
     min_lr: Share = Field(0.1, description="Final learning rate as a share of optim.lr.")
+    from_step: NonNegative = Field(0, description="Step at which warmup begins.")
+    to_step: Positive | None = Field(
+        None, description="Step at which the decay ends [train.steps]."
+    )
 
 
 class PipelineConfig(Section):
@@ -177,6 +182,9 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    phases: tuple[PhaseConfig, ...] = Field(
+        (), description="Settings that change at a step of the run."
+    )
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
@@ -212,6 +220,18 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
 
 def parse_config(tree: Mapping[str, Any]) -> Config:
     """Check a nested mapping against the typed tree. Raises UserError."""
+    config = _parse(tree)
+    phases_of(config)
+    return config
+
+
+def phases_of(config: Config) -> list[Phase]:
+    """The phases of a run; one, if its configuration has none. Raises UserError."""
+    return resolve_phases(config, _parse)
+
+
+def _parse(tree: Mapping[str, Any]) -> Config:
+    """A configuration whose phases are not looked at."""
     _refuse_unknown_keys(Config, tree, ())
     try:
         config = Config.model_validate(tree)
@@ -223,6 +243,12 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
         raise UserError(
             f"guard.history = {guard.history}: must be at most guard.window = {guard.window}, or "
             "nothing ever counts as a spike (guard.spike_sigmas=null says so)"
+        )
+    schedule = config.schedule
+    if schedule.to_step is not None and schedule.to_step <= schedule.from_step:
+        raise UserError(
+            f"schedule.to_step = {schedule.to_step}: must be above schedule.from_step = "
+            f"{schedule.from_step}"
         )
     return config
 

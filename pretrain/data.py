@@ -1,7 +1,8 @@
 """The data of a run, as its configuration names it."""
 
 from data_pipeline.stream import Cache, Phase, Source, TokenStream
-from pretrain.config import Config
+from pretrain.config import Config, phases_of
+from pretrain.curriculum import step_sizes, steps_within, tokens_until
 from pretrain.data_config import DataConfig
 from pretrain.errors import UserError
 
@@ -11,27 +12,27 @@ def open_stream(config: Config) -> TokenStream:
 
     Raises:
         DataError: the shards are missing or damaged, or their mixture makes no sense.
-        UserError: the model's vocabulary is too small for their tokens, or they are too few.
+        UserError: the model's vocabulary is too small for their tokens.
     """
-    stream = stream_of(config.data)
+    stream = stream_of(config)
     if stream.vocab_size > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size = {config.model.vocab_size} is smaller than the vocabulary of "
             f"the tokenizer in {config.data.sources()[0].path}, {stream.vocab_size}: set "
             f"model.vocab_size={stream.vocab_size} or more, or use other shards"
         )
-    _require_enough(stream, config)
     return stream
 
 
-def stream_of(data: DataConfig) -> TokenStream:
-    """The stream that a data section names. Raises DataError."""
+def stream_of(config: Config) -> TokenStream:
+    """The stream that a configuration names. Raises DataError."""
+    data = config.data
     return TokenStream(
         sources_of(data),
         data.seq_len,
         data.seed,
         shuffle_shards=data.shuffle_shards,
-        curriculum=curriculum_of(data),
+        curriculum=curriculum_of(config),
         cache=cache_of(data),
     )
 
@@ -45,19 +46,22 @@ def cache_of(data: DataConfig) -> Cache:
     return Cache.of(data.cache_dir, data.cache_gb)
 
 
-def curriculum_of(data: DataConfig) -> list[Phase]:
+def curriculum_of(config: Config) -> list[Phase]:
+    """The weights that change on the way, those of the run's phases among them."""
+    data = phases_of(config)[0].config.data
     return [Phase(phase.tokens, phase.weights) for phase in data.curriculum]
 
 
-def _require_enough(stream: TokenStream, config: Config) -> None:
-    per_step = config.train.global_batch * config.data.seq_len
-    needed = config.train.steps * per_step
+def require_enough(stream: TokenStream, config: Config) -> None:
+    """Raises UserError: the data is used up before the last step."""
+    phases, steps = phases_of(config), config.train.steps
+    needed = tokens_until(phases, steps)
     used = stream.outlook(needed)
     found = sum(source.tokens for source in used)
     # What is used up ends with a whole document, and shares are rounded.
-    if found < needed - per_step:
+    if found < tokens_until(phases, steps - 1):
         raise UserError(
-            f"train.steps = {config.train.steps} steps of {per_step:,} tokens take {needed:,}, and "
-            f"epochs and max_epochs of data.shards leave {found:,}: set train.steps to "
-            f"{found // per_step} or less, raise them, or add a source"
+            f"train.steps = {steps}, steps of {step_sizes(phases, steps)} tokens take {needed:,}, "
+            f"and epochs and max_epochs of data.shards leave {found:,}: set train.steps to "
+            f"{steps_within(phases, found)} or less, raise them, or add a source"
         )

@@ -7,7 +7,7 @@ from itertools import product
 from typing import NoReturn
 
 from parallel.pipeline.plan import problem_of_layers, problem_of_schedule
-from pretrain.config import Config
+from pretrain.config import Config, phases_of
 from pretrain.errors import UserError
 from pretrain.model.config import ModelConfig
 
@@ -87,6 +87,18 @@ def resolve_layout(config: Config, world_size: int) -> Layout:
         wish = _with_batch(config, layout)
         raise UserError(f"layout refused: {problem}. Nearest that works: {wish}")
     return layout
+
+
+def resolve_layouts(config: Config, world_size: int) -> list[Layout]:
+    """The layout of each phase of a run on `world_size` ranks. Raises as `resolve_layout`."""
+    phases = phases_of(config)
+    layouts = []
+    for phase in phases:
+        try:
+            layouts.append(resolve_layout(phase.config, world_size))
+        except UserError as error:
+            raise UserError(f"{phase}: {error}" if len(phases) > 1 else str(error)) from None
+    return layouts
 
 
 def _problem(config: Config, layout: Layout) -> str | None:

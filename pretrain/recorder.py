@@ -7,6 +7,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from pretrain.config import Config
+from pretrain.data import curriculum_of
 from pretrain.data_config import ShardSource
 from pretrain.guard import Rollback, Verdict
 from pretrain.ledger import Ledger, LedgerSource
@@ -22,11 +24,15 @@ PASSED_OVER = "skipped before"
 
 
 class Recorder:
-    """Opens ledger and metrics where `trainer` stands."""
+    """Opens ledger and metrics where `trainer` stands.
 
-    def __init__(self, run: RunDirectory, attempt: int, trainer: Trainer) -> None:
-        config, fence = trainer.config, partial(run.check_attempt, attempt)
-        self._steps, self._seq_len = config.train.steps, config.data.seq_len
+    Args:
+        config: of the whole run, of which that of `trainer` may be a phase.
+    """
+
+    def __init__(self, run: RunDirectory, attempt: int, trainer: Trainer, config: Config) -> None:
+        fence = partial(run.check_attempt, attempt)
+        self._steps = config.train.steps
         self._aside = run.aside(attempt)
         self._rows = JsonlSink(run.metrics)
         self._rows.cut_back(trainer.progress.step, self._aside)
@@ -47,7 +53,7 @@ class Recorder:
             seed=trainer.stream.seed,
             sources=_ledger_sources(data.sources(), trainer.stream.state_dict()),
             shuffle_shards=data.shuffle_shards,
-            curriculum=[(phase.tokens, phase.weights) for phase in data.curriculum],
+            curriculum=[(phase.tokens, phase.weights) for phase in curriculum_of(config)],
             fence=fence,
         )
         write_atomically(run.config_of(attempt), config.to_yaml())
@@ -62,10 +68,11 @@ class Recorder:
     def enter(self, trainer: Trainer, result: StepResult) -> None:
         """Enter what became of the batches of a step."""
         step = trainer.progress.step + (result.verdict is not None)
+        seq_len = trainer.config.data.seq_len
         for plan, first_token in result.passed_over:
             nan = float("nan")
-            self.ledger.skip(step, plan, self._seq_len, first_token, PASSED_OVER, nan, nan)
-        batch = trainer.plan, self._seq_len, trainer.first_token
+            self.ledger.skip(step, plan, seq_len, first_token, PASSED_OVER, nan, nan)
+        batch = trainer.plan, seq_len, trainer.first_token
         measured = result.measured.loss, result.grad_norm
         if result.verdict:
             self.ledger.skip(step, *batch, result.verdict.reason, *measured)

@@ -84,7 +84,7 @@ def replay(
         plan = _plan_together(config, run, attempt, first_token)
         _check_ranks(plan)
         plan.check(plan.checkpoint, max_steps_again)
-        trainer = _stand_before(config, run, device, plan, max_steps_again)
+        trainer = _stand_before(run, device, plan, max_steps_again)
         return _train_again(trainer, plan, monitor)
 
 
@@ -113,16 +113,13 @@ def _check_ranks(plan: ReplayPlan) -> None:
 
 
 def _stand_before(
-    config: Config,
-    run: RunDirectory,
-    device: torch.device,
-    plan: ReplayPlan,
-    max_steps_again: int,
+    run: RunDirectory, device: torch.device, plan: ReplayPlan, max_steps_again: int
 ) -> Trainer:
     """A trainer at the newest checkpoint before the batch that is whole, or at the beginning."""
     for warning in plan.warnings:
         _say(f"warning: {warning}")
-    stand_at = partial(Trainer, config, run, device, None, Past(plan.skipped))
+    phase, past = plan.phase, Past(plan.skipped)
+    stand_at = partial(Trainer, phase.config, run, device, None, past, first_step=phase.first)
     trainer = None
     try:
         trainer = stand_at(plan.checkpoint)

@@ -10,7 +10,8 @@ import yaml
 from pretrain.checkpoint.manifest import DamageError, Manifest
 from pretrain.checkpoint.store import checkpoint_in, saved_steps
 from pretrain.checkpoint.trained import checkpoints_of
-from pretrain.config import Config
+from pretrain.config import Config, phases_of
+from pretrain.curriculum import Phase, phase_at
 from pretrain.errors import UserError
 from pretrain.ledger import (
     AttemptBegun,
@@ -44,6 +45,7 @@ class ReplayPlan:
     """
     Attributes:
         target: the batch to train again, as the ledger has it.
+        phase: of the run, that it belongs to.
         before: the batches that had gone into the weights until then.
         skipped: [first, stop) of the stream's tokens that had been skipped until then.
         checkpoints: where they lie.
@@ -57,6 +59,7 @@ class ReplayPlan:
     """
 
     target: Trained | Skipped
+    phase: Phase
     before: list[Trained]
     skipped: list[tuple[int, int]]
     checkpoints: str
@@ -92,6 +95,12 @@ class ReplayPlan:
                     "(train.global_batch x data.seq_len): the batches would be others. It takes a "
                     f"checkpoint of step {batch.step} or later"
                 )
+        if checkpoint < self.phase.first:
+            raise UserError(
+                f"step {self.target.step} is one of {self.phase}, and can be replayed from "
+                f"{_place(checkpoint)} only, which is before that: it takes a checkpoint of step "
+                f"{self.phase.first} or later"
+            )
 
     def describe(self, checkpoint: int) -> str:
         again = self.target.step - checkpoint
@@ -207,6 +216,7 @@ def plan_replay(config: Config, run: RunDirectory, attempt: int, first_token: in
             warnings.append(f"the checkpoint of step {step} is damaged: {error}")
     return ReplayPlan(
         target,
+        phase_at(phases_of(config), target.step - 1),
         before,
         skipped_ranges(past),
         str(checkpoints),

@@ -4,6 +4,7 @@ Exit codes: 0 done, 75 stopped on request (0 under torchrun, which would restart
 of the user's, 65 another attempt would fail alike, 70 another rank failed, 1 anything else.
 """
 
+import gc
 import os
 import sys
 import time
@@ -13,11 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import torch.distributed as dist
 
 from parallel.lost_rank import RankMonitor
-from parallel.mesh import join_ranks
-from pretrain.config import Config, read_run_config
+from parallel.mesh import join_ranks, release_groups
+from pretrain.attempt import begin_attempt, read_past
+from pretrain.config import Config, phases_of, read_run_config
+from pretrain.curriculum import Phase, phase_at
 from pretrain.errors import (
     CANNOT_GO_ON,
     LOST_RANK,
@@ -25,9 +29,7 @@ from pretrain.errors import (
     TrainingError,
     UserError,
 )
-from pretrain.guard import Past, Verdict
-from pretrain.ledger import read_ledger
-from pretrain.lineage import past_of_guard
+from pretrain.guard import Verdict
 from pretrain.metrics.expert_load import summarise_load
 from pretrain.numerics import numerics_of
 from pretrain.recorder import Recorder
@@ -43,55 +45,81 @@ def train(config: Config, run: RunDirectory) -> int:
     device = join_ranks(timeout)
     monitor = RankMonitor(end_for_lost_rank, config.train.hang_timeout_s)
     with monitor, run.exclusive() if dist.get_rank() == 0 else nullcontext():
-        attempt, past = begin_attempt(run)
+        attempt = begin_attempt(run)
         monitor.folder = run.folder_of(attempt)
-        trainer = Trainer(config, run, device, attempt, past)
-        if trainer.progress.step > config.train.steps:
-            raise UserError(
-                f"train.steps = {config.train.steps}, but {run.root} is at step "
-                f"{trainer.progress.step} already: it can only be raised"
-            )
-        is_first = dist.get_rank() == 0
-        recorder = Recorder(run, attempt, trainer) if is_first else None
-        if recorder:
-            print(f"kernels: {numerics_of(config, device)['kernels']}", flush=True)
-        run_steps(trainer, stop, recorder, monitor)
-        if recorder:
-            recorder.close()
-        is_done = trainer.progress.step == config.train.steps
+        step = run_phases(config, run, device, attempt, stop, monitor)
+        is_first, is_done = dist.get_rank() == 0, step == config.train.steps
         if is_first and is_done:
             run.mark_done(config.train.steps, attempt)
         elif is_first:
-            run.mark_stopped(trainer.progress.step, attempt, stop.reason)
+            run.mark_stopped(step, attempt, stop.reason)
         # Nobody leaves while rank 0 still writes: some launchers end the job with its first rank.
         dist.barrier()
     return 0 if is_done else STOPPED_ON_REQUEST
 
 
-def begin_attempt(run: RunDirectory) -> tuple[int, Past]:
-    """Let rank 0 begin the attempt that its launcher has made, or the next one. Collective.
+def run_phases(
+    config: Config,
+    run: RunDirectory,
+    device: torch.device,
+    attempt: int,
+    stop: StopRequest,
+    monitor: RankMonitor,
+) -> int:
+    """Train one phase after the other. Collective.
+
+    Each ends with a checkpoint, which the next one begins with, as another attempt would.
 
     Returns:
-        Its number, and what the guard has done so far.
+        How many steps have been trained, fewer than `train.steps` after a request to stop.
     """
-    begun: list[Any] = [None]
-    if dist.get_rank() == 0:
-        made = os.environ.get(ATTEMPT_VARIABLE)
-        number = run.begin_attempt(int(made) if made else None)
-        past = past_of_guard(read_ledger(run.ledger)) if run.ledger.exists() else Past()
-        begun = [(number, past)]
-    dist.broadcast_object_list(begun, src=0)
-    attempt, past = begun[0]
-    return attempt, past
+    phases = phases_of(config)
+    recorder = None
+    step, past = read_past(config, run)
+    while True:
+        phase = phase_at(phases, step)
+        trainer = Trainer(phase.config, run, device, attempt, past, first_step=phase.first)
+        step = trainer.progress.step
+        if step > config.train.steps:
+            raise UserError(
+                f"train.steps = {config.train.steps}, but {run.root} is at step {step} already: it "
+                "can only be raised"
+            )
+        if phase.has(step) or step == config.train.steps:
+            if dist.get_rank() == 0 and not recorder:
+                recorder = Recorder(run, attempt, trainer, config)
+                print(f"kernels: {numerics_of(config, device)['kernels']}", flush=True)
+            if recorder and len(phases) > 1:
+                print(phase, flush=True)
+            is_stopped = run_steps(trainer, phase, stop, recorder, monitor)
+            step = trainer.progress.step
+            if is_stopped or step == config.train.steps:
+                break
+        # A damaged checkpoint, or a rollback, may lead back to an earlier phase.
+        del trainer
+        gc.collect()
+        release_groups()
+        monitor.forget()
+        _, past = read_past(config, run)
+    if recorder:
+        recorder.close()
+    return step
 
 
 def run_steps(
-    trainer: Trainer, stop: StopRequest, recorder: Recorder | None, monitor: RankMonitor
-) -> None:
-    """Train until the last step or a request to stop, and leave a checkpoint of the end."""
+    trainer: Trainer,
+    phase: Phase,
+    stop: StopRequest,
+    recorder: Recorder | None,
+    monitor: RankMonitor,
+) -> bool:
+    """Train until the end of a phase, a request to stop, or a rollback to before the phase; leave a
+    checkpoint of the end. Returns whether it was stopped.
+    """
     train, every = trainer.config.train, trainer.config.checkpoint.every
+    until = train.steps if phase.stop is None else min(phase.stop, train.steps)
     stopping = False
-    while trainer.progress.step < train.steps and not stopping:
+    while phase.first <= trainer.progress.step < until and not stopping:
         beat = partial(monitor.beat, trainer.progress.step + 1)
         lr, began = trainer.lr(), time.perf_counter()
         result = trainer.step(stop.requested, beat)
@@ -103,7 +131,7 @@ def run_steps(
             beat("recovery", is_slow=True)
             recover(trainer, result.verdict, recorder)
         step = trainer.progress.step
-        is_last = step == train.steps or stopping
+        is_last = step == until or stopping
         if recorder and not result.verdict and (is_last or step % train.log_every == 0):
             recorder.log(metrics_row(trainer, result, lr, seconds) | slowest_rank(monitor))
         if is_last or (step % every == 0 and not result.verdict):
@@ -114,6 +142,7 @@ def run_steps(
         if recorder:
             recorder.enter_checkpoint(trainer)
     monitor.beat(trainer.progress.step, "end", is_slow=True)
+    return stopping
 
 
 def recover(trainer: Trainer, verdict: Verdict, recorder: Recorder | None) -> None:
@@ -138,6 +167,7 @@ def metrics_row(trainer: Trainer, result: StepResult, lr: float, seconds: float)
         "train/aux_loss": measured.aux_loss,
         "train/z_loss": measured.z_loss,
         "train/tokens": trainer.progress.tokens,
+        "train/seq_len": trainer.config.data.seq_len,
         "train/grad_norm": result.grad_norm,
         "train/lr": lr,
         "perf/tokens_per_s": trainer.tokens_per_step / seconds,

@@ -81,6 +81,7 @@ class Trainer:
         attempt: int | None = None,
         past: Past | None = None,
         up_to: int | None = None,
+        first_step: int = 0,
     ) -> None:
         """
         Args:
@@ -88,6 +89,8 @@ class Trainer:
             past: what the guard of the run has done before; a rollback that it has not finished is
                 finished.
             up_to: the last step whose checkpoint may be loaded.
+            first_step: how many steps come before those of `config`: their losses are no measure
+                of its own.
         """
         if config.train.deterministic:
             make_deterministic()
@@ -114,6 +117,7 @@ class Trainer:
         past = past or Past()
         self.guard = Guard(config.guard, past)
         self._run, self._is_owner = run, attempt is not None
+        self._first_step = first_step
         self._beginning = self.stream.state_dict()
         if past.go_back_to is None:
             self._load(up_to)
@@ -158,7 +162,8 @@ class Trainer:
         if self._is_owner:
             self.store.go_on_from(self.progress.step)
         self.stream.load_state_dict(self.progress.stream)
-        self.guard.load_state(self.progress.recent)
+        own_steps = max(0, self.progress.step - self._first_step)
+        self.guard.load_state(self.progress.recent[max(0, len(self.progress.recent) - own_steps) :])
         self._refresh()
 
     def step(

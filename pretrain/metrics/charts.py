@@ -136,6 +136,7 @@ class Line(NamedTuple):
 
 LINES = (
     Line("train/lr", "Learning rate", "%.3e"),
+    Line("train/seq_len", "Tokens per sequence", "%d", from_zero=True),
     Line("train/grad_norm", "Gradient norm", "%.4f", from_zero=True),
     Line("perf/tokens_per_s", "Throughput", "%.0f", from_zero=True),
     Line("perf/data_wait_s", "Waiting for data", "%.4f", from_zero=True),

@@ -65,6 +65,12 @@ METRICS: dict[str, Metric] = {
             "Cumulative, across restarts.",
         ),
         Metric(
+            "train/seq_len",
+            "tokens",
+            "data.seq_len",
+            "Changes where a phase of the run sets another one.",
+        ),
+        Metric(
             "train/grad_norm",
             "1",
             "L2 norm of the gradient of all parameters, before clipping",

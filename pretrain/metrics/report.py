@@ -211,6 +211,8 @@ def _last_line(log: Path) -> str:
 
 def _settings(tree: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
     """The settings of each section of the configuration, by their dotted names."""
+    if phases := tree.pop("phases"):
+        tree = tree | {"phases": {str(number): phase for number, phase in enumerate(phases)}}
     return {section: list(_dotted(values, "")) for section, values in tree.items()}
 
 

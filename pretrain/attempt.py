@@ -1,0 +1,43 @@
+"""How an attempt of a run begins, and where it goes on from."""
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from pretrain.checkpoint.store import saved_steps
+from pretrain.checkpoint.trained import checkpoints_of
+from pretrain.config import Config
+from pretrain.guard import Past
+from pretrain.ledger import read_ledger
+from pretrain.lineage import past_of_guard
+from pretrain.run_dir import ATTEMPT_VARIABLE, RunDirectory
+
+T = TypeVar("T")
+
+
+def begin_attempt(run: RunDirectory) -> int:
+    """Let rank 0 begin the attempt that its launcher has made, or the next one. Collective."""
+    made = os.environ.get(ATTEMPT_VARIABLE)
+    return _on_rank_0(lambda: run.begin_attempt(int(made) if made else None))
+
+
+def read_past(config: Config, run: RunDirectory) -> tuple[int, Past]:
+    """The step of the checkpoint to go on from, if it is whole, and what the guard of the run has
+    done. Collective.
+    """
+    return _on_rank_0(lambda: _read_past(config, run))
+
+
+def _read_past(config: Config, run: RunDirectory) -> tuple[int, Past]:
+    step = max(saved_steps(checkpoints_of(config, run)), default=0)
+    past = past_of_guard(read_ledger(run.ledger)) if run.ledger.exists() else Past()
+    return step if past.go_back_to is None else min(step, past.go_back_to), past
+
+
+def _on_rank_0(work: Callable[[], T]) -> T:
+    found: list[Any] = [work()] if dist.get_rank() == 0 else [None]
+    dist.broadcast_object_list(found, src=0)
+    result: T = found[0]
+    return result
