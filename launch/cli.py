@@ -92,19 +92,77 @@ def train(
 @app.command("eval")
 def evaluate(
     run: Run,
-    text: Annotated[Path, typer.Option(help="A UTF-8 text file.")],
+    overrides: Overrides = None,
+    text: Annotated[Path | None, typer.Option(help="A UTF-8 text file; this or --suite.")] = None,
     context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens seen at most (default: data.seq_len).")
+        int | None,
+        typer.Option(min=1, help="Of --text: tokens seen at most (default: data.seq_len)."),
+    ] = None,
+    suite: Annotated[str | None, typer.Option(help="long: tasks that need a long context.")] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Of the suite's documents, as in 8k,32k,1m (default: data.seq_len)."),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Some of needle,multi_key,multi_value,variable_tracking,overwrite (default: all)."
+        ),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Documents of each task and length, of a needle's depth.")
+    ] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Of the documents.")] = 0,
+    pairs: Annotated[int, typer.Option(help="Keys of a document, or chains of variables.")] = 4,
+    values: Annotated[
+        int, typer.Option(help="Of each key, or variables of each chain, where there are several.")
+    ] = 4,
+    form: Annotated[
+        str,
+        typer.Option(help="tokens, text, or auto: tokens for models of `farspan data synthetic`."),
+    ] = "auto",
+    shards: Annotated[
+        str | None, typer.Option(help="With the suite: their loss by position, best held out.")
     ] = None,
     nproc: Annotated[
-        int, typer.Option(min=1, help="Processes that share each window of the text.")
+        int, typer.Option(min=1, help="Processes that share each text or document.")
     ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Mean cross-entropy of a text, in nats per predicted token."""
-    from launch.inference import evaluate_text
+    """Mean cross-entropy of a text in nats per token, or what a model makes of long contexts.
 
-    evaluate_text(run, text, context, nproc, as_json)
+    The suite runs in the layout of the training, which KEY=VALUE may change, as in parallel.cp=2.
+    It prints tables, keeps them in RUN/evals, and `farspan report` shows them.
+    """
+    if (text is None) == (suite is None):
+        raise UserError("name either a --text or a --suite, as in --suite long")
+    if text is not None:
+        if overrides:
+            raise UserError(f"{overrides[0]}: settings belong to --suite; --text takes none")
+        from launch.inference import evaluate_text
+
+        evaluate_text(run, text, context, nproc, as_json)
+        return
+    if context is not None:
+        raise UserError("--context belongs to --text; the suite has --lengths")
+    assert suite is not None
+    from launch.evaluation import evaluate_long
+
+    evaluate_long(
+        run,
+        suite,
+        lengths,
+        tasks,
+        nproc,
+        overrides or [],
+        as_json,
+        samples=samples,
+        seed=seed,
+        pairs=pairs,
+        values=values,
+        form=form,
+        shards=shards,
+    )
 
 
 @app.command()

@@ -44,7 +44,8 @@ def synthetic(
     Only the answers are predicted. `farspan eval --suite long` asks the same
     of a model, from other seeds.
     """
-    from data_pipeline.synthetic import Task, make_synthetic
+    from data_pipeline.synthetic import Task
+    from data_pipeline.synthetic.shards import make_synthetic
 
     chosen = Task(name=task, pairs=pairs, values=values, spread=spread)
     with stoppable(console), show_progress(console) as progress:

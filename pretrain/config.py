@@ -218,6 +218,14 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+def overridden(config: Config, overrides: Sequence[str]) -> Config:
+    """The configuration with `key=value` overrides, as `load_config`. Raises UserError."""
+    tree = config.model_dump(mode="json")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree)
+
+
 def parse_config(tree: Mapping[str, Any]) -> Config:
     """Check a nested mapping against the typed tree. Raises UserError."""
     config = _parse(tree)

@@ -135,6 +135,14 @@ class RunDirectory:
         return self.root / "report.html"
 
     @property
+    def evaluations(self) -> Path:
+        """What `farspan eval --suite` has found, a file for each suite and checkpoint."""
+        return self.root / "evals"
+
+    def evaluation(self, suite: str, step: int) -> Path:
+        return self.evaluations / f"{suite}-{step:08d}.json"
+
+    @property
     def tokenizer(self) -> Path:
         return self.root / "tokenizer.json"
 

@@ -3,10 +3,9 @@
 The tasks are those of RULER (Hsieh et al. 2024, arXiv:2404.06654): one needle, several keys,
 several values of a key, variable tracking; and overwriting, where the last value of a key counts. A
 story says what a document states and asks; here it is told in reserved tokens, of a vocabulary of
-any size, to train on and to evaluate with.
+any size, to evaluate with, and by `data_pipeline.synthetic.shards` to train on.
 """
 
-from data_pipeline.synthetic.shards import make_synthetic
 from data_pipeline.synthetic.stories import (
     TASKS,
     Event,
@@ -28,7 +27,6 @@ __all__ = [
     "Statement",
     "Task",
     "is_synthetic",
-    "make_synthetic",
     "placed_at_end",
     "random_numbers",
     "tell",

@@ -15,10 +15,10 @@ from data_pipeline.synthetic import (
     Alphabet,
     Task,
     is_synthetic,
-    make_synthetic,
     random_numbers,
     write_document,
 )
+from data_pipeline.synthetic.shards import make_synthetic
 
 IGNORED = -100
 
