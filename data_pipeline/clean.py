@@ -1,4 +1,7 @@
-"""Clean one archive: from its records to the texts that pass every stage before deduplication."""
+"""Clean one archive: from its records to the texts that pass every stage before deduplication.
+
+These are signed at once, so that nobody has to read them to find duplicates.
+"""
 
 import json
 from collections.abc import Callable, Iterator
@@ -9,10 +12,15 @@ from signal import ITIMER_PROF, setitimer
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_pipeline import ledger
 from data_pipeline.crawl import Archive, Page, Reject, Source
+from data_pipeline.dedup.batches import Batch
+from data_pipeline.dedup.inputs import Part
+from data_pipeline.dedup.settings import Settings
+from data_pipeline.dedup.signed import SignedFileWriter, get_ready_to_sign
 from data_pipeline.extract import ExtractError, extract_text
 from data_pipeline.language import detect_language
 from data_pipeline.meter import Counter
@@ -24,7 +32,6 @@ from data_pipeline.workers import WorkerDiedError, call_apart
 DOCUMENT_SCHEMA = pa.schema(
     {
         "id": pa.string(),
-        "document_id": pa.string(),
         "timestamp": pa.timestamp("us", "UTC"),
         "text": pa.string(),
     }
@@ -51,7 +58,7 @@ READYING = (
 
 Document = Page | Reject
 Outcome = tuple[dict[str, Any], str | None]
-Batch = tuple[list[dict[str, Any]], list[dict[str, Any]]]
+Rows = tuple[list[dict[str, Any]], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -62,11 +69,16 @@ class Piece:
 
     @property
     def documents(self) -> Path:
-        """Texts that passed; `id` is unique in a run, `document_id` is the document's own.
+        """Texts that passed; their ids are unique in a run, see `own_ids`.
 
         `timestamp` is its WARC-Date; one without counts as older than all others.
         """
         return self.folder / "documents.parquet"
+
+    @property
+    def signed(self) -> Path:
+        """The same documents, signed with the recipe's settings (`dedup.signed`)."""
+        return self.folder / "signed.parquet"
 
     @property
     def audit(self) -> Path:
@@ -77,6 +89,11 @@ class Piece:
     def summary(self) -> Path:
         """The archive's name, size, records by WARC type, and the sha256 of what was read."""
         return self.folder / "archive.json"
+
+
+def own_ids(ids: pa.Array) -> pa.Array:
+    """The documents' own ids, of those that are unique in a run: PIECE/NUMBER OWN-ID."""
+    return pc.replace_substring_regex(ids, "^[^ ]* ", "").cast(pa.string())
 
 
 def clean_archive(
@@ -106,7 +123,12 @@ def clean_archive(
     make_stage(
         piece.folder,
         lambda aside: _write(
-            archive, Piece(aside), name, lambda document: judged(document, recipe), counter
+            archive,
+            Piece(aside),
+            name,
+            lambda document: judged(document, recipe),
+            recipe.dedup.settings,
+            counter,
         ),
     )
 
@@ -116,17 +138,22 @@ def _write(
     written: Piece,
     name: str,
     judged: Callable[[Document], Outcome],
+    settings: Settings,
     counter: Counter,
 ) -> None:
     count = 0
+    part = Part(written.documents, written.documents, 0, 0)
     with (
         pq.ParquetWriter(written.audit, ledger.SCHEMA) as audit,
         pq.ParquetWriter(written.documents, DOCUMENT_SCHEMA) as documents,
+        SignedFileWriter(written.signed, settings) as signed,
     ):
         for rows, texts in _batches(records, judged, name, counter):
             count += len(rows)
             audit.write_table(pa.Table.from_pylist(rows, ledger.SCHEMA))
-            documents.write_table(pa.Table.from_pylist(texts, DOCUMENT_SCHEMA))
+            passed = pa.RecordBatch.from_pylist(texts, DOCUMENT_SCHEMA)
+            documents.write_batch(passed)
+            signed.append(Batch(part, 0, 0, passed))
     summary = {
         "path": records.source.name,
         "bytes": records.bytes,
@@ -139,7 +166,7 @@ def _write(
 
 def _batches(
     records: Archive, judged: Callable[[Document], Outcome], piece: str, counter: Counter
-) -> Iterator[Batch]:
+) -> Iterator[Rows]:
     """Audit rows and passing texts, a thousand documents at a time or fewer long ones."""
     rows: list[dict[str, Any]] = []
     texts: list[dict[str, Any]] = []
@@ -154,8 +181,7 @@ def _batches(
             assert isinstance(document, Page)
             texts.append(
                 {
-                    "id": f"{piece}/{number}",
-                    "document_id": document.id,
+                    "id": f"{piece}/{number} {document.id}",
                     "timestamp": document.date or NO_DATE,
                     "text": text,
                 }
@@ -265,3 +291,4 @@ def get_ready(recipe: Recipe) -> None:
     if broken := next((row for row in rows if row.get("reason") == "parser"), None):
         raise RuntimeError(f"the parser fails on a good page: {broken['detail']}")
     pa.Table.from_pylist(rows, ledger.SCHEMA)  # imports pandas
+    get_ready_to_sign()

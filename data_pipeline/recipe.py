@@ -10,8 +10,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data_pipeline.dedup.minhash import candidate_probability, choose_bands
-from data_pipeline.dedup.run import LOWEST_RECALL, Exact
-from data_pipeline.dedup.signatures import Keep
+from data_pipeline.dedup.settings import (
+    LOWEST_RECALL,
+    Exact,
+    Keep,
+    Settings,
+    checked_settings,
+)
 from data_pipeline.errors import DataError
 from data_pipeline.extract import Mode
 from data_pipeline.hygiene import Decontamination, Privacy, UrlBlocklist, WordBlocklist
@@ -81,6 +86,11 @@ class Dedup(_Section):
     ngram: Count
     exact: Exact = "document"
     keep: Keep = "longest"
+
+    @property
+    def settings(self) -> Settings:
+        """What documents are signed with."""
+        return checked_settings(self.threshold, self.bands, self.rows, self.ngram, self.keep)
 
     @model_validator(mode="after")
     def _finds_its_pairs(self) -> "Dedup":

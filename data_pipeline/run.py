@@ -21,11 +21,10 @@ from typing import Any, Protocol
 from uuid import uuid4
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_pipeline import ledger
-from data_pipeline.clean import Piece, clean_archive, get_ready
+from data_pipeline.clean import Piece, clean_archive, get_ready, own_ids
 from data_pipeline.crawl import CRAWL_URL, Source, find_archives, identify
 from data_pipeline.dedup import check_memory, deduplicate
 from data_pipeline.engine import NATIVE, Engine, Native, open_engine
@@ -40,6 +39,7 @@ from data_pipeline.tokenize import load_tokenizer, require_vocab_size, train_tok
 
 TOKENIZER = "tokenizer.json"
 TICK_S = 0.5
+ROWS_AT_ONCE = 1 << 16
 
 
 class Progress(Protocol):
@@ -78,7 +78,7 @@ class Resources:
 
     Attributes:
         workers: processes that clean, and threads.
-        engine: what cleans, as `open_engine` names it.
+        engine: what cleans and signs, as `open_engine` names it.
         memory: bytes that deduplication holds at a time; None: 0.4 kB of each document.
     """
 
@@ -109,7 +109,7 @@ def run(
     Args:
         inputs: WARC and WET files: paths, folders, patterns, URLs and crawls, as `find_archives`
             resolves them.
-        engine: what cleans the archives, see `open_engine`.
+        engine: what cleans the archives and signs their documents, see `open_engine`.
         tokenizer: a Hugging Face tokenizer.json; without one a BPE of `vocab_size` is trained on
             the kept texts.
         crawl_url: where the crawls of Common Crawl are found.
@@ -265,7 +265,7 @@ def _run(
         "funnel": funnel,
     }
     kept = sum(row["documents"] for row in funnel if row["reason"] == ledger.KEPT)
-    texts = _with_progress(_texts(documents, "document_id"), "shards", kept, progress)
+    texts = _with_progress(_texts(documents), "shards", kept, progress)
     manifest = write_shards(texts, tokenizer, out, extra=extra)
     shutil.rmtree(work)
     return _result(manifest, out, is_new=True)
@@ -363,7 +363,8 @@ def _deduplicate(
             "memory": resources.memory,
         }
         texts = [piece.documents for piece in pieces]
-        make_stage(finished, lambda out: deduplicate(texts, out, **settings))
+        signed = [piece.signed for piece in pieces]
+        make_stage(finished, lambda out: deduplicate(texts, out, signed=signed, **settings))
     progress("dedup", 1, 1)
     return finished / "documents"
 
@@ -372,41 +373,47 @@ def _write_audit(pieces: Sequence[Piece], clusters_file: Path, out: Path) -> Non
     """Write one audit file per piece, with the outcome of deduplication in its rows."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
-    clusters = _with_document_ids(pq.read_table(clusters_file), pieces)
-    first = 0
-    for piece in pieces:
-        audit = pq.read_table(piece.audit)
-        passed = audit["stage"].null_count
-        settled = ledger.settle(audit, clusters.slice(first, passed))
-        pq.write_table(settled, out / f"{piece.folder.name}.parquet")
-        first += passed
+    with pq.ParquetFile(clusters_file) as file:
+        clusters = _Rows(file)
+        for piece in pieces:
+            audit = pq.read_table(piece.audit)
+            passed = clusters.take(audit["stage"].null_count)
+            twin = passed.schema.get_field_index("twin")
+            passed = passed.set_column(twin, "twin", own_ids(passed["twin"]))
+            settled = ledger.settle(audit, passed)
+            pq.write_table(settled, out / f"{piece.folder.name}.parquet")
 
 
-def _with_document_ids(clusters: pa.Table, pieces: Sequence[Piece]) -> pa.Table:
-    """Replace the ids that are unique in this run by the documents' own."""
-    names = pa.concat_tables(
-        pq.read_table(piece.documents, columns=["id", "document_id"]) for piece in pieces
-    )
-    ids = names["id"].cast(clusters["id"].type)
-    assert clusters["id"].equals(ids), "deduplicate gives a row per document in input order"
-    rows = pc.index_in(clusters["twin"], ids)
-    twins = names["document_id"].take(rows)
-    return clusters.set_column(clusters.schema.get_field_index("twin"), "twin", twins)
+class _Rows:
+    """The rows of a file, one after another; few are in memory at a time."""
+
+    def __init__(self, file: pq.ParquetFile) -> None:
+        self._batches = file.iter_batches(ROWS_AT_ONCE)
+        self._left = file.schema_arrow.empty_table()
+
+    def take(self, rows: int) -> pa.Table:
+        """The next ones, of which there are so many."""
+        while len(self._left) < rows:
+            self._left = pa.concat_tables([self._left, pa.table(next(self._batches))])
+        taken = self._left.slice(0, rows)
+        self._left = self._left.slice(rows)
+        return taken
 
 
 def _train_tokenizer(documents: Path, stage: Path, vocab_size: int, progress: Progress) -> Path:
     progress("tokenizer", 0, 1)
     if not is_made(stage):
-        texts = (text for _, text in _texts(documents, "id"))
+        texts = (text for _, text in _texts(documents))
         make_stage(stage, lambda out: train_tokenizer(texts, vocab_size, out / TOKENIZER))
     progress("tokenizer", 1, 1)
     return stage / TOKENIZER
 
 
-def _texts(documents: Path, id_column: str) -> Iterator[tuple[str, str]]:
+def _texts(documents: Path) -> Iterator[tuple[str, str]]:
+    """The documents' own ids and their texts."""
     for path in sorted(documents.glob("*.parquet")):
-        for batch in pq.ParquetFile(path).iter_batches(256, columns=[id_column, "text"]):
-            ids, texts = (batch[name].to_pylist() for name in (id_column, "text"))
+        for batch in pq.ParquetFile(path).iter_batches(256, columns=["id", "text"]):
+            ids, texts = own_ids(batch["id"]).to_pylist(), batch["text"].to_pylist()
             yield from zip(ids, texts, strict=True)
 
 

@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from inspect import signature
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -31,33 +32,35 @@ def do_each(
     """Call `task` with each tuple of arguments, and yield once for each that has finished.
 
     Each call is a process, at most `workers` at a time. Where that is killed, the task is called
-    once more, with `is_careful=True`. The first argument names it in messages.
+    once more, with `is_careful=True` if it takes that. The first argument names it in messages.
 
     Raises:
-        WorkerDiedError: the process of a careful task was killed, too.
+        WorkerDiedError: the process of the second call was killed, too.
         KeyboardInterrupt: raised in this process; the workers have been killed.
     """
+    can_be_careful = "is_careful" in signature(task).parameters
     waiting = deque((one, False) for one in arguments)
     at_work: dict[Connection, tuple[BaseProcess, tuple[Any, ...], bool]] = {}
     try:
         while waiting or at_work:
             while waiting and len(at_work) < workers:
-                one, is_careful = waiting.popleft()
-                process, result = _start(task, *one, **({"is_careful": True} if is_careful else {}))
-                at_work[result] = process, one, is_careful
+                one, is_second = waiting.popleft()
+                careful = {"is_careful": True} if is_second and can_be_careful else {}
+                process, result = _start(task, *one, **careful)
+                at_work[result] = process, one, is_second
             for ended in wait(list(at_work)):
                 result = cast(Connection, ended)
-                process, one, is_careful = at_work.pop(result)
+                process, one, is_second = at_work.pop(result)
                 try:
                     _take(process, result, _name(one[0]))
                 except WorkerDiedError as died:
-                    if is_careful:
+                    if is_second:
                         raise WorkerDiedError(
                             f"{died}, and one before, perhaps for want of memory. What was "
                             "finished is kept: run the same command again, with fewer --workers"
                         ) from died
-                    text = f"warning: {died}; it is done again, each document by itself"
-                    print(text, file=sys.stderr, flush=True)
+                    how = ", each document by itself" if can_be_careful else ""
+                    print(f"warning: {died}; it is done again{how}", file=sys.stderr, flush=True)
                     waiting.appendleft((one, True))
                 else:
                     yield

@@ -68,6 +68,9 @@ Memory = Annotated[
         "with an index 2GB)."
     ),
 ]
+Engine = Annotated[
+    str, typer.Option(help="What reads texts: native (--workers), ray, or ray=ADDRESS.")
+]
 IdHeader = Annotated[str, typer.Option(help="WARC header that holds a document's id.")]
 
 
@@ -77,9 +80,7 @@ def run(
     out: Annotated[Path, typer.Option(help="Folder to fill; a killed run continues there.")],
     recipe: Annotated[str, typer.Option(help="A shipped recipe or a .yaml file.")] = "c4-gopher",
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
-    engine: Annotated[
-        str, typer.Option(help="What cleans: native (--workers), ray, or ray=ADDRESS.")
-    ] = "native",
+    engine: Engine = "native",
     memory: Memory = None,
     task: Annotated[
         str | None,
@@ -210,11 +211,15 @@ def dedup(
         typer.Option(help="Folder of all earlier dumps' documents; these are added to it."),
     ] = None,
     memory: Memory = None,
+    engine: Engine = "native",
 ) -> None:
     """Remove exact and near-duplicates from files with `id` and `text`."""
     from data_pipeline.dedup import deduplicate
     from data_pipeline.dedup.index import parse_memory
+    from data_pipeline.engine import NATIVE, open_engine
 
+    # Threads of this process sign a file together, which its tasks would not.
+    cluster = None if engine == NATIVE else open_engine(engine)
     if index is not None:
         dedup_with_index(
             inputs,
@@ -223,6 +228,7 @@ def dedup(
             exact=exact.value,
             memory=memory,
             workers=workers,
+            engine=cluster,
             threshold=None if exact_only else threshold,
             bands=bands,
             rows=rows,
@@ -241,6 +247,7 @@ def dedup(
         keep=keep.value,
         workers=workers,
         memory=None if memory is None else parse_memory(memory),
+        engine=cluster,
     )
     _say(f"kept {report.kept} of {report.documents} documents: {out / 'documents'}")
     _say(

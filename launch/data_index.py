@@ -1,10 +1,13 @@
 """`farspan data index`: documents in an index, removed or listed. Heavy imports stay inside."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from data_pipeline.engine import Engine
 
 app = typer.Typer(no_args_is_help=True, help="List or remove documents of a deduplication index.")
 console = Console()
@@ -55,6 +58,7 @@ def dedup_with_index(
     exact: str,
     memory: str | None,
     workers: int,
+    engine: "Engine | None",
     **settings: Any,
 ) -> None:
     """`farspan data dedup --index`."""
@@ -73,6 +77,7 @@ def dedup_with_index(
         checked_settings(**settings),
         memory=parse_memory(memory or MEMORY),
         workers=workers,
+        engine=engine,
     )
     if not report.is_new:
         _say(f"{folder} has these documents already, as dump {report.dump}; nothing was added")

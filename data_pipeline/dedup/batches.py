@@ -26,23 +26,28 @@ class Batch:
     Attributes:
         row: the place of the first one among all documents.
         row_in_part: the same in its part.
+        is_signed: whether these are rows of the part's signed documents, not of its texts.
     """
 
     part: Part
     row: int
     row_in_part: int
     records: pa.RecordBatch
+    is_signed: bool = False
 
     def locate(self, document: int) -> str:
         """Where the user finds a document of the batch."""
         return self.part.locate(self.row_in_part + document)
 
 
-def read_batches(parts: Sequence[Part], columns: Sequence[str] | None = None) -> Iterator[Batch]:
+def read_batches(
+    parts: Sequence[Part], columns: Sequence[str] | None = None, signed: Sequence[str] = ()
+) -> Iterator[Batch]:
     """The documents of all parts, about 8 MB at a time.
 
     Args:
         columns: those of them that a part has are read; by default all.
+        signed: columns that are read instead, if there are any, of a part that is signed.
 
     Raises:
         DataError: an input is damaged, or a document has no text.
@@ -50,9 +55,11 @@ def read_batches(parts: Sequence[Part], columns: Sequence[str] | None = None) ->
     row = 0
     for part in parts:
         row_in_part = 0
-        for records in read_part(part, columns):
-            batch = Batch(part, row, row_in_part, records)
-            _refuse_no_text(batch)
+        is_signed = bool(signed) and part.signed is not None
+        for records in read_part(part, signed if is_signed else columns, is_signed):
+            batch = Batch(part, row, row_in_part, records, is_signed)
+            if not is_signed:
+                _refuse_no_text(batch)
             yield batch
             row += len(records)
             row_in_part += len(records)
@@ -79,14 +86,19 @@ def map_batches(
             yield waiting.popleft().result()
 
 
-def read_part(part: Part, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
-    """The rows of a part, about 8 MB at a time; of `columns`, those that it has.
+def read_part(
+    part: Part, columns: Sequence[str] | None, is_signed: bool = False
+) -> Iterator[pa.RecordBatch]:
+    """The rows of a part, or of its signed documents, about 8 MB at a time.
+
+    Args:
+        columns: those of them that it has are read.
 
     Raises:
         DataError: it is damaged.
     """
     try:
-        with pq.ParquetFile(part.path) as file:
+        with pq.ParquetFile(part.signed if is_signed else part.path) as file:
             names = columns and [name for name in columns if name in file.schema_arrow.names]
             # One by one: over several row groups, pyarrow keeps all that it has read.
             for group in range(file.num_row_groups):

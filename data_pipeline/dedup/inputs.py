@@ -24,12 +24,14 @@ class Part:
 
     Attributes:
         first_row: the place of its first document in `source`, counted from 0.
+        signed: the file of its signed documents (`dedup.signed`), if they are.
     """
 
     path: Path
     source: Path
     first_row: int
     rows: int
+    signed: Path | None = None
 
     def locate(self, row: int) -> str:
         """Where the user finds the document of a row."""

@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -15,16 +14,21 @@ from numpy.typing import NDArray
 from data_pipeline.dedup.batches import read_batches
 from data_pipeline.dedup.clusters import Clusters, find_clusters
 from data_pipeline.dedup.inputs import Part, parquet_parts, read_ids
-from data_pipeline.dedup.minhash import candidate_probability, choose_bands
 from data_pipeline.dedup.outputs import CLUSTERS, DOCUMENTS, staged_results
 from data_pipeline.dedup.repeated_units import RepeatedUnits, has_words
-from data_pipeline.dedup.signatures import Keep, sign_documents
+from data_pipeline.dedup.settings import (
+    Exact,
+    Keep,
+    Settings,
+    check_choice,
+    check_settings,
+    checked_settings,
+)
+from data_pipeline.dedup.signatures import sign_documents
+from data_pipeline.dedup.signed import sign_parts
 from data_pipeline.dedup.timestamps import require_timestamps
+from data_pipeline.engine import Engine
 from data_pipeline.errors import DataError
-
-LOWEST_RECALL = 0.5
-
-Exact = Literal["document", "paragraph", "line"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ def deduplicate(
     keep: Keep = "longest",
     workers: int = 1,
     memory: int | None = None,
+    signed: Sequence[Path] | None = None,
+    engine: Engine | None = None,
 ) -> DedupReport:
     r"""Keep one document of every cluster of duplicates.
 
@@ -87,29 +93,26 @@ def deduplicate(
         workers: threads that hash the texts.
         memory: bytes for what is held at a time, on top of the program itself, or None for all of
             it, about 0.4 kB of each document. The rest is in files meanwhile; the outcome is equal.
+        signed: files of the signed documents of each of the inputs, which are Parquet then, with
+            the same settings (`dedup.signed`). Their texts are read only to be written.
+        engine: signs the inputs, each in a task of its own; by default this process does.
 
     Raises:
         DataError: a setting or a file is wrong; `out` keeps what it had.
     """
-    check_settings(threshold, ngram=ngram, workers=workers)
+    settings = checked_settings(threshold, bands, rows, ngram, keep)
+    check_settings(threshold, workers=workers)
     check_choice("exact", exact, Exact)
-    check_choice("keep", keep, Keep)
-    bands, rows = checked_bands(threshold, bands, rows)
     check_memory(memory, exact)
     refuse_inputs_in(out, inputs)
     if memory is not None:
-        from data_pipeline.dedup.index import Settings, deduplicate_within
+        from data_pipeline.dedup.index import deduplicate_within
 
-        settings = Settings(threshold, bands, rows, ngram, keep)
-        return deduplicate_within(memory, inputs, out, settings, workers)
+        return deduplicate_within(memory, inputs, out, settings, workers, signed, engine)
     with staged_results(out) as scratch:
-        parts = parquet_parts(inputs, scratch)
-        if keep == "newest":
-            require_timestamps(parts)
+        parts = parts_to_compare(inputs, scratch, settings, signed, engine)
         ids = read_ids(parts)
-        signatures = sign_documents(
-            parts, keep=keep, bands=bands, rows=rows, ngram=ngram, workers=workers
-        )
+        signatures = sign_documents(parts, settings, workers)
         clusters = find_clusters(
             parts,
             signatures,
@@ -146,9 +149,27 @@ def check_memory(memory: int | None, exact: Exact) -> None:
             "alone: leave it out, or deduplicate what is kept once more without it"
         )
     # Indices are made of what is here.
-    from data_pipeline.dedup.index.settings import limits_of
+    from data_pipeline.dedup.index.limits import limits_of
 
     limits_of(memory)
+
+
+def parts_to_compare(
+    inputs: Sequence[Path],
+    scratch: Path,
+    settings: Settings,
+    signed: Sequence[Path] | None,
+    engine: Engine | None,
+) -> list[Part]:
+    """The documents of the inputs, signed ones if they are or an engine is asked to sign them."""
+    parts = parquet_parts(inputs, scratch)
+    if settings.keep == "newest":
+        require_timestamps(parts)
+    if signed is not None:
+        return [replace(part, signed=file) for part, file in zip(parts, signed, strict=True)]
+    if engine is not None:
+        return sign_parts(parts, scratch / "signed", settings, engine)
+    return parts
 
 
 def refuse_inputs_in(out: Path, inputs: Sequence[Path]) -> None:
@@ -156,38 +177,6 @@ def refuse_inputs_in(out: Path, inputs: Sequence[Path]) -> None:
     for path in inputs:
         if folder.resolve() in path.resolve().parents:
             raise DataError(f"{path}: lies in {folder}, which will be replaced; name another --out")
-
-
-def check_settings(threshold: float | None, **counts: int) -> None:
-    if threshold is not None and not 0 < threshold <= 1:
-        raise DataError(f"threshold={threshold} is not allowed: it is above 0 and at most 1")
-    for name, count in counts.items():
-        if count < 1:
-            raise DataError(f"{name}={count} is not allowed: it is at least 1")
-
-
-def check_choice(name: str, value: str, choices: object) -> None:
-    if value not in get_args(choices):
-        allowed = ", ".join(get_args(choices))
-        raise DataError(f"{name}={value} is not allowed; it is one of {allowed}")
-
-
-def checked_bands(threshold: float | None, bands: int | None, rows: int | None) -> tuple[int, int]:
-    if threshold is None:
-        return 0, 0
-    if bands is None and rows is None:
-        return choose_bands(threshold)
-    if bands is None or rows is None:
-        raise DataError(f"bands={bands} with rows={rows} is not allowed: give both or neither")
-    check_settings(threshold, bands=bands, rows=rows)
-    found = candidate_probability(threshold, bands, rows)
-    if found < LOWEST_RECALL:
-        better = "bands={}, rows={}".format(*choose_bands(threshold))
-        raise DataError(
-            f"bands={bands}, rows={rows} would miss {1 - found:.0%} of the pairs at "
-            f"threshold={threshold}; {better} would do"
-        )
-    return bands, rows
 
 
 def write_kept(

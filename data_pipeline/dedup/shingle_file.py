@@ -1,4 +1,4 @@
-"""A second pass over the texts: the shingle sets of the candidates, on disk."""
+"""A second pass over the documents: the shingle sets of the candidates, on disk."""
 
 import mmap
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.dedup.batches import Batch, map_batches, read_batches
 from data_pipeline.dedup.inputs import Part
-from data_pipeline.dedup.shingles import shingle_sets
+from data_pipeline.dedup.shingles import shingle_sets, shingles_in
 
 
 class ShingleFile:
@@ -36,14 +36,15 @@ class ShingleFile:
         wanted[documents] = True
 
         def sets_of_batch(batch: Batch) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-            texts = batch.records["text"]
-            mask = wanted[batch.row : batch.row + len(texts)]
-            return shingle_sets(texts.filter(pa.array(mask)), ngram)
+            mask = pa.array(wanted[batch.row : batch.row + len(batch.records)])
+            if batch.is_signed:
+                return shingles_in(batch.records["shingles"].filter(mask))
+            return shingle_sets(batch.records["text"].filter(mask), ngram)
 
         sizes = [np.zeros(1, np.int64)]
         with path.open("w+b") as file:
             if len(documents):
-                batches = read_batches(parts, ["text"])
+                batches = read_batches(parts, ["text"], ["shingles"])
                 for hashes, first in map_batches(sets_of_batch, batches, workers):
                     hashes.tofile(file)
                     sizes.append(np.diff(first))

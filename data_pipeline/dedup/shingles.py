@@ -37,6 +37,12 @@ def shingle_sets(texts: pa.Array, ngram: int) -> tuple[NDArray[np.uint64], NDArr
     return hashes[is_new], np.concatenate([[0], np.cumsum(is_new)])[first]
 
 
+def shingles_in(sets: pa.LargeListArray) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Sets of shingles as `shingle_sets` has them, of which these were made."""
+    first = sets.offsets.to_numpy()
+    return sets.flatten().to_numpy(), first - first[0]
+
+
 def powers(ngram: int) -> NDArray[np.uint64]:
     """The factors of the words of a shingle."""
     return np.multiply.accumulate(np.full(ngram, WORD_BASE, np.uint64))

@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_pipeline.dedup.index.batches import hashed, signed_documents, write_segments
+from data_pipeline.dedup.index.batches import hashed, write_segments
 from data_pipeline.dedup.index.columns import Column, ColumnWriter
 from data_pipeline.dedup.index.folder import Dump, Index, held_index
 from data_pipeline.dedup.index.forest import Forest
 from data_pipeline.dedup.index.joining import join_documents
+from data_pipeline.dedup.index.limits import Limits, limits_of
 from data_pipeline.dedup.index.segments import Segment, Segments
-from data_pipeline.dedup.index.settings import Limits, Settings, limits_of
 from data_pipeline.dedup.index.state import (
     State,
     fresh_documents,
@@ -30,18 +30,17 @@ from data_pipeline.dedup.index.tables import (
     documents_of,
     write_tables,
 )
-from data_pipeline.dedup.inputs import Part, parquet_parts
+from data_pipeline.dedup.inputs import Part
 from data_pipeline.dedup.outputs import CLUSTERS, DOCUMENTS, SUPERSEDED, staged_results
 from data_pipeline.dedup.run import (
     DedupReport,
-    check_choice,
-    check_settings,
-    checked_bands,
+    parts_to_compare,
     refuse_inputs_in,
     write_kept,
 )
-from data_pipeline.dedup.signatures import Keep
-from data_pipeline.dedup.timestamps import require_timestamps
+from data_pipeline.dedup.settings import Settings
+from data_pipeline.dedup.signed import signed_documents
+from data_pipeline.engine import Engine
 from data_pipeline.errors import DataError
 
 CLUSTERS_NAMES = ("id", "cluster", "kept", "exact", "twin", "jaccard")
@@ -67,20 +66,6 @@ class IndexReport:
     superseded: int
 
 
-def checked_settings(
-    threshold: float | None, bands: int | None, rows: int | None, ngram: int, keep: Keep
-) -> Settings:
-    """The settings of an index, as `deduplicate` takes them.
-
-    Raises:
-        DataError: one of them is wrong.
-    """
-    check_settings(threshold, ngram=ngram)
-    check_choice("keep", keep, Keep)
-    bands, rows = checked_bands(threshold, bands, rows)
-    return Settings(threshold, bands, rows, ngram, keep)
-
-
 def deduplicate_with_index(
     inputs: Sequence[Path],
     out: Path,
@@ -89,6 +74,7 @@ def deduplicate_with_index(
     *,
     memory: int,
     workers: int = 1,
+    engine: Engine | None = None,
 ) -> IndexReport:
     """Add a dump to an index, and write which of its documents are kept.
 
@@ -102,6 +88,7 @@ def deduplicate_with_index(
             dump that was kept before: id, dump, cluster, twin, jaccard.
         folder: of the index, made if there is none.
         memory: bytes for what is held at a time, on top of the program itself.
+        engine: signs the inputs, as `deduplicate` says.
 
     Raises:
         DataError: as `deduplicate`; the index has other settings or is damaged, an id stands twice
@@ -113,16 +100,24 @@ def deduplicate_with_index(
     if out.resolve() == folder.resolve():
         raise DataError(f"{out}: is the folder of the index; name another --out")
     with held_index(folder, settings) as index, staged_results(out) as scratch:
-        return _add_inputs(index, inputs, scratch, limits, workers)
+        parts = parts_to_compare(inputs, scratch, settings, None, engine)
+        return _add_parts(index, parts, scratch, limits, workers)
 
 
 def deduplicate_within(
-    memory: int, inputs: Sequence[Path], out: Path, settings: Settings, workers: int
+    memory: int,
+    inputs: Sequence[Path],
+    out: Path,
+    settings: Settings,
+    workers: int,
+    signed: Sequence[Path] | None,
+    engine: Engine | None,
 ) -> DedupReport:
     """`deduplicate` by an index that is made for this alone, and removed."""
     limits = limits_of(memory)
     with staged_results(out) as scratch, held_index(scratch / "index", settings) as index:
-        report = _add_inputs(index, inputs, scratch, limits, workers)
+        parts = parts_to_compare(inputs, scratch, settings, signed, engine)
+        report = _add_parts(index, parts, scratch, limits, workers)
         (scratch / SUPERSEDED).unlink()
         is_joined = np.zeros(report.documents, np.bool_)
         for first, rows in index.state.rows(0, report.documents):
@@ -137,12 +132,9 @@ def deduplicate_within(
     )
 
 
-def _add_inputs(
-    index: Index, inputs: Sequence[Path], scratch: Path, limits: Limits, workers: int
+def _add_parts(
+    index: Index, parts: Sequence[Part], scratch: Path, limits: Limits, workers: int
 ) -> IndexReport:
-    parts = parquet_parts(inputs, scratch)
-    if index.contents.settings.keep == "newest":
-        require_timestamps(parts)
     number, is_new = _add(index, parts, limits, workers)
     return _write_results(index, parts, scratch, number, is_new, workers)
 

@@ -1,94 +1,18 @@
-"""From files of documents to segments, a bounded number of documents at a time."""
+"""From signed documents to segments, a bounded number of documents at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.dedup.batches import Batch, map_batches, read_batches
 from data_pipeline.dedup.index.columns import Column, ColumnWriter
 from data_pipeline.dedup.index.folder import Index
-from data_pipeline.dedup.index.segments import BAND, COLUMNS, DIGEST, Segment, Segments
-from data_pipeline.dedup.index.settings import Settings
-from data_pipeline.dedup.inputs import Part
+from data_pipeline.dedup.index.segments import BAND, COLUMNS, Segment, Segments
 from data_pipeline.dedup.lsh import HALF
-from data_pipeline.dedup.shingles import shingle_sets, utf8
-from data_pipeline.dedup.signatures import columns_to_sign, digests, sign_batch
-from data_pipeline.errors import DataError
-
-
-@dataclass
-class SignedDocuments:
-    """Consecutive documents: their ids, signatures and shingles.
-
-    Attributes:
-        row: the place of the first one among all of the inputs.
-        is_blank, has_words, preference, bands: as `Signatures` has them.
-        id_digests, text_digests: [documents] of `DIGEST`.
-        id_bytes, id_sizes: uint8, [documents] int64.
-        shingles, set_sizes: uint64, [documents] int64; of no document where nothing is compared.
-    """
-
-    row: int
-    is_blank: NDArray[np.bool_]
-    has_words: NDArray[np.bool_]
-    preference: NDArray[np.int64]
-    bands: NDArray[np.uint32]
-    id_digests: NDArray[Any]
-    text_digests: NDArray[Any]
-    id_bytes: NDArray[np.uint8]
-    id_sizes: NDArray[np.int64]
-    shingles: NDArray[np.uint64]
-    set_sizes: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.preference)
-
-
-def signed_documents(
-    parts: Sequence[Part], settings: Settings, workers: int
-) -> Iterator[SignedDocuments]:
-    """The documents of the parts, some thousands at a time.
-
-    Raises:
-        DataError: as `sign_documents`, or a document has no id.
-    """
-
-    def sign(batch: Batch) -> SignedDocuments:
-        texts, ids = batch.records["text"], batch.records["id"]
-        if ids.null_count:
-            document = ids.is_null().index(True).as_py()
-            raise DataError(f"{batch.locate(document)} has no `id`; add it or remove the document")
-        signed = sign_batch(
-            batch,
-            keep=settings.keep,
-            bands=settings.bands,
-            rows=settings.rows,
-            ngram=settings.ngram,
-        )
-        data, offsets = utf8(ids)
-        shingles, first = np.empty(0, np.uint64), np.zeros(len(texts) + 1, np.int64)
-        if settings.bands:
-            shingles, first = shingle_sets(texts, settings.ngram)
-        return SignedDocuments(
-            row=batch.row,
-            is_blank=signed.is_blank,
-            has_words=signed.has_words,
-            preference=signed.preference,
-            bands=signed.bands,
-            id_digests=digests(ids).reshape(-1).view(DIGEST),
-            text_digests=signed.digests.reshape(-1).view(DIGEST),
-            id_bytes=data[offsets[0] : offsets[-1]],
-            id_sizes=np.diff(offsets),
-            shingles=shingles,
-            set_sizes=np.diff(first),
-        )
-
-    columns = ["id", *columns_to_sign(settings.keep)]
-    yield from map_batches(sign, read_batches(parts, columns), workers)
+from data_pipeline.dedup.signed import DIGEST, SignedDocuments
 
 
 def write_segments(
@@ -136,9 +60,8 @@ def _joined(some: Sequence[SignedDocuments]) -> SignedDocuments:
     columns = {
         field.name: np.concatenate([getattr(one, field.name) for one in some], axis=-1)
         for field in fields(SignedDocuments)
-        if field.name != "row"
     }
-    return SignedDocuments(row=some[0].row, **columns)
+    return SignedDocuments(**columns)
 
 
 def _write_segment(folder: Path, signed: SignedDocuments, earlier: Segments) -> Segment:

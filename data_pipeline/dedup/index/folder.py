@@ -22,9 +22,9 @@ from typing import Any
 
 from data_pipeline.dedup.index.columns import ColumnWriter
 from data_pipeline.dedup.index.segments import Segment, Segments
-from data_pipeline.dedup.index.settings import Settings
 from data_pipeline.dedup.index.state import STATE, State
 from data_pipeline.dedup.minhash import PERMUTATION_SEED
+from data_pipeline.dedup.settings import Settings
 from data_pipeline.errors import DataError, file_errors
 
 INDEX = "index.json"

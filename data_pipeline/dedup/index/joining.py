@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from data_pipeline.dedup import clusters
 from data_pipeline.dedup.index.columns import Column
 from data_pipeline.dedup.index.forest import Forest, contains
+from data_pipeline.dedup.index.limits import Limits
 from data_pipeline.dedup.index.segments import Segment, Segments
-from data_pipeline.dedup.index.settings import Limits
 from data_pipeline.dedup.lsh import HALF, LOW_HALF
 
 Roots = Callable[[NDArray[np.int64]], NDArray[np.int64]]

@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from data_pipeline.dedup.index.folder import held_index
 from data_pipeline.dedup.index.forest import Forest, contains
 from data_pipeline.dedup.index.joining import Bands, hashes_of, join_documents
+from data_pipeline.dedup.index.limits import limits_of
 from data_pipeline.dedup.index.rewriting import Moves, rewrite_segment
-from data_pipeline.dedup.index.segments import DIGEST, Segments
-from data_pipeline.dedup.index.settings import limits_of
+from data_pipeline.dedup.index.segments import Segments
 from data_pipeline.dedup.index.state import State, fresh_documents, roots_before, write_state
 from data_pipeline.dedup.index.tables import SCHEMA, changed_documents, documents_at, write_tables
 from data_pipeline.dedup.signatures import digests
+from data_pipeline.dedup.signed import DIGEST
 from data_pipeline.errors import DataError
 
 

@@ -16,8 +16,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from data_pipeline.dedup.index.columns import Column
+from data_pipeline.dedup.signed import DIGEST
 
-DIGEST = np.dtype("S16")  # padded with zeros, so that equal means all 16 bytes
 COLUMNS: dict[str, Any] = {
     "preference": np.int64,  # greater for the one to keep of a cluster
     "original": np.int64,  # the first document with the same text

@@ -162,7 +162,7 @@ def test_any_dumps_and_removals_give_what_one_run_gives(
         patch.setattr("data_pipeline.dedup.batches.ROWS_PER_BATCH", rows)
         if small:  # segments of a few documents, and a few rows and shingles at a time
             for name in ("DOCUMENT", "SHINGLE", "ROW"):
-                patch.setattr(f"data_pipeline.dedup.index.settings.BYTES_PER_{name}", 50_000)
+                patch.setattr(f"data_pipeline.dedup.index.limits.BYTES_PER_{name}", 50_000)
             for module in ("columns", "state"):
                 patch.setattr(f"data_pipeline.dedup.index.{module}.ROWS_AT_ONCE", 20)
         dumps = Dumps(tmp_path_factory.mktemp("dumps"), keep, threshold=0.6, ngram=2)
@@ -237,7 +237,7 @@ def test_within_a_memory_the_outcome_is_the_same(tmp_path, monkeypatch, keep):
             yield segment
 
     monkeypatch.setattr("data_pipeline.dedup.index.add.write_segments", counted)
-    monkeypatch.setattr("data_pipeline.dedup.index.settings.BYTES_PER_DOCUMENT", 10_000)
+    monkeypatch.setattr("data_pipeline.dedup.index.limits.BYTES_PER_DOCUMENT", 10_000)
     monkeypatch.setattr("data_pipeline.dedup.batches.ROWS_PER_BATCH", 10)
     corpus = make_corpus(seed=4)
     source = write_jsonl(tmp_path / "corpus.jsonl", corpus)

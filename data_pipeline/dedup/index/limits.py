@@ -1,9 +1,8 @@
-"""What all dumps of an index have in common, and how much memory a run may take."""
+"""How much memory a run may take."""
 
 import re
 from dataclasses import dataclass
 
-from data_pipeline.dedup.signatures import Keep
 from data_pipeline.errors import DataError
 
 # In memory of a document of a batch: signature, digests, id, sorting keys and trees.
@@ -14,17 +13,6 @@ BYTES_PER_SHINGLE = 64
 BYTES_PER_ROW = 128
 LEAST_MEMORY = 1 << 20
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Which documents are duplicates, and which of them stays."""
-
-    threshold: float | None
-    bands: int
-    rows: int
-    ngram: int
-    keep: Keep
 
 
 @dataclass(frozen=True)
