@@ -67,9 +67,19 @@ class OptimConfig(Section):
     name: Literal["adamw"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 3e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    clip: Annotated[float, Field(gt=0)] = Field(1.0, description="Largest global gradient norm.")
+    clip: Annotated[float, Field(gt=0)] | None = Field(
+        1.0, description="Largest global gradient norm; null: any."
+    )
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    state_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Of the stored moments; the update is computed in float32."
+    )
+    in_backward: bool = Field(
+        False,
+        description="Update a weight as soon as the backward pass has its gradient, and free that: "
+        "without clipping, pipeline or several microbatches of a rank.",
+    )
 
 
 class ScheduleConfig(Section):
@@ -246,6 +256,7 @@ def _parse(tree: Mapping[str, Any]) -> Config:
     except ValidationError as error:
         raise UserError(_describe(error)) from None
     _check_model(config.model)
+    _check_optimizer(config.optim, config.parallel)
     guard = config.guard
     if guard.spike_sigmas is not None and guard.history > guard.window:
         raise UserError(
@@ -411,6 +422,30 @@ def _check_timeouts(train: TrainConfig) -> None:
             f"which is four times train.hang_timeout_s = {train.hang_timeout_s} and a minute, or "
             "NCCL ends the ranks before they find out which of them hangs: raise it, or lower "
             "train.hang_timeout_s"
+        )
+
+
+# Where bfloat16 is coarsest, a moment has to move by more than this share of itself to move at all.
+_BFLOAT16_STEP = 2**-8
+
+
+def _check_optimizer(optim: OptimConfig, parallel: ParallelConfig) -> None:
+    """Refuse what would need a gradient that is gone, or moments that cannot follow."""
+    if optim.in_backward and optim.clip is not None:
+        raise UserError(
+            f"optim.in_backward = true with optim.clip = {optim.clip}: the global gradient norm is "
+            "known when all weights have been updated already; set optim.clip=null"
+        )
+    if optim.in_backward and parallel.pp > 1:
+        raise UserError(
+            f"optim.in_backward = true with parallel.pp = {parallel.pp}: stages need their weights "
+            "for the microbatches to come; set parallel.pp=1"
+        )
+    if optim.state_dtype == "bfloat16" and max(optim.betas) > 1 - _BFLOAT16_STEP:
+        raise UserError(
+            f"optim.betas = {list(optim.betas)} with optim.state_dtype = bfloat16: a moment that "
+            f"changes by a share of 1 - beta, less than {_BFLOAT16_STEP:.2g}, is rounded back to "
+            f"what it was; use at most {1 - _BFLOAT16_STEP:.3f}, or optim.state_dtype=float32"
         )
 
 

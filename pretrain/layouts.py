@@ -211,6 +211,11 @@ def _batch_problem(config: Config, layout: Layout) -> str | None:
 
 
 def _microbatches_problem(config: Config, layout: Layout, microbatches: int) -> str | None:
+    if config.optim.in_backward and microbatches > 1:
+        return (
+            "optim.in_backward updates a weight by the gradient of one microbatch of each rank, "
+            f"and train.microbatch = {config.train.microbatch} makes {microbatches} of them"
+        )
     schedule = config.parallel.pipeline.schedule
     return problem_of_schedule(schedule, layout.pp, stages_per_rank(config), microbatches)
 

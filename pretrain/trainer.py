@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from statistics import fmean
@@ -43,7 +43,7 @@ from pretrain.model.kernels.backends import make_deterministic
 from pretrain.model.kernels.cross_entropy import IGNORED
 from pretrain.model.kernels.documents import Documents
 from pretrain.objective import Measured, tokens_per_step
-from pretrain.optim import build_optimizer, set_learning_rate
+from pretrain.optim import build_optimizer, set_learning_rate, update_in_backward
 from pretrain.parts import attention_cost
 from pretrain.run_dir import RunDirectory
 from pretrain.schedule import learning_rate
@@ -57,7 +57,7 @@ class StepResult:
         grad_norm: before clipping.
         data_wait_s: seconds that the step waited for its batch.
         passed_over: batches that were skipped again before, and the stream's tokens before each.
-        verdict: why the weights were not updated; None if they were.
+        verdict: why the step was not taken; None if it was.
     """
 
     measured: Measured
@@ -106,6 +106,9 @@ class Trainer:
         self.parallelised = self._build_model()
         self.weights = self.parallelised.weights
         self.optimizer = build_optimizer(self.weights, config.optim)
+        self.updates = None
+        if config.optim.in_backward:
+            self.updates = update_in_backward(self.parallelised, self.optimizer, device)
         self.routers = RouterState(config.model.n_layers, config.model.moe)
         saving = config.checkpoint
         self.store = CheckpointStore(
@@ -191,7 +194,8 @@ class Trainer:
         return StepResult(measured, grad_norm, data_wait_s, passed_over, verdict)
 
     def backward(self, batch: Batch, stop_requested: bool = False) -> Measured:
-        """Leave the gradient of a global batch in the weights' `.grad`.
+        """Leave the gradient of a global batch in the weights' `.grad`, or with
+        `optim.in_backward` the updates of that.
 
         Args:
             batch: this rank's rows of it.
@@ -203,6 +207,9 @@ class Trainer:
         loss_tokens = (labels != IGNORED).sum()
         dist.all_reduce(loss_tokens)
         count = max(1, int(loss_tokens) // copies)
+        if self.updates:
+            set_learning_rate(self.optimizer, self.lr())
+            self.updates.begin()
         self.parallelised.forward_backward(tokens, labels, documents, count)
         return self._measure(count, stop_requested)
 
@@ -275,7 +282,7 @@ class Trainer:
             check_same(f"the plan of the global batch of step {step}", planned)
         except DisagreementError as error:
             raise AttemptError(
-                f"{error}\nThe weights were not updated; the same command goes on from the newest "
+                f"{error}\nNothing of the step is saved; the same command goes on from the newest "
                 "checkpoint. If it comes again, suspect the memory of those ranks' machines"
             ) from None
 
@@ -285,10 +292,14 @@ class Trainer:
         Returns:
             The norm before clipping, and the verdict; None if the step was taken.
         """
+        freed = self.updates.squares if self.updates else None
         grad_norm = clip_gradients(
-            self.weights.parameters(), self.config.optim.clip, self.layout.pp
+            self.weights.parameters(), self.config.optim.clip, self.layout.pp, freed
         ).item()
         verdict = self.guard.judge(measured.loss, grad_norm)
+        if verdict and self.updates:
+            # The weights have been updated already.
+            verdict = replace(verdict, kind="roll back")
         if verdict is None:
             set_learning_rate(self.optimizer, self.lr())
             self.optimizer.step()

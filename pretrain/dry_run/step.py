@@ -17,7 +17,7 @@ from pretrain.config import Config
 from pretrain.dry_run.tracker import StepTracker
 from pretrain.layouts import Layout, stages_per_rank
 from pretrain.model.kernels.documents import Documents
-from pretrain.optim import build_optimizer
+from pretrain.optim import build_optimizer, update_in_backward
 from pretrain.parts import pipeline_shape
 
 
@@ -50,6 +50,10 @@ class Step:
             stage.register_forward_pre_hook(self._before_forward)
             stage.register_forward_hook(self._after_forward)
         self.optimizer = build_optimizer(parallelised.weights, config.optim)
+        self.updates = None
+        if config.optim.in_backward:
+            device = torch.device("cpu")
+            self.updates = update_in_backward(parallelised, self.optimizer, device)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -91,7 +95,8 @@ class Step:
     def update(self) -> None:
         """What comes after them."""
         weights = self.parallelised.weights.parameters()
-        clip_gradients(weights, self.config.optim.clip, self.layout.pp)
+        freed = self.updates.squares if self.updates else None
+        clip_gradients(weights, self.config.optim.clip, self.layout.pp, freed)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.parallelised.replicas.refresh()

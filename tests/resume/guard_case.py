@@ -40,8 +40,9 @@ def spoil(without_number: set[int], too_large: set[int]) -> None:
         hook = moe.shared_expert.register_forward_hook(lambda *call: call[-1] * factor)
         measured = real_backward(self, *arguments)
         hook.remove()
-        for weight in self.weights.parameters():
-            weight.grad.mul_(1e3 if batch in too_large else 1)
+        if batch in too_large:
+            for weight in self.weights.parameters():
+                weight.grad.mul_(1e3)
         return measured
 
     Trainer.backward = backward  # type: ignore[method-assign]

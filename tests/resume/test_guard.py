@@ -152,6 +152,27 @@ def test_the_command_says_what_is_not_as_in_the_ledger(met: RunDirectory) -> Non
     assert "step 99" in farspan("replay", str(met.root), "--step", "99").stderr
 
 
+@pytest.mark.slow
+def test_a_run_that_updates_in_the_backward_pass_goes_back_where_another_would_skip(
+    shards: Path, tmp_path: Path
+) -> None:
+    free = ("optim.clip=null", "train.microbatch=4", "train.steps=13")
+    skips = start(tmp_path / "skips", shards, *free)
+    goes_back = start(tmp_path / "goes back", shards, *free, "optim.in_backward=true")
+    for run in (skips, goes_back):
+        # One is met before there is a checkpoint.
+        run_on_ranks(2, SCRIPT, str(run.root), "2,12", "")
+    back = [record for record in records(goes_back) if isinstance(record, RolledBack)]
+    assert [(record.from_step, record.to_step) for record in back] == [(3, 0), (12, 8)]
+    assert batches(records(skips), Skipped) == [2, 12]
+    for name in ("loss", "lr", "tokens"):
+        ours, others = (
+            [json.loads(line)[f"train/{name}"] for line in run.metrics.read_text().splitlines()]
+            for run in (goes_back, skips)
+        )
+        assert ours == others, name
+
+
 def test_a_run_whose_batches_are_all_bad_ends_with_a_diagnosis(
     shards: Path, tmp_path: Path
 ) -> None:

@@ -15,15 +15,22 @@ from pretrain.model.config import MoEConfig
 from pretrain.optim import build_optimizer, moments
 
 NEWEST_TWO = Retention(2)
+USUAL = OptimConfig()
 
 
 class Saved:
     """What a checkpoint holds, and a store for it."""
 
-    def __init__(self, target: Target, retention: Retention = NEWEST_TWO, attempt: int = 1) -> None:
+    def __init__(
+        self,
+        target: Target,
+        retention: Retention = NEWEST_TWO,
+        attempt: int = 1,
+        optim: OptimConfig = USUAL,
+    ) -> None:
         torch.manual_seed(0)
         self.weights = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 4, bias=False))
-        self.optimizer = build_optimizer(self.weights, OptimConfig())
+        self.optimizer = build_optimizer(self.weights, optim)
         self.routers = RouterState(2, MoEConfig(4, 1, 8, 8)).state_dict()
         self.target = target
         self.current_attempt = attempt
