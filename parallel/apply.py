@@ -17,6 +17,9 @@ from parallel.mesh import Mesh
 from parallel.pipeline.schedule import Pipeline, PipelineShape, SingleStage
 from parallel.recompute import Recompute, recompute_layers
 from parallel.replicas import Replicas, TiedCopy
+from parallel.segments.documents import SegmentDocuments
+from parallel.segments.layers import carry_over_segments
+from parallel.segments.runner import SegmentedStage
 from parallel.stage import Objective, Stage
 from parallel.tensor.shard import shard_layers
 from parallel.tensor.vocabulary import ShardedCrossEntropy, shard_vocabulary
@@ -33,6 +36,7 @@ class Spread:
         recompute: which activations a layer computes again, repeated over the layers.
         feed_forward_tile: tokens of a rank that go through a feed-forward at a time; None is all.
         microbatch: sequences of a microbatch.
+        in_segments: whether rows are computed in segments, one after the other.
         pipeline: what its ranks agree on; None without a pipeline.
     """
 
@@ -41,6 +45,7 @@ class Spread:
     recompute: Sequence[Recompute] = ("none",)
     feed_forward_tile: int | None = None
     microbatch: int = 1
+    in_segments: bool = False
     pipeline: PipelineShape | None = None
 
 
@@ -57,18 +62,22 @@ class Parallelised:
     """
 
     stages: Sequence[Stage]
-    runner: Pipeline | SingleStage
+    runner: Pipeline | SingleStage | SegmentedStage
     weights: nn.Module
     replicas: Replicas
     traffic: dict[str, Communicator] = field(default_factory=dict)
 
     def forward_backward(
-        self, tokens: Tensor, labels: Tensor, documents: Sequence[Documents], loss_tokens: int
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        documents: Sequence[Documents] | Sequence[Sequence[SegmentDocuments]],
+        loss_tokens: int,
     ) -> None:
         """Leave the gradient of this rank's rows [rows, T] in its weights' `.grad`.
 
         Args:
-            documents: of each microbatch.
+            documents: of each microbatch, or of each segment of each microbatch.
             loss_tokens: of the global batch.
         """
         for stage in self.stages:
@@ -113,9 +122,12 @@ def apply(
         traffic["ep"] = shard_experts(moe_layers, mesh, how.dispatcher)
 
     # 3. Context: each rank of `cp` has a part of every row; keys and states go where they are
-    #    seen.
+    #    seen. Segments of a row come one after the other, and hand them on.
     if mesh.cp.size() > 1:
         traffic |= split_sequence(layers.values(), mesh)
+    if how.in_segments:
+        cp = traffic.get("cp") or Communicator(mesh.cp.get_group(), "cp")
+        carry_over_segments(layers, cp)
     if mesh.tp.size() * mesh.cp.size() > 1:
         split_rows(moe_layers, traffic.get("tp"), traffic.get("cp"))
 
@@ -132,7 +144,9 @@ def apply(
         shard_weights(stage, experts, mesh, how.dtype)
 
     # 6. Pipeline: stages work on several microbatches at a time.
-    runner: Pipeline | SingleStage = SingleStage(stages[0], how.microbatch)
+    runner: Pipeline | SingleStage | SegmentedStage = SingleStage(stages[0], how.microbatch)
+    if how.in_segments:
+        runner = SegmentedStage(stages[0], how.microbatch)
     if how.pipeline is not None:
         runner = Pipeline(stages, mesh.pp.get_group(), how.pipeline, device)
 

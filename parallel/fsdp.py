@@ -15,7 +15,8 @@ from parallel.mesh import Mesh
 def shard_weights(stage: Any, experts: Sequence[nn.Module], mesh: Mesh, dtype: torch.dtype) -> None:
     """Shard the weights of `stage` in units of a layer.
 
-    Computation runs in `dtype`; the sharded weights and every reduction stay in float32.
+    Computation runs in `dtype`; the sharded weights keep their own, and every reduction is float32
+    or wider.
     Gradients are summed over the ranks, not averaged: a loss must be divided by the global
     number of tokens before backward.
 
@@ -25,7 +26,7 @@ def shard_weights(stage: Any, experts: Sequence[nn.Module], mesh: Mesh, dtype: t
     """
     policy = MixedPrecisionPolicy(
         param_dtype=dtype,
-        reduce_dtype=torch.float32,
+        reduce_dtype=torch.promote_types(dtype, torch.float32),
         # Rotary angles come in float32 and have to stay so.
         cast_forward_inputs=False,
     )

@@ -54,10 +54,12 @@ class RowLayout:
     Attributes:
         lengths: tokens of the row's documents.
         blocks: of each rank, in the order of the row; a rank holds them one after the other.
+        earlier: tokens of the first document that came before the row.
     """
 
     lengths: tuple[int, ...]
     blocks: tuple[Blocks, ...]
+    earlier: int = 0
 
     @cached_property
     def documents(self) -> list[range]:
@@ -112,7 +114,8 @@ class RowLayout:
     def joined(self, size: int) -> "RowLayout":
         """The layout of groups of `size` consecutive ranks that hold their blocks together."""
         groups = (self.blocks[i : i + size] for i in range(0, len(self.blocks), size))
-        return RowLayout(self.lengths, tuple(_merged(sum(group, ())) for group in groups))
+        blocks = tuple(_merged(sum(group, ())) for group in groups)
+        return RowLayout(self.lengths, blocks, self.earlier)
 
     def cut(self, parts: int) -> "RowLayout":
         """The layout where each rank's tokens are cut into equal parts for as many ranks."""
@@ -121,7 +124,7 @@ class RowLayout:
             size = sum(map(len, of_rank)) // parts
             starts = range(0, size * parts, size)
             blocks += (_concatenation(of_rank, start, start + size) for start in starts)
-        return RowLayout(self.lengths, tuple(blocks))
+        return RowLayout(self.lengths, tuple(blocks), self.earlier)
 
 
 def split_row(lengths: Sequence[int], ranks: int, cost: AttentionCost | None = None) -> RowLayout:

@@ -32,7 +32,7 @@ class Stage(nn.Module):
     Attributes:
         model: a `Transformer`, perhaps without embedding, head or some layers.
         loss_tokens: of the global batch; the cross-entropy is divided by it.
-        documents: of the microbatches to come, in order.
+        documents: of the microbatches to come, in order; with segments, those of each.
         cross_entropy: the sum over what this stage saw since `begin`, float64 scalar.
         measured: the sum of `Objective.measure` since `begin`.
     """
@@ -46,14 +46,16 @@ class Stage(nn.Module):
         self.is_last: bool = model.part.predicts
         self.begin(1, [])
 
-    def begin(self, loss_tokens: int, documents: Sequence[Documents]) -> None:
+    def begin(self, loss_tokens: int, documents: Sequence[Any]) -> None:
         """Start a global batch. Every schedule runs its microbatches forward in their order."""
         self.loss_tokens = loss_tokens
         self.documents = iter(documents)
         self.cross_entropy: Tensor | float = 0.0
         self.measured: Tensor | float = 0.0
 
-    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, labels: Tensor | None, documents: Documents | None = None
+    ) -> Tensor:
         """Run one microbatch.
 
         The auxiliary loss of these layers rides on what is returned: it reaches the weights when
@@ -61,17 +63,23 @@ class Stage(nn.Module):
 
         Args:
             x: tokens [b, T] on the first stage, else hidden state [b, T_local, d].
-            labels: [b, T]
+            labels: [b, T]; None, to run the layers for nothing but what they keep.
+            documents: of these tokens; by default the next of those that `begin` was given.
 
         Returns:
             Hidden state [b, T_local, d]; on the last stage the mean cross-entropy's share of this
-            microbatch, float32 scalar.
+            microbatch, float32 scalar; without labels nothing of meaning.
         """
 
         def output(hidden: Tensor, weight: Tensor) -> Tensor:
             return self.objective.cross_entropy(hidden, weight, labels)
 
-        out = self.model(x, next(self.documents), output)
+        if documents is None:
+            documents = next(self.documents)
+        if labels is None:
+            nothing: Tensor = self.model(x, documents, _no_output).value
+            return nothing
+        out = self.model(x, documents, output)
         self.measured = self.measured + self.objective.measure(out)
         value: Tensor = out.value
         if self.is_last:
@@ -79,6 +87,10 @@ class Stage(nn.Module):
             value = value / self.loss_tokens
         result: Tensor = _AttachLoss.apply(value, self.objective.auxiliary_loss(out))
         return result
+
+
+def _no_output(hidden: Tensor, weight: Tensor) -> Tensor:
+    return hidden.new_zeros(())
 
 
 class _AttachLoss(torch.autograd.Function):

@@ -6,35 +6,49 @@ from parallel.context.documents import Rows
 from pretrain.model.kernels.attention import Block
 
 
-def ring_blocks(groups: Sequence[Rows], rank: int, ranks: int) -> list[list[Block]]:
-    """What the queries of `rank` see of each rank's keys, in the places where those are held."""
+def ring_blocks(groups: Sequence[Rows], rank: int, ranks: int, first: int = 0) -> list[list[Block]]:
+    """What the queries of `rank` see of each rank's keys, in the places where those are held.
+
+    Args:
+        first: the token of the rows from which on there are queries.
+    """
     blocks: list[list[Block]] = [[] for _ in range(ranks)]
+    causal: list[Block] = []
     for rows, layout in groups:
         held: dict[int, slice] = {}
+        n_earlier = sum(len(block) for block in layout.blocks[rank] if block.start < first)
         for document, part, place in layout.parts_of(rank):
-            queries = slice(place, place + len(part))
+            if part.start < first:
+                continue
+            queries = slice(place - n_earlier, place - n_earlier + len(part))
             # What a rank holds of a document lies together, and in order.
             start = held.get(document.start, queries).start
             held[document.start] = slice(start, queries.stop)
             for keys, owner, key_place in layout.holders(range(document.start, part.start)):
-                if owner != rank:
+                if owner != rank or keys.start < first:
                     of_keys = slice(key_place, key_place + len(keys))
                     blocks[owner].append(Block(rows, queries, of_keys, "full"))
-        blocks[rank] += (Block(rows, places, places, "causal") for places in held.values())
+        for queries in held.values():
+            of_keys = slice(queries.start + n_earlier, queries.stop + n_earlier)
+            causal.append(Block(rows, queries, of_keys, "causal"))
+    # A query's causal block comes first.
+    blocks[rank] = [*causal, *blocks[rank]]
     return [list(_joined(of_source)) for of_source in blocks]
 
 
-def last_ring_step(groups: Sequence[Rows], ranks: int) -> int:
+def last_ring_step(groups: Sequence[Rows], ranks: int, first: int = 0) -> int:
     """The last step of the ring in which any rank sees any of the keys that have come to it.
 
-    In step s, rank r has the keys of rank r - s.
+    In step s, rank r has the keys of rank r - s. There are queries from token `first` on.
     """
     last = 0
     for _, layout in groups:
         for document in layout.documents:
-            holders = [rank for _, rank, _ in layout.holders(document)]
-            for i, rank in enumerate(holders):
-                last = max(last, *((rank - earlier) % ranks for earlier in holders[: i + 1]))
+            holders = [(rank, tokens) for tokens, rank, _ in layout.holders(document)]
+            for i, (rank, tokens) in enumerate(holders):
+                if tokens.start < first:
+                    continue
+                last = max(last, *((rank - earlier) % ranks for earlier, _ in holders[: i + 1]))
                 if last == ranks - 1:
                     return last
     return last

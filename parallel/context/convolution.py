@@ -32,49 +32,71 @@ class ContextConvolution:
     def __init__(self, comm: Communicator) -> None:
         self.comm = comm
 
-    def __call__(self, x: Tensor, weight: Tensor, documents: SplitDocuments) -> Tensor:
-        """x [B, t, C], of this rank's tokens, and weight [C, W] -> [B, t, C]."""
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        documents: SplitDocuments,
+        before: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, t, C], of this rank's tokens, and weight [C, W] -> [B, t, C].
+
+        `before` [B, W - 1, C], equal on all ranks, are the tokens before the rows, for rows that
+        begin in the middle of a document; its gradient is that of this rank's tokens.
+        """
         plan: HaloPlan = documents.plan(HaloPlan, weight.shape[1] - 1, x.device)
-        return _ContextConvolution.apply(*as_inner_nodes(x, weight), plan, self.comm)
+        tensors = as_inner_nodes(x, weight)
+        return _ContextConvolution.apply(*tensors, before, plan, self.comm)
 
 
 class _ContextConvolution(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, plan: "HaloPlan", comm: Communicator
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        before: Tensor | None,
+        plan: "HaloPlan",
+        comm: Communicator,
     ) -> Tensor:
         route = plan.route
         leaving = x.flatten(0, 1).index_select(0, route.leaving)
         halo = comm.exchange(leaving, route.received, route.sent)
         y = empty_like_rows(x)
         for block in plan.blocks:
-            convolve(y[block.at], x[block.at], _rows(halo, block), weight, block.position)
-        ctx.save_for_backward(x, weight, halo)
+            tokens_before = _rows(halo, before, block)
+            convolve(y[block.at], x[block.at], tokens_before, weight, block.position)
+        ctx.save_for_backward(x, weight, before, halo)
         ctx.plan, ctx.comm = plan, comm
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, weight, halo = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, before, halo = ctx.saved_tensors
         route = ctx.plan.route
         d_taps = empty_taps(weight, x) if is_needed(ctx, 1) else None
         dx = d_halo = None
+        d_before = None if before is None else torch.zeros_like(before)
         if is_needed(ctx, 0):
             dx, d_halo = empty_like_rows(x), torch.zeros_like(halo)
         for block in ctx.plan.blocks:
-            before = _rows(halo, block)
-            d_before = None if dx is None else torch.empty_like(before)
-            of_block = (dy[block.at], x[block.at], before, weight, block.position)
-            convolve_backward(None if dx is None else dx[block.at], d_before, d_taps, *of_block)
-            if d_halo is not None and d_before is not None:
-                needed = d_before.flatten(0, 1).index_select(0, block.into)
+            tokens_before = _rows(halo, before, block)
+            d_rows = None if dx is None else torch.empty_like(tokens_before)
+            of_block = (dy[block.at], x[block.at], tokens_before, weight, block.position)
+            convolve_backward(None if dx is None else dx[block.at], d_rows, d_taps, *of_block)
+            if d_halo is not None and d_rows is not None:
+                needed = d_rows.flatten(0, 1).index_select(0, block.into)
                 d_halo.index_add_(0, block.arrived, needed)
+            if d_before is not None and d_rows is not None and block.n_carried:
+                rows, n = block.at[0], block.n_carried
+                d_before[rows, d_before.shape[1] - n :] += d_rows[:, :n]
         if dx is not None and d_halo is not None:
             returned = ctx.comm.exchange(d_halo, route.sent, route.received)
             # A token may go to several ranks.
             dx.flatten(0, 1).index_add_(0, route.leaving, returned)
-        return dx, None if d_taps is None else weight_of_taps(d_taps, weight), None, None
+        d_weight = None if d_taps is None else weight_of_taps(d_taps, weight)
+        return dx, d_weight, d_before, None, None
 
 
 class HaloBlock(NamedTuple):
@@ -86,6 +108,7 @@ class HaloBlock(NamedTuple):
         n_before: rows and W - 1.
         into: places in [rows * (W - 1)] of the tokens before it that there are.
         arrived: their places in what arrives.
+        n_carried: how many of the tokens before it lie before the row.
     """
 
     at: tuple[slice, slice]
@@ -93,6 +116,7 @@ class HaloBlock(NamedTuple):
     n_before: tuple[int, int]
     into: Tensor
     arrived: Tensor
+    n_carried: int
 
 
 class HaloPlan:
@@ -107,14 +131,16 @@ class HaloPlan:
             for block in layout.blocks[documents.rank]:
                 at = (rows, slice(place, place + len(block)))
                 place += len(block)
-                position = documents.position[at] if len(layout.lengths) > 1 else None
+                starts_nearby = len(layout.lengths) > 1 or 0 < layout.earlier < past
+                position = documents.position[at] if starts_nearby else None
                 places = _arrived(self.route.arrivals, rows, block.start, past)
                 into, arrived = (
                     torch.tensor(list(x), dtype=torch.int64).to(device)
                     for x in (places, places.values())
                 )
                 n_before = (rows.stop - rows.start, past)
-                self.blocks.append(HaloBlock(at, position, n_before, into, arrived))
+                n_carried = max(0, past - block.start) if layout.earlier else 0
+                self.blocks.append(HaloBlock(at, position, n_before, into, arrived, n_carried))
 
 
 def tokens_before(layout: RowLayout, rank: int, past: int) -> Iterator[range]:
@@ -124,10 +150,13 @@ def tokens_before(layout: RowLayout, rank: int, past: int) -> Iterator[range]:
         yield range(max(document.start, block.start - past), block.start)
 
 
-def _rows(halo: Tensor, block: HaloBlock) -> Tensor:
+def _rows(halo: Tensor, carried: Tensor | None, block: HaloBlock) -> Tensor:
     """[rows, W - 1, C], the tokens before a block; zeros where there are none."""
     before = halo.new_zeros(*block.n_before, halo.shape[1])
     before.flatten(0, 1).index_copy_(0, block.into, halo.index_select(0, block.arrived))
+    if carried is not None and block.n_carried:
+        n = block.n_carried
+        before[:, :n] = carried[block.at[0], carried.shape[1] - n :]
     return before
 
 

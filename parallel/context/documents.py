@@ -40,6 +40,7 @@ class SplitDocuments(Documents):
             starts = torch.tensor([document.start for document in layout.documents])
             tokens = torch.from_numpy(layout.tokens_of(rank))
             document = torch.searchsorted(starts, tokens, right=True) - 1
+            starts[0] -= layout.earlier
             positions.append(tokens - starts[document])
         lengths = tuple(layout.lengths for layout in layouts)
         return cls(torch.stack(positions), lengths, tuple(layouts), rank)
@@ -50,6 +51,15 @@ class SplitDocuments(Documents):
         """
         layouts = [layout.joined(size) for layout in self.layouts]
         return SplitDocuments.of_rank(layouts, self.rank // size)
+
+    @property
+    def go_on(self) -> bool:
+        """Whether some row begins in the middle of a document."""
+        return any(layout.earlier for layout in self.layouts)
+
+    def seen(self) -> tuple[list[Rows], int]:
+        """The rows with all tokens whose keys are kept, and at which of them their own begin."""
+        return self.groups(), 0
 
     def groups(self) -> list[Rows]:
         """The rows, those with one layout together."""

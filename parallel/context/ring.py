@@ -25,9 +25,10 @@ class RingPlan:
     """
 
     def __init__(self, documents: SplitDocuments, ranks: int) -> None:
-        groups, rank = documents.groups(), documents.rank
-        blocks = ring_blocks(groups, rank, ranks)
-        steps = range(last_ring_step(groups, ranks) + 1)
+        groups, first = documents.seen()
+        rank = documents.rank
+        blocks = ring_blocks(groups, rank, ranks, first)
+        steps = range(last_ring_step(groups, ranks, first) + 1)
         self.steps: list[list[Block]] = [blocks[(rank - step) % ranks] for step in steps]
 
 
@@ -41,7 +42,8 @@ def ring_attention(
 
     Args:
         q: [B, H, t, D], of this rank's tokens.
-        k, v: [B, Hkv, t, D].
+        k, v: [B, Hkv, t, D]; the rank's keys of earlier tokens before them, where
+            `documents.seen` has such.
     """
     out: Tensor = _RingAttention.apply(q, k, v, plan, comm, scale)
     return out

@@ -26,16 +26,18 @@ class WindowPlan:
 
     Attributes:
         route: how keys travel.
-        own: blocks with the rank's own keys.
+        n_before: keys before the row, which all ranks have, in front of the rank's own.
+        own: blocks with the keys before the row and the rank's own.
         fetched: row and block of each, the keys by their place in what has arrived.
     """
 
     def __init__(self, documents: SplitDocuments, window: int, device: torch.device) -> None:
         self.route: Route = plan_route(documents, partial(keys_before, window=window), device)
+        self.n_before = window - 1 if documents.go_on else 0
         self.own: list[Block] = []
         self.fetched: list[tuple[int, Block]] = []
         for rows, layout in documents.groups():
-            self.own += _own_blocks(rows, layout, documents.rank, window)
+            self.own += _own_blocks(rows, layout, documents.rank, window, self.n_before)
         for row, tokens, place in self.route.arrivals:
             parts = documents.layouts[row].parts_of(documents.rank)
             for document, part, query_place in parts:
@@ -43,6 +45,11 @@ class WindowPlan:
                 if keys and keys.start < part.start:
                     blocks = _blocks(slice(1), part, query_place, keys, tokens, place, window)
                     self.fetched += ((row, block) for block in blocks)
+
+    def leaving(self, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Row and place in k [B, Hkv, n_before + t, D] of the keys that other ranks fetch."""
+        row, token = self.route.places(k.shape[2] - self.n_before)
+        return row, token + self.n_before
 
 
 def keys_before(layout: RowLayout, rank: int, window: int) -> list[range]:
@@ -66,7 +73,8 @@ def window_attention(
 
     Args:
         q: [B, H, t, D], of this rank's tokens.
-        k, v: [B, Hkv, t, D].
+        k, v: [B, Hkv, t, D]; where a row begins in the middle of a document, the window - 1 keys
+            before it, equal on all ranks, and these.
     """
     out: Tensor = _WindowAttention.apply(q, k, v, plan, comm, scale)
     return out
@@ -105,7 +113,7 @@ class _WindowAttention(torch.autograd.Function):
         returning = ctx.comm.start_exchange(_as_tokens(d_kv), route.sent, route.received)
         for block in plan.own:
             attend_backward(d_out, q, k, v, out, lse, (dq, dk, dv), block, ctx.scale)
-        row, token = route.places(k.shape[2])
+        row, token = plan.leaving(k)
         of_keys, of_values = returning.wait().unbind(1)
         # Indices apart around a slice put the token first: [sent, Hkv, D].
         dk.transpose(1, 2).index_put_((row, token), of_keys, accumulate=True)
@@ -118,7 +126,7 @@ def _attend_in_window(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, the log-sum-exp, and the keys and values that were fetched."""
     route = plan.route
-    row, token = route.places(k.shape[2])
+    row, token = plan.leaving(k)
     leaving = torch.stack([k[row, :, token], v[row, :, token]], dim=1)
     arriving = comm.start_exchange(leaving, route.received, route.sent)
     lse = lse_like(q)
@@ -142,12 +150,18 @@ def _as_tokens(kv: Tensor) -> Tensor:
     return kv.squeeze(1).movedim(2, 0)
 
 
-def _own_blocks(rows: slice, layout: RowLayout, rank: int, window: int) -> Iterator[Block]:
+def _own_blocks(
+    rows: slice, layout: RowLayout, rank: int, window: int, n_before: int
+) -> Iterator[Block]:
     for document, part, place in layout.parts_of(rank):
         seen = range(max(document.start, part.start - window + 1), part.stop)
         for keys, owner, key_place in reversed(list(layout.holders(seen))):
             if owner == rank:
-                yield from _blocks(rows, part, place, keys, keys, key_place, window)
+                yield from _blocks(rows, part, place, keys, keys, n_before + key_place, window)
+        before = range(max(-layout.earlier, part.start - window + 1), 0)
+        if document.start == 0 and before:
+            held = range(-n_before, 0)
+            yield from _blocks(rows, part, place, before, held, 0, window)
 
 
 def _blocks(

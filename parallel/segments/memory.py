@@ -1,0 +1,91 @@
+"""What the segments of a row hand on to later ones, and the gradients that come back.
+
+Each segment is a graph of its own. What it takes from an earlier one is a leaf of its graph, whose
+gradient is kept here; what it hands on gets that gradient while the segment itself goes backward,
+in the middle of the layer that made it. So a layer's weights are there when they are needed, and
+its activations may be recomputed.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Memory:
+    """The memory of one microbatch.
+
+    Attributes:
+        reach: gradients flow among so many segments, the first of which has a number that `reach`
+            divides.
+        is_kept: whether what segments hand on is kept; otherwise it has been kept before.
+    """
+
+    def __init__(self, reach: int) -> None:
+        self.reach = reach
+        self.is_kept = True
+        self._handed: defaultdict[str, Handed] = defaultdict(Handed)
+
+    def receive(
+        self,
+        name: str,
+        source: int,
+        segment: int,
+        complete: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+    ) -> Tensor:
+        """What segment `source` has handed on under a name, for `segment` to compute with.
+
+        Args:
+            complete: makes the whole gradient of what this rank has found.
+        """
+        handed = self._handed[name]
+        leaf = handed.values[source].detach()
+        if torch.is_grad_enabled() and source // self.reach == segment // self.reach:
+            leaf.requires_grad_()
+            leaf.register_hook(lambda gradient: handed.add(source, complete(gradient)))
+        return leaf
+
+    def hand_on(self, name: str, segment: int, out: Tensor, value: Tensor) -> Tensor:
+        """Keep `value`, and return `out`, whose backward also goes through `value`."""
+        handed = self._handed[name]
+        if self.is_kept:
+            handed.values[segment] = value.detach()
+        if not torch.is_grad_enabled():
+            return out
+        result: Tensor = _HandOn.apply(out, value, handed, segment)
+        return result
+
+    def clear(self) -> None:
+        """Forget what the segments have handed on."""
+        self._handed.clear()
+
+
+@dataclass
+class Handed:
+    """What segments have handed on under one name, and the gradients of it, by segment."""
+
+    values: dict[int, Tensor] = field(default_factory=dict)
+    gradients: dict[int, Tensor] = field(default_factory=dict)
+
+    def add(self, segment: int, gradient: Tensor) -> None:
+        """Add what a later segment has found; float32 or wider, as many segments may."""
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        known = self.gradients.get(segment)
+        self.gradients[segment] = gradient if known is None else known.add_(gradient)
+
+
+class _HandOn(torch.autograd.Function):
+    """`out`, whose backward takes the gradient of `value` from what later segments have found."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, value: Tensor, handed: Handed, segment: int) -> Tensor:
+        ctx.handed, ctx.segment, ctx.dtype = handed, segment, value.dtype
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
+        found = ctx.handed.gradients.pop(ctx.segment, None)
+        return grad[0], None if found is None else found.to(ctx.dtype), None, None

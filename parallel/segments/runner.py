@@ -1,0 +1,64 @@
+"""Training on rows that are longer than what is computed at a time.
+
+Backpropagation through time with the activations of one segment (Chen et al. 2016,
+arXiv:1604.06174, applied to time): a pass without gradients leaves what segments hand on, and then
+each segment is computed again and goes backward, the last one first. With `reach` as many as there
+are segments the gradient is exactly that of the whole row; with fewer it is cut between groups of
+so many (Williams & Peng 1990, doi:10.1162/neco.1990.2.4.490).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from parallel.segments.documents import SegmentDocuments
+from parallel.segments.memory import Memory
+
+
+class SegmentedStage:
+    """The whole model on each rank: microbatches one after the other, in segments."""
+
+    def __init__(self, stage: Any, microbatch: int) -> None:
+        self.stage = stage
+        self.microbatch = microbatch
+
+    def forward_backward(self, tokens: Tensor, labels: Tensor) -> None:
+        """Add the gradient of a step to the weights'. Collective.
+
+        The stage's `documents` are the segments of each microbatch.
+
+        Args:
+            tokens, labels: [rows, T / cp], this rank's tokens, segment by segment.
+        """
+        columns = (x.split(self.microbatch) for x in (tokens, labels))
+        microbatches = list(zip(*columns, self.stage.documents, strict=True))
+        while microbatches:
+            of_tokens, of_labels, segments = microbatches.pop(0)
+            memory: Memory = segments[0].memory
+            halves = (x.chunk(len(segments), dim=1) for x in (of_tokens, of_labels))
+            parts = list(zip(*halves, segments, strict=True))
+            for first in range(0, len(parts), memory.reach):
+                group = parts[first : first + memory.reach]
+                is_last = not microbatches and group[-1] is parts[-1]
+                self._train(group, is_last)
+            memory.clear()
+
+    def _train(
+        self, group: Sequence[tuple[Tensor, Tensor, SegmentDocuments]], is_last: bool
+    ) -> None:
+        memory = group[0][2].memory
+        memory.is_kept = True
+        with torch.no_grad():
+            for tokens, _, segment in group[:-1]:
+                self.stage(tokens, None, segment)
+        for tokens, labels, segment in reversed(group):
+            if isinstance(self.stage, FSDPModule):
+                is_end = is_last and segment is group[0][2]
+                self.stage.set_requires_gradient_sync(is_end)
+                self.stage.set_is_last_backward(is_end)
+            self.stage(tokens, labels, segment).backward()
+            # The group's last has now left what the next group begins with.
+            memory.is_kept = False

@@ -1,0 +1,63 @@
+"""Rows in segments have the gradient of whole rows."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from parallel.segments.documents import cut_rows
+from parallel.segments.memory import Memory
+from tests.ranks import run_on_ranks
+
+CASES = Path(__file__).with_name("segment_cases.py")
+ALLOWED = 1e-12
+
+
+Errors = dict[str, dict[str, float]]
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Errors]:
+    """By the number of ranks."""
+    found = tmp_path_factory.mktemp("segments") / "errors.json"
+    by_ranks = {}
+    for ranks in (1, 4):
+        run_on_ranks(ranks, CASES, str(found))
+        by_ranks[ranks] = json.loads(found.read_text())
+    return by_ranks
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_the_gradient_is_exact(errors: dict[int, Errors], ranks: int) -> None:
+    exact = errors[ranks]["exact"]
+    assert not {case: error for case, error in exact.items() if not error <= ALLOWED}
+
+
+def test_with_less_reach_it_is_cut_between_groups_and_nowhere_else(
+    errors: dict[int, Errors],
+) -> None:
+    cut = errors[1]["cut"]
+    assert cut["loss, apart"] <= ALLOWED
+    assert cut["loss, over"] <= ALLOWED
+    assert cut["gradient, apart"] <= ALLOWED
+    assert cut["gradient, over"] > 1e-3
+
+
+def test_a_segment_knows_what_came_before() -> None:
+    first, second, third, last = cut_rows([[3, 7, 2], [12]], 4, Memory(4))
+    assert first.lengths == ((3,), (3,))
+    assert second.lengths == ((3,), (3,))
+    assert [layout.earlier for layout in first.layouts] == [0, 0]
+    assert [layout.earlier for layout in second.layouts] == [0, 3]
+    assert [layout.earlier for layout in third.layouts] == [3, 6]
+    assert last.lengths == ((1, 2), (3,))
+    assert [layout.earlier for layout in last.layouts] == [6, 9]
+    assert last.position.tolist() == [[6, 0, 1], [9, 10, 11]]
+    assert (last.first_seen, last.is_last_seen) == (0, True)
+
+
+def test_what_no_later_segment_sees_is_not_kept() -> None:
+    rows = [[3, 4, 5], [3, 9]]
+    documents = cut_rows(rows, 4, Memory(4))
+    assert [segment.is_last_seen for segment in documents] == [True, False, False, True]
+    assert [segment.first_seen for segment in documents] == [0, 1, 1, 1]
