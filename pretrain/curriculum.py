@@ -181,10 +181,11 @@ def _with_settings(tree: Mapping[str, Any], settings: Mapping[str, Any]) -> dict
     for name, value in settings.items():
         *sections, field = name.split(".")
         branch = result
-        for section in sections:
+        for depth, section in enumerate(sections, 1):
             branch = branch.setdefault(section, {})
             if not isinstance(branch, dict):
-                raise UserError(f"{name} is not a setting: {section} is a value, not a section")
+                value_at = ".".join(sections[:depth])
+                raise UserError(f"{name} is not a setting: {value_at} is a value, not a section")
         branch[field] = value
     return result
 

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 from data_pipeline.shards import load_manifest
 from launch.cli import app
 from pretrain.config import load_config
-from pretrain.data import open_stream
+from pretrain.data import open_stream, require_enough
 from pretrain.errors import UserError
 
 
@@ -39,4 +39,4 @@ def test_a_run_longer_than_its_data_is_refused_before_it_starts(shards: Path) ->
             assert open_stream(config).outlook(10**9)[0].epochs == pytest.approx(1.5, abs=1e-3)
             continue
         with pytest.raises(UserError, match=rf"set train\.steps to {fits} or less"):
-            open_stream(config)
+            require_enough(open_stream(config), config)
