@@ -32,6 +32,7 @@ MAY_CHANGE = (
     "model.attention.rope_base",
     "model.attention.yarn.",
     "model.attention.window",
+    "context.",
     "parallel.",
     "checkpoint.every",
 )

@@ -63,9 +63,8 @@ def test_a_phase_has_the_settings_of_those_before_and_its_own() -> None:
 
 
 def test_a_configuration_with_phases_comes_back_from_its_file() -> None:
-    config = with_phases(
-        {"from_step": 10, "data.seq_len": 128}, {"from_tokens": 2e4, "optim.lr": 1}
-    )
+    second = {"from_tokens": 2e4, "optim.lr": 1, "weights": {"a": 2}}
+    config = with_phases({"from_step": 10, "data.seq_len": 128}, second)
     again = parse_config(yaml.safe_load(config.to_yaml()))
     assert again == config
     assert phases_of(again) == phases_of(config)
