@@ -4,7 +4,7 @@ Chen et al. 2016, arXiv:1604.06174; selective: Korthikanti et al. 2022, arXiv:22
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from parallel.comm import CollectiveResults, aliases, is_recording
+from parallel.offload import Store
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -21,7 +22,9 @@ Recompute = Literal["none", "selective", "full"]
 SHORTEST_KEPT_SUM = 16
 
 
-def recompute_layers(layers: Mapping[str, nn.Module], modes: Sequence[Recompute]) -> None:
+def recompute_layers(
+    layers: Mapping[str, nn.Module], modes: Sequence[Recompute], store: Store | None = None
+) -> None:
     """Let layers recompute their activations in the backward pass. Names of weights stay.
 
     `full` keeps a layer's inputs only. `selective` also keeps the results of matrix products,
@@ -30,11 +33,12 @@ def recompute_layers(layers: Mapping[str, nn.Module], modes: Sequence[Recompute]
     Args:
         layers: keyed by the layer's number in the whole model.
         modes: repeated over the layers of the whole model.
+        store: where the layers' inputs wait for the backward pass; None leaves them on the device.
     """
     for number, layer in layers.items():
         mode = modes[int(number) % len(modes)]
         if mode != "none":
-            layer.forward = _checkpointed(layer.forward, mode)
+            layer.forward = _checkpointed(layer.forward, mode, store)
 
 
 def recomputed(region: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -61,10 +65,14 @@ def _in_second_pass() -> Iterator[None]:
         _second_pass.reset(token)
 
 
-def _checkpointed(forward: Callable[..., Any], mode: Recompute) -> Callable[..., Any]:
+def _checkpointed(
+    forward: Callable[..., Any], mode: Recompute, store: Store | None
+) -> Callable[..., Any]:
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
         region = _Selective(forward) if mode == "selective" else _Full(forward)
-        return recomputed(region, *args, **kwargs)
+        # What the region itself saves, it recomputes: autograd saves its arguments only.
+        with nullcontext() if store is None else store.keeping_saved_tensors():
+            return recomputed(region, *args, **kwargs)
 
     return checkpointed
 

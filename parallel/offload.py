@@ -1,0 +1,362 @@
+"""Tensors that wait in host memory or in a file until they are used again.
+
+What a store is asked for last is put last: whoever gets a tensor finds the one that was put before
+it on its way (as in ALST, Bekman et al. 2025, arXiv:2506.13996, section 3.3).
+"""
+
+import errno
+import os
+import tempfile
+import weakref
+from abc import ABC, abstractmethod
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Where = Literal["host", "disk"]
+
+# What is smaller is not worth the way.
+SMALLEST_BYTES = 1 << 16
+# Tensors whose writing has not ended: each of them still takes memory.
+WRITTEN_AT_A_TIME = 2
+# Left to the machine: pinned memory cannot be swapped out.
+RESERVED_BYTES = 1 << 30
+
+
+class OffloadError(RuntimeError):
+    """There is no room for a tensor, or it cannot be read back. The step is not taken."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Offload:
+    """Where tensors of a rank wait.
+
+    Attributes:
+        folder: on a disk of this machine.
+        limit: most bytes of a rank at a time; None is what there is.
+    """
+
+    where: Where
+    folder: Path | None = None
+    limit: int | None = None
+
+    def open(self) -> "Store":
+        """Raises OffloadError if the folder cannot be written to."""
+        if self.where == "host":
+            return HostStore(self.limit)
+        assert self.folder is not None
+        return FileStore(self.folder, self.limit)
+
+
+class Handle(ABC):
+    """A tensor that has been put away, for as long as somebody holds this.
+
+    Attributes:
+        earlier: what was put before it.
+    """
+
+    earlier: "Callable[[], Handle | None]"
+
+    def get(self, device: torch.device | None = None) -> Tensor:
+        """The tensor, on its own device or another; as often as it is wanted.
+
+        The one that was put before it is prefetched. Raises OffloadError.
+        """
+        self.prefetch()
+        before = self.earlier()
+        if before is not None:
+            before.prefetch()
+        tensor = self._arrived()
+        return tensor if device is None else tensor.to(device)
+
+    @abstractmethod
+    def prefetch(self) -> None:
+        """Begin to bring it back, if that has not begun."""
+
+    @abstractmethod
+    def _arrived(self) -> Tensor:
+        """What `prefetch` brings, on the tensor's own device, once it is there; then forget it."""
+
+
+class Store(ABC):
+    """Where tensors are put.
+
+    Attributes:
+        used: bytes now.
+        most: the most they were.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+        self.used = self.most = 0
+        self._latest: Callable[[], Handle | None] = _nothing
+
+    def put(self, tensor: Tensor) -> Handle:
+        """Put a tensor away, whose values must not change until nobody holds the handle.
+
+        Its memory is free once nobody else holds the tensor and it has arrived, which is not
+        waited for. Raises OffloadError.
+        """
+        handle = self._put(tensor.detach())
+        handle.earlier, self._latest = self._latest, weakref.ref(handle)
+        return handle
+
+    @contextmanager
+    def keeping_saved_tensors(self) -> Iterator[None]:
+        """Put away what autograd saves here, unless that is small."""
+
+        def pack(tensor: Tensor) -> Tensor | Handle:
+            return self.put(tensor) if tensor.nbytes >= SMALLEST_BYTES else tensor
+
+        def unpack(packed: Tensor | Handle) -> Tensor:
+            return packed if isinstance(packed, Tensor) else packed.get()
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+
+    @abstractmethod
+    def _put(self, tensor: Tensor) -> Handle: ...
+
+    def _take(self, nbytes: int) -> None:
+        """Count bytes. Raises OffloadError if they are too many."""
+        if self.limit is not None and self.used + nbytes > self.limit:
+            raise OffloadError(
+                f"no room to offload {_size(nbytes)}: {_size(self.used)} of at most "
+                f"{_size(self.limit)} are in use (parallel.offload_gib); raise it, or offload less"
+            )
+        self.used += nbytes
+        self.most = max(self.most, self.used)
+
+    def _give_back(self, nbytes: int) -> None:
+        self.used -= nbytes
+
+
+class HostStore(Store):
+    """Pinned memory of this machine. What a GPU puts and gets is copied while it computes, on a
+    stream of its own; what is in the memory of this machine already stays where it is.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        super().__init__(limit)
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        # Kept for tensors of the same size: to pin memory takes long.
+        self._free: dict[int, list[Tensor]] = defaultdict(list)
+
+    def _put(self, tensor: Tensor) -> Handle:
+        if not tensor.is_cuda:
+            return _Kept(tensor)
+        stream = self.stream(tensor.device)
+        pinned = self._pinned(tensor.nbytes)
+        stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        with torch.cuda.stream(stream):
+            of_shape = pinned.view(tensor.dtype).view(tensor.shape)
+            of_shape.copy_(tensor, non_blocking=True)
+        # Its memory is not given to others before it has been copied.
+        tensor.record_stream(stream)
+        handle = _Pinned(of_shape, tensor.device, stream)
+        weakref.finalize(handle, self._release, pinned)
+        return handle
+
+    def stream(self, device: torch.device) -> torch.cuda.Stream:
+        """All copies of a device follow one another: a buffer is read before it is written."""
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
+
+    def _pinned(self, nbytes: int) -> Tensor:
+        self._take(nbytes)
+        if self._free[nbytes]:
+            return self._free[nbytes].pop()
+        available = available_memory()
+        try:
+            if available < nbytes + RESERVED_BYTES:
+                raise RuntimeError("what is left is for the machine itself")
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            self._give_back(nbytes)
+            raise OffloadError(
+                f"no host memory to offload {_size(nbytes)}: {_size(self.used)} are in use by this "
+                f"rank, {_size(available)} available ({error}); offload fewer layers "
+                "(parallel.recompute), or to a disk (parallel.offload=disk)"
+            ) from None
+
+    def _release(self, pinned: Tensor) -> None:
+        self._free[pinned.nbytes].append(pinned)
+        self._give_back(pinned.nbytes)
+
+
+class _Kept(Handle):
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def prefetch(self) -> None:
+        """It is there."""
+
+    def _arrived(self) -> Tensor:
+        return self.tensor
+
+
+class _Pinned(Handle):
+    def __init__(self, pinned: Tensor, device: torch.device, stream: torch.cuda.Stream) -> None:
+        self.pinned, self.device, self.stream = pinned, device, stream
+        self._coming: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def prefetch(self) -> None:
+        if self._coming is None:
+            with torch.cuda.stream(self.stream):
+                tensor = self.pinned.to(self.device, non_blocking=True)
+                self._coming = tensor, self.stream.record_event()
+
+    def _arrived(self) -> Tensor:
+        assert self._coming is not None
+        (tensor, event), self._coming = self._coming, None
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(event)
+        tensor.record_stream(current)
+        return tensor
+
+
+class FileStore(Store):
+    """A file without a name, which is gone when the process is, however that ends. One thread
+    writes and reads it.
+    """
+
+    def __init__(self, folder: Path, limit: int | None = None) -> None:
+        super().__init__(limit)
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        except OSError as error:
+            raise OffloadError(f"parallel.offload_dir = {folder}: {error}") from None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="offload")
+        self._free: dict[int, list[int]] = defaultdict(list)
+        self._end = 0
+        self._writes: deque[Future[None]] = deque()
+
+    def _put(self, tensor: Tensor) -> Handle:
+        while len(self._writes) >= WRITTEN_AT_A_TIME:
+            self._writes.popleft().result()
+        start = self._place(tensor.nbytes)
+        ready = torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
+        written = self._thread.submit(self._write, tensor.contiguous(), start, ready)
+        self._writes.append(written)
+        handle = _InFile(self, start, tensor, written)
+        weakref.finalize(handle, self._release, start, tensor.nbytes)
+        return handle
+
+    def _place(self, nbytes: int) -> int:
+        """Where in the file there is room; the disk has promised it. Raises OffloadError."""
+        self._take(nbytes)
+        if self._free[nbytes]:
+            return self._free[nbytes].pop()
+        try:
+            if nbytes:
+                os.posix_fallocate(self._file.fileno(), self._end, nbytes)
+        except OSError as error:
+            self._give_back(nbytes)
+            raise OffloadError(
+                f"parallel.offload_dir = {self.folder} has no room for {_size(nbytes)} more after "
+                f"{_size(self._end)}: {error.strerror}; make room, name another folder, or bound "
+                "it by parallel.offload_gib"
+            ) from None
+        start, self._end = self._end, self._end + nbytes
+        return start
+
+    def _release(self, start: int, nbytes: int) -> None:
+        # What is written there next waits its turn behind what is being read.
+        self._free[nbytes].append(start)
+        self._give_back(nbytes)
+
+    def _write(self, tensor: Tensor, start: int, ready: torch.cuda.Event | None) -> None:
+        if ready is not None:
+            with torch.cuda.stream(torch.cuda.Stream(tensor.device)):
+                torch.cuda.current_stream(tensor.device).wait_event(ready)
+                tensor = tensor.cpu()
+        view = _bytes(tensor)
+        with self._explaining("written"):
+            while view:
+                done = os.pwrite(self._file.fileno(), view, start)
+                view, start = view[done:], start + done
+
+    def read(self, start: int, nbytes: int, is_pinned: bool) -> "Future[Tensor]":
+        """Begin to read bytes."""
+        return self._thread.submit(self._read, start, nbytes, is_pinned)
+
+    def _read(self, start: int, nbytes: int, is_pinned: bool) -> Tensor:
+        content = torch.empty(nbytes, dtype=torch.uint8, pin_memory=is_pinned)
+        view = _bytes(content)
+        with self._explaining("read"):
+            while view:
+                done = os.preadv(self._file.fileno(), [view], start)
+                if not done:
+                    raise OSError(errno.EIO, "the file ends too early")
+                view, start = view[done:], start + done
+        return content
+
+    @contextmanager
+    def _explaining(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OffloadError(
+                f"an offloaded tensor cannot be {what} in {self.folder}: {error}"
+            ) from None
+
+
+class _InFile(Handle):
+    def __init__(
+        self, store: FileStore, start: int, tensor: Tensor, written: "Future[None]"
+    ) -> None:
+        self.store, self.start, self.nbytes = store, start, tensor.nbytes
+        self.written = written
+        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+        self._coming: Future[Tensor] | None = None
+
+    def prefetch(self) -> None:
+        if self._coming is None:
+            is_pinned = self.device.type == "cuda"
+            self._coming = self.store.read(self.start, self.nbytes, is_pinned)
+
+    def _arrived(self) -> Tensor:
+        assert self._coming is not None
+        self.written.result()
+        content, self._coming = self._coming.result(), None
+        return content.view(self.dtype).view(self.shape).to(self.device, non_blocking=True)
+
+
+def available_memory() -> int:
+    """Bytes that this process can still use, by what the kernel and its control group say."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            used = int((group / "memory.current").read_text())
+            available = min(available, int(limit) - used)
+    except OSError:
+        pass
+    return available
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    content: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(content)
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.3g} GiB"
+
+
+def _nothing() -> None:
+    return None
