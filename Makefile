@@ -12,12 +12,16 @@ TORCH_VERSION ?= 2.13.0
 # (the address is in PyTorch's installation guide).
 TORCH_INDEX ?=
 DEMO_DIR ?= demo
+# Tests that run at the same time.
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # megatron-core and DeepSpeed, on top of what is in VENV.
 ORACLES := $(VENV)-oracles
 ORACLES_INSTALLED := $(ORACLES)/.installed
+# A file's tests in their order, on one worker; those that share nothing last (tests/conftest.py).
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU)
 ifeq ($(filter-out 0,$(HAS_GPU)),)
 TORCH := torch==$(TORCH_VERSION)+cpu
@@ -25,7 +29,7 @@ else
 TORCH := torch==$(TORCH_VERSION)
 endif
 
-.PHONY: install demo test test-slow test-oracles lint format clean
+.PHONY: install install-oracles demo test test-slow test-oracles lint format clean
 
 install: $(INSTALLED)
 
@@ -42,10 +46,10 @@ demo: $(INSTALLED)
 	$(BIN)/farspan demo --out $(DEMO_DIR)
 
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not slow and not oracle"
+	$(PYTEST) -m "not slow and not oracle"
 
 test-slow: $(INSTALLED)
-	$(BIN)/pytest -m slow
+	$(PYTEST) -m slow
 
 $(ORACLES_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m venv --clear --without-pip $(ORACLES)
@@ -54,6 +58,8 @@ $(ORACLES_INSTALLED): $(INSTALLED)
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/pip --python $(ORACLES)/bin/python install --quiet \
 	  --no-build-isolation -c constraints.txt -e '.[megatron,deepspeed]'
 	@touch $@
+
+install-oracles: $(ORACLES_INSTALLED)
 
 test-oracles: $(ORACLES_INSTALLED)
 	$(ORACLES)/bin/python -m pytest -m oracle

@@ -13,6 +13,26 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers, one of them gets all tests of a file, which may share what is slow to
+    make; layouts share nothing and come last, one by one, for whichever worker is free.
+    """
+    items.sort(key=_is_layout)
+    for item in items:
+        if not _is_layout(item):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
+def _is_layout(item: pytest.Item) -> bool:
+    return "ranks" in getattr(item, "fixturenames", ())
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """What is compressed holds the time of day, and workers must agree on names."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of 300 documents of 5 to 400 words, made of 500 words in a skewed distribution."""

@@ -40,6 +40,13 @@ def on_gpu(
     return Setting("cuda", capability, dtype, head_dim, installed, deterministic)
 
 
+def label(case: Setting | str) -> str:
+    """The same in every process, as the text of a set is not."""
+    if isinstance(case, str):
+        return case
+    return str(case._replace(installed=sorted(case.installed)))
+
+
 @pytest.mark.parametrize(
     ("setting", "backend"),
     [
@@ -65,7 +72,7 @@ def on_gpu(
         (Setting("cpu", (0, 0), FP64, 16, NONE, True), "cpu_flash"),
         (Setting("mps", (0, 0), BF16, 128, BOTH, False), "reference"),
     ],
-    ids=str,
+    ids=label,
 )
 def test_choice(setting: Setting, backend: str) -> None:
     assert choose_backend(setting) == backend
@@ -82,7 +89,7 @@ def test_choice(setting: Setting, backend: str) -> None:
         (on_gpu(HOPPER), "torch"),
         (Setting("cpu", (0, 0), BF16, 128, FLA, False), "torch"),
     ],
-    ids=str,
+    ids=label,
 )
 def test_choice_of_the_gated_delta_rule(setting: Setting, rule: str) -> None:
     assert choose_rule(setting) == rule
