@@ -116,7 +116,7 @@ def evaluate(
     pairs: Annotated[int, typer.Option(help="Keys of a document, or chains of variables.")] = 4,
     values: Annotated[
         int, typer.Option(help="Of each key, or variables of each chain, where there are several.")
-    ] = 4,
+    ] = 3,
     form: Annotated[
         str,
         typer.Option(help="tokens, text, or auto: tokens for models of `farspan data synthetic`."),

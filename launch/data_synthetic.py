@@ -31,7 +31,7 @@ def synthetic(
             help="Of each key in multi_value and overwrite; variables of a chain in "
             "variable_tracking."
         ),
-    ] = 4,
+    ] = 3,
     spread: Annotated[
         bool,
         typer.Option(

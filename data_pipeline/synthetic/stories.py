@@ -59,7 +59,7 @@ class Task:
 
     name: str
     pairs: int = 4
-    values: int = 4
+    values: int = 3
     spread: bool = False
 
     def __post_init__(self) -> None:

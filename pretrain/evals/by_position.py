@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_pipeline.stream import Source, TokenStream
 from pretrain.data import cache_of
@@ -57,12 +58,12 @@ def loss_by_position(
         loss.append(model.score(batch.tokens, batch.labels, batch.position).loss)
         seen.append(batch.position[batch.labels != IGNORED] + 1)
         rows -= count
-    return _buckets(np.concatenate(seen), np.concatenate(loss))
+    return by_powers_of_two(np.concatenate(seen), np.concatenate(loss))
 
 
-def _buckets(seen: "np.ndarray", loss: "np.ndarray") -> tuple[Bucket, ...]:
-    """By powers of two of the tokens that each was predicted from."""
-    power = np.log2(seen).astype(int)
+def by_powers_of_two(seen: NDArray[np.int64], loss: NDArray[np.float64]) -> tuple[Bucket, ...]:
+    """Losses by the number of tokens that each was predicted from, at least 1."""
+    power = np.frexp(seen)[1] - 1
     tokens, total = np.bincount(power), np.bincount(power, weights=loss)
     return tuple(
         Bucket(1 << n, (2 << n) - 1, float(total[n] / tokens[n]), int(tokens[n]))

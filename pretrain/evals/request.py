@@ -35,7 +35,7 @@ class Request:
     samples: int = 8
     seed: int = 0
     pairs: int = 4
-    values: int = 4
+    values: int = 3
     form: str = "auto"
     shards: str | None = None
 

@@ -26,6 +26,8 @@ class Metric:
     help: str
 
 
+QUESTIONS = "questions with each token of the answer likeliest, given those before it / questions"
+
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
@@ -152,6 +154,43 @@ METRICS: dict[str, Metric] = {
             "token-slots over their expert's capacity / token-slots, over all layers",
             "0 without model.moe.capacity_factor; a token whose slots are all dropped passes the "
             "experts unchanged.",
+        ),
+        Metric(
+            "eval/needle",
+            "share",
+            QUESTIONS,
+            "One value that stands once in the document, by how much comes before it. This and "
+            "those below are of `farspan eval --suite long`, in RUN/evals, not in metrics.jsonl.",
+        ),
+        Metric(
+            "eval/multi_key",
+            "share",
+            QUESTIONS,
+            "Each of several keys has a value; to mix them up is wrong.",
+        ),
+        Metric(
+            "eval/multi_value",
+            "share",
+            QUESTIONS,
+            "All values of a key, in their order.",
+        ),
+        Metric(
+            "eval/variable_tracking",
+            "share",
+            QUESTIONS,
+            "All variables of a chain of copies, from the value that its first one got.",
+        ),
+        Metric(
+            "eval/overwrite",
+            "share",
+            QUESTIONS,
+            "The last of several values that were written for a key.",
+        ),
+        Metric(
+            "eval/loss_by_position",
+            "nats/token",
+            "mean of -ln p(token) over tokens predicted from 2^n to 2^(n+1) - 1 others",
+            "It falls as far as more context helps; where it rises, the context is too long.",
         ),
     )
 }

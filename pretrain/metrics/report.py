@@ -24,6 +24,7 @@ from pretrain.metrics.charts import (
     load_charts,
     training_charts,
 )
+from pretrain.metrics.evaluation import read_evaluation
 from pretrain.metrics.history import History, read_history
 from pretrain.model.config import ModelConfig
 from pretrain.run_dir import RunDirectory, write_atomically
@@ -54,6 +55,7 @@ def write_report(run: RunDirectory, data_manifests: Sequence[dict[str, Any]] = (
         alarms=list(_alarms(history)),
         headline=list(_headline(history, config, unigram_entropy)),
         **_drawn_charts(history, config, unigram_entropy),
+        evaluation=read_evaluation(run),
         funnel=_funnel(data_manifests),
         attempts=list(_attempts(run)),
         settings=_settings(config.model_dump(mode="json")) if config else {},

@@ -1,0 +1,98 @@
+"""A model in one of its layouts is asked for predictions; run on ranks by test_sharded.py.
+
+Arguments: a run directory, and the file for what rank 0 found; then `save`, which makes the run's
+checkpoint first, or the overrides of each layout.
+"""
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from parallel.mesh import join_ranks
+from pretrain.checkpoint.trained import load_trained, newest_config
+from pretrain.config import overridden
+from pretrain.evals.forms import TokenForm
+from pretrain.evals.long import ask
+from pretrain.evals.request import Request, prepared
+from pretrain.evals.sharded import ShardedModel
+from pretrain.model.kernels.documents import Documents
+from pretrain.run_dir import RunDirectory
+from pretrain.trainer import Trainer
+
+ROWS, LENGTH, VOCABULARY = 3, 64, 64
+IGNORED = -100
+REQUEST = Request(lengths=(LENGTH,), samples=3, pairs=2, values=2)
+
+
+def inputs() -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    tokens = random.integers(VOCABULARY, size=(ROWS, LENGTH))
+    labels = random.integers(VOCABULARY, size=(ROWS, LENGTH))
+    labels[random.random(labels.shape) < 0.5] = IGNORED
+    position = np.tile(np.concatenate([np.arange(5), np.arange(40), np.arange(19)]), (ROWS, 1))
+    return {"tokens": tokens, "labels": labels, "position": position}
+
+
+def save(run: RunDirectory, device: torch.device) -> dict[str, Any]:
+    """Make a checkpoint; what the whole model of it says in one process, from all logits."""
+    attempt = run.begin_attempt()
+    trainer = Trainer(newest_config(run), run, device, attempt)
+    trainer.step(stop_requested=False)
+    state = trainer.weights, trainer.optimizer, trainer.routers.state_dict()
+    trainer.store.start_save(trainer.progress, *state)
+    assert trainer.store.finish_save(is_last=True)
+
+    _, model = load_trained(run)
+    asked = {name: torch.from_numpy(x) for name, x in inputs().items()}
+    packed = Documents.from_position(asked["position"])
+    is_label = asked["labels"] != IGNORED
+    found = {}
+    for name, documents in (("whole", None), ("packed", packed)):
+        with torch.no_grad():
+            logits = model(asked["tokens"], documents).value[is_label]
+        loss = torch.nn.functional.cross_entropy(
+            logits, asked["labels"][is_label], reduction="none"
+        )
+        found[name] = logits.argmax(-1).numpy(), loss.numpy()
+    return found
+
+
+def answers(run: RunDirectory, overrides: list[str], device: torch.device) -> dict[str, Any]:
+    config = prepared(overridden(newest_config(run), overrides), [LENGTH], dist.get_world_size())
+    model = ShardedModel(config, run, device)
+    asked = inputs()
+    whole = model.score(asked["tokens"], asked["labels"])
+    packed = model.score(**asked)
+    form = TokenForm(VOCABULARY)
+    return {
+        "whole": (whole.predicted, whole.loss),
+        "packed": (packed.predicted, packed.loss),
+        "cells": [
+            ask(model, form, REQUEST, "overwrite", LENGTH),
+            ask(model, form, REQUEST, "needle", LENGTH, 0.5),
+        ],
+    }
+
+
+def main() -> None:
+    directory, results, *layouts = sys.argv[1:]
+    device = join_ranks(timedelta(minutes=10))
+    run = RunDirectory(Path(directory))
+    found: dict[str, Any] = {}
+    if layouts == ["save"]:
+        found["one process"] = save(run, device)
+        layouts = [""]
+    for layout in layouts:
+        found[layout] = answers(run, layout.split(), device)
+    if dist.get_rank() == 0:
+        torch.save(found, results)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Counting, with models that are asked in place of a real one."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from pretrain.evals.by_position import by_powers_of_two
+from pretrain.evals.forms import TokenForm
+from pretrain.evals.long import ask
+from pretrain.evals.request import Request
+from pretrain.evals.sharded import Scores
+
+IGNORED = -100
+FORM = TokenForm(128)
+
+
+@dataclass
+class Knowing:
+    """A model that knows every answer but those that `wrong` says of their number in a pass."""
+
+    wrong: set[int]
+    passes: list[np.ndarray] = field(default_factory=list)
+
+    def rows_at_a_time(self, length: int) -> int:
+        return 3
+
+    def score(self, tokens: np.ndarray, labels: np.ndarray) -> Scores:
+        self.passes.append(tokens)
+        is_label = labels != IGNORED
+        assert (labels[:, :-1] == tokens[:, 1:])[is_label[:, :-1]].all(), "the token that follows"
+        predicted = labels[is_label].copy()
+        predicted[sorted(self.wrong)] += 1
+        return Scores(predicted, np.arange(len(predicted), dtype=np.float64))
+
+
+@pytest.mark.parametrize(
+    ("task", "wrong", "right"),
+    [
+        ("multi_key", set(), 8 * 4),
+        ("multi_key", {0, 5}, 8 * 4 - 3 * 2),
+        # Two tokens of one question, and one of another: passes of 3, 3 and 2 documents.
+        ("multi_value", {0, 1, 3}, 8 * 4 - 3 * 2),
+        ("overwrite", {4}, 8 * 4 - 3),
+    ],
+)
+def test_a_question_is_right_if_each_token_of_its_answer_is(task, wrong, right) -> None:
+    request = Request(lengths=(200,), samples=8, pairs=4, values=3)
+    model = Knowing(wrong)
+    cell = ask(model, FORM, request, task, 200)
+    assert (cell.questions, cell.right) == (32, right)
+    assert cell.accuracy == right / 32
+    assert [len(tokens) for tokens in model.passes] == [3, 3, 2]
+
+
+def test_documents_follow_from_the_seed_and_not_from_how_many_there_are() -> None:
+    def asked(**fields: int) -> np.ndarray:
+        model = Knowing(set())
+        ask(model, FORM, Request(lengths=(100,), **fields), "needle", 100, 0.5)
+        return np.concatenate(model.passes)
+
+    assert (asked(samples=2) == asked(samples=5)[:2]).all()
+    assert (asked(samples=5) != asked(samples=5, seed=1)).any()
+
+
+def test_losses_are_put_intoby_powers_of_two_that_end_at_powers_of_two() -> None:
+    seen = np.array([1, 2, 3, 3, 4, 7, 16, 31, 1])
+    buckets = by_powers_of_two(seen, np.array([1.0, 2, 3, 4, 5, 6, 7, 8, 2]))
+    assert [(b.first, b.last, b.tokens, b.loss) for b in buckets] == [
+        (1, 1, 2, 1.5),
+        (2, 3, 3, 3.0),
+        (4, 7, 2, 5.5),
+        (16, 31, 2, 7.5),
+    ]

@@ -1,0 +1,81 @@
+"""The report's heat maps of the newest evaluation on long contexts."""
+
+import json
+import re
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+from pretrain.evals.request import DEPTHS
+from pretrain.metrics.evaluation import read_evaluation
+from pretrain.metrics.report import write_report
+from pretrain.run_dir import RunDirectory
+
+LENGTHS = [1024, 65536]
+
+
+def save(run: RunDirectory, step: int, **fields: Any) -> None:
+    cells = [
+        {"task": "needle", "depth": depth, "length": length, "questions": 8, "right": number}
+        for length in LENGTHS
+        for number, depth in enumerate(DEPTHS)
+    ]
+    cells += [
+        {"task": "overwrite", "depth": None, "length": length, "questions": 40, "right": 30}
+        for length in LENGTHS
+    ]
+    tree = {
+        "step": step,
+        "form": "tokens",
+        "chance": 0.02,
+        "request": {"lengths": LENGTHS, "tasks": ["needle", "overwrite"], "samples": 8},
+        "cells": cells,
+        "loss_by_position": [{"first": 4096, "last": 8191, "loss": 2.25, "tokens": 1234}],
+    }
+    path = run.evaluation("long", step)
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text(json.dumps(tree | fields))
+
+
+def test_rows_are_tasks_or_depths_and_columns_lengths(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    assert read_evaluation(run) is None
+    save(run, 900)
+    save(run, 1000)
+    found = read_evaluation(run)
+    assert found is not None
+    assert (found.step, found.lengths) == (1000, LENGTHS)
+    by_task, by_depth = found.grids
+    assert [(row.label, row.shares) for row in by_task.rows] == [
+        ("needle", (0.25, 0.25)),
+        ("overwrite", (0.75, 0.75)),
+    ]
+    assert [(row.label, row.shares[0]) for row in by_depth.rows] == [
+        ("0%", 0.0),
+        ("25%", 0.125),
+        ("50%", 0.25),
+        ("75%", 0.375),
+        ("100%", 0.5),
+    ]
+
+
+def test_the_page_shows_them_even_before_the_first_metric(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    save(run, 1000)
+    page = write_report(run).read_text()
+    cells = re.findall(r'<td style="--share: ([\d.]+)">([\d.]+)%', page)
+    assert len(cells) == 2 * (2 + len(DEPTHS))
+    assert all(float(share) == float(percent) / 100 for share, percent in cells)
+    text = " ".join(unescape(re.sub(r"<[^>]+>", " ", page)).split())
+    assert "Needle at depth 1,024 65,536 0% 0.0% 0.0% 25% 12.5% 12.5%" in text
+    assert "4,096 to 8,191 2.2500 1,234" in text
+
+
+def test_loss_by_position_alone(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    request = {"lengths": LENGTHS, "tasks": [], "samples": 8}
+    save(run, 5, cells=[], request=request)
+    found = read_evaluation(run)
+    assert found is not None
+    assert not found.grids
+    assert "4,096 to 8,191" in write_report(run).read_text()
