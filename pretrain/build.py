@@ -45,6 +45,7 @@ def build_model(
         recompute=recompute_modes(config),
         feed_forward_tile=config.parallel.feed_forward_tile,
         microbatch=config.train.microbatch,
+        in_segments=config.context.segments > 1,
         pipeline=pipeline_shape(config, layout),
     )
     return apply(models, objective or build_objective(config), mesh, how, device)

@@ -19,6 +19,7 @@ from parallel.heartbeat import longest_silence_s
 from parallel.pipeline.plan import Schedule
 from parallel.verdict import VERDICT_S
 from pretrain.curriculum import Phase, PhaseConfig, resolve_phases
+from pretrain.context_config import ContextConfig, check_context
 from pretrain.data_config import DataConfig
 from pretrain.errors import UserError
 from pretrain.model.config import AttentionConfig, LayerKind, ModelConfig, Positions
@@ -189,6 +190,7 @@ class RunConfig(Section):
 class Config(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
+    context: ContextConfig = ContextConfig()
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -256,6 +258,7 @@ def _parse(tree: Mapping[str, Any]) -> Config:
     except ValidationError as error:
         raise UserError(_describe(error)) from None
     _check_model(config.model)
+    check_context(config)
     _check_optimizer(config.optim, config.parallel)
     guard = config.guard
     if guard.spike_sigmas is not None and guard.history > guard.window:

@@ -109,8 +109,12 @@ def _problem(config: Config, layout: Layout) -> str | None:
 
 def _context_problem(config: Config, layout: Layout) -> str | None:
     cp, tp, ulysses = layout.cp, layout.tp, layout.ulysses
-    if config.data.seq_len % (cp * tp):
-        return f"cp x tp = {cp} x {tp} does not divide data.seq_len = {config.data.seq_len}"
+    tokens = config.data.seq_len // config.context.segments
+    if tokens % (cp * tp):
+        of = "data.seq_len"
+        if config.context.segments > 1:
+            of += " / context.segments"
+        return f"cp x tp = {cp} x {tp} does not divide {of} = {tokens}"
     if cp % ulysses:
         return f"parallel.ulysses = {ulysses} does not divide parallel.cp = {cp}"
     attention = config.model.attention

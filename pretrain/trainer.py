@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from statistics import fmean
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,14 +23,12 @@ from parallel.agreement import (
     replicated,
 )
 from parallel.apply import Parallelised
-from parallel.context.documents import SplitDocuments
 from parallel.expert.deepep import why_unavailable
 from parallel.fsdp import owned_region
 from parallel.gradients import clip_gradients
-from parallel.layout import split_row
 from parallel.mesh import limit_collectives
 from pretrain.balancing import RouterState
-from pretrain.build import build_mesh, build_model
+from pretrain.build import build_mesh, build_model, open_store
 from pretrain.checkpoint.store import CheckpointStore, Progress, Retention
 from pretrain.checkpoint.trained import checkpoints_of
 from pretrain.checkpoint.weights import check_weights
@@ -44,9 +43,9 @@ from pretrain.model.kernels.cross_entropy import IGNORED
 from pretrain.model.kernels.documents import Documents
 from pretrain.objective import Measured, tokens_per_step
 from pretrain.optim import build_optimizer, set_learning_rate, update_in_backward
-from pretrain.parts import attention_cost
 from pretrain.run_dir import RunDirectory
 from pretrain.schedule import learning_rate
+from pretrain.share import share_of_rank
 
 
 @dataclass
@@ -142,7 +141,8 @@ class Trainer:
         is_deepep = self.layout.ep > 1 and config.parallel.dispatcher == "deepep"
         if is_deepep and (why := why_unavailable(self.device, dtype)):
             raise UserError(why)
-        parallelised = build_model(config, self.layout, self.mesh, self.device)
+        store = open_store(config)
+        parallelised = build_model(config, self.layout, self.mesh, self.device, store=store)
         for stage in parallelised.stages:
             stage.to_empty(device=self.device)
         return parallelised
@@ -213,27 +213,21 @@ class Trainer:
         self.parallelised.forward_backward(tokens, labels, documents, count)
         return self._measure(count, stop_requested)
 
-    def _share_of(self, batch: Batch) -> tuple[Tensor, Tensor, list[Documents]]:
+    def _share_of(self, batch: Batch) -> tuple[Tensor, Tensor, list[Any]]:
         """This rank's part of its rows: tokens and labels [rows, T / cp], and documents of each
-        microbatch. Only that part is sent to the device.
+        microbatch, or of its segments. Only that part is sent to the device.
         """
         tokens, labels, position = map(
             torch.from_numpy, (batch.tokens, batch.labels, batch.position)
         )
-        documents = [
-            Documents.from_position(rows) for rows in position.split(self.config.train.microbatch)
-        ]
-        if self.layout.cp > 1:
-            rank, cost = self.mesh.cp.get_local_rank(), attention_cost(self.config.model)
-            layouts = [
-                [split_row(lengths, self.layout.cp, cost) for lengths in of_microbatch.lengths]
-                for of_microbatch in documents
-            ]
-            mine = [torch.from_numpy(row.tokens_of(rank)) for rows in layouts for row in rows]
-            tokens, labels = (x.gather(1, torch.stack(mine)) for x in (tokens, labels))
-            documents = [SplitDocuments.of_rank(rows, rank) for rows in layouts]
+        rank, shares = self.mesh.cp.get_local_rank(), []
+        for rows in position.split(self.config.train.microbatch):
+            documents = Documents.from_position(rows)
+            shares.append(share_of_rank(self.config, documents, rank))
+        if mine := [share.tokens for share in shares if share.tokens is not None]:
+            tokens, labels = (x.gather(1, torch.cat(mine)) for x in (tokens, labels))
         tokens, labels = (x.to(self.device, non_blocking=True) for x in (tokens, labels))
-        return tokens, labels, [of_microbatch.to(self.device) for of_microbatch in documents]
+        return tokens, labels, [share.documents_on(self.device) for share in shares]
 
     def _measure(self, loss_tokens: int, stop_requested: bool) -> Measured:
         """Add up what the stages of all ranks measured."""

@@ -92,6 +92,25 @@ def cut_rows(
     return made
 
 
+def cut_apart(lengths: Sequence[int], size: int) -> list[int]:
+    """The documents of a row where each segment of `size` tokens begins new ones."""
+    ends = {*accumulate(lengths), *range(size, sum(lengths), size)}
+    return [end - start for start, end in pairwise([0, *sorted(ends)])]
+
+
+def tokens_of(segments: Sequence[SegmentDocuments]) -> torch.Tensor:
+    """[B, T / cp], the tokens of each row that this rank holds, segment by segment."""
+    size, rank = sum(segments[0].lengths[0]), segments[0].rank
+    return torch.cat(
+        [
+            torch.stack([torch.from_numpy(layout.tokens_of(rank)) for layout in segment.layouts])
+            + segment.number * size
+            for segment in segments
+        ],
+        dim=1,
+    )
+
+
 def _layout_of(
     documents: Sequence[range], segment: range, ranks: int, cost: AttentionCost | None
 ) -> RowLayout:

@@ -7,9 +7,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from parallel.apply import Parallelised
-from parallel.context.documents import SplitDocuments
 from parallel.gradients import clip_gradients
-from parallel.layout import split_row
 from parallel.mesh import Mesh
 from parallel.pipeline.plan import peak_stored, problem_of_schedule
 from parallel.pipeline.schedule import Pipeline
@@ -19,6 +17,7 @@ from pretrain.layouts import Layout, stages_per_rank
 from pretrain.model.kernels.documents import Documents
 from pretrain.optim import build_optimizer, update_in_backward
 from pretrain.parts import pipeline_shape
+from pretrain.share import share_of_rank
 
 
 class Step:
@@ -81,16 +80,11 @@ class Step:
         rows, length = microbatches * self.config.train.microbatch, self.config.data.seq_len
         shape = (rows, length // self.layout.cp)
         tokens, labels = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
-        documents = [self._documents() for _ in range(microbatches)]
+        whole = Documents.whole_rows(self.config.train.microbatch, length)
+        rank = self.mesh.cp.get_local_rank()
+        shares = [share_of_rank(self.config, whole, rank) for _ in range(microbatches)]
+        documents = [share.documents for share in shares]
         self.parallelised.forward_backward(tokens, labels, documents, rows * length)
-
-    def _documents(self) -> Documents:
-        """Of a microbatch whose rows are one document each."""
-        rows, length = self.config.train.microbatch, self.config.data.seq_len
-        if self.layout.cp == 1:
-            return Documents.whole_rows(rows, length)
-        layout = split_row([length], self.layout.cp)
-        return SplitDocuments.of_rank([layout] * rows, self.mesh.cp.get_local_rank())
 
     def update(self) -> None:
         """What comes after them."""

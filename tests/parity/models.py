@@ -34,6 +34,13 @@ MODELS = {
     ],
     "tied": ["model.tie_embeddings=true", "model.moe.n_experts=0"],
 }
+# With rows of more than a chunk, to be cut into segments.
+LONG = "data.seq_len=256"
+OF_LONG_ROWS = {
+    "long-hybrid-moe": ["model.moe.balance=bias", LONG],
+    "long-sliding": [*MODELS["sliding"], LONG],
+    "long-linear-moe": ["model.layer_pattern=[linear]", LONG],
+}
 SIZES = [
     "model.vocab_size=512",
     "model.d_model=64",
@@ -58,7 +65,7 @@ class Setting:
     """A model, its data, and how they are spread over ranks.
 
     Attributes:
-        model: a name in `MODELS`.
+        model: a name in `MODELS` or `OF_LONG_ROWS`.
         data: `packed` documents, or `whole` rows.
         layout: sizes of axes that are not 1.
         options: further overrides that must change nothing.
@@ -80,7 +87,8 @@ class Setting:
         return Layout(**{axis: int(size) for axis, size in sizes.items()}).world_size
 
     def of_one_rank(self, shards: Path) -> list[str]:
-        return [*SIZES, *MODELS[self.model], f"data.shards={shards / self.data}"]
+        model = (MODELS | OF_LONG_ROWS)[self.model]
+        return [*SIZES, *model, f"data.shards={shards / self.data}"]
 
     def overrides(self, shards: Path) -> list[str]:
         axes = [f"parallel.{axis}" for axis in self.layout.split()]

@@ -84,6 +84,21 @@ OPTIONS = [
     Setting("linear-moe", "packed", "cp=2 ep=2", ("parallel.feed_forward_tile=24",)),
     Setting("hybrid", "packed", "pp=2 tp=2", (schedule("zbv"), "parallel.feed_forward_tile=24")),
 ]
+SEGMENTS = [
+    Setting(
+        "long-hybrid-moe",
+        "packed",
+        "dp_shard=2 ep=2",
+        ("context.segments=4", "train.microbatch=1", "parallel.recompute=full"),
+    ),
+    Setting("long-sliding", "packed", "cp=4", ("context.segments=4",)),
+    Setting(
+        "long-linear-moe",
+        "packed",
+        "cp=2 tp=2",
+        ("context.segments=2", "parallel.feed_forward_tile=24"),
+    ),
+]
 EVERYTHING = [
     Setting(model, data, layout, options)
     for turn, (layout, options), data in zip(
@@ -92,7 +107,7 @@ EVERYTHING = [
     for model in list(MODELS)[turn % 2 :: 2]
     if model.endswith("moe") or "ep=" not in layout
 ]
-
+ALL = ONE_AXIS + TWO_AXES + THREE_AXES + CONTEXT + OPTIONS + SEGMENTS
 
 HALF = [
     Setting("hybrid-moe", "packed", "dp_shard=2 ep=2"),
@@ -107,7 +122,7 @@ EIGHT_RANKS = [
 ]
 
 
-@pytest.mark.parametrize("setting", ONE_AXIS + TWO_AXES + THREE_AXES + CONTEXT + OPTIONS, ids=str)
+@pytest.mark.parametrize("setting", ALL, ids=str)
 def test_a_layout_equals_one_rank(setting: Setting, compare: Compare) -> None:
     worst = compare(setting)
     assert worst.error <= TOLERANCE, worst

@@ -21,7 +21,7 @@ from parallel.fsdp import owned_region
 from parallel.layout import split_row
 from parallel.mesh import Mesh, join_ranks
 from parallel.recompute import Recompute
-from parallel.segments.documents import SegmentDocuments, cut_rows
+from parallel.segments.documents import SegmentDocuments, cut_rows, tokens_of
 from parallel.segments.memory import Memory
 from parallel.stage import Objective
 from pretrain.model.config import (
@@ -135,13 +135,7 @@ def in_segments(
     """The same in segments."""
     rank, ranks = mesh.cp.get_local_rank(), mesh.cp.size()
     cut = cut_rows(rows, segments, Memory(reach), rank, ranks)
-    size = T // segments
-    mine = [
-        torch.stack([torch.from_numpy(layout.tokens_of(rank)) for layout in segment.layouts])
-        + number * size
-        for number, segment in enumerate(cut)
-    ]
-    tokens, labels = (x.gather(1, torch.cat(mine, 1)) for x in batch())
+    tokens, labels = (x.gather(1, tokens_of(cut)) for x in batch())
     return tokens, labels, [cut]
 
 

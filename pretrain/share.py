@@ -1,0 +1,51 @@
+"""A rank's part of rows that the ranks of `cp` share, whole or in segments."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallel.context.documents import SplitDocuments
+from parallel.layout import split_row
+from parallel.segments.documents import cut_apart, cut_rows, tokens_of
+from parallel.segments.memory import Memory
+from pretrain.config import Config
+from pretrain.model.kernels.documents import Documents
+from pretrain.parts import attention_cost
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a rank of `cp` has of a microbatch.
+
+    Attributes:
+        documents: with `context.segments` a list of those of each segment.
+        tokens: [B, T / cp], which tokens of each row it has, in its order; None if all in theirs.
+    """
+
+    documents: Any
+    tokens: Tensor | None
+
+    def documents_on(self, device: torch.device) -> Any:
+        """The documents on a device; the host does not wait."""
+        if isinstance(self.documents, list):
+            return [segment.to(device) for segment in self.documents]
+        return self.documents.to(device)
+
+
+def share_of_rank(config: Config, documents: Documents, rank: int) -> Share:
+    """What rank number `rank` of `cp` has of a microbatch of such documents."""
+    ranks, context = config.parallel.cp, config.context
+    cost, rows = attention_cost(config.model), documents.lengths
+    if context.segments > 1:
+        if not context.carry:
+            size = documents.position.shape[1] // context.segments
+            rows = tuple(tuple(cut_apart(row, size)) for row in rows)
+        segments = cut_rows(rows, context.segments, Memory(context.reach), rank, ranks, cost)
+        return Share(segments, tokens_of(segments))
+    if ranks == 1:
+        return Share(documents, None)
+    layouts = [split_row(row, ranks, cost) for row in rows]
+    mine = [torch.from_numpy(layout.tokens_of(rank)) for layout in layouts]
+    return Share(SplitDocuments.of_rank(layouts, rank), torch.stack(mine))

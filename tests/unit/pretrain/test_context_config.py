@@ -1,0 +1,41 @@
+"""Which rows can be cut into segments."""
+
+import pytest
+
+from pretrain.config import load_config
+from pretrain.errors import UserError
+
+ROW = ["data.seq_len=1024", "context.segments=4"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["context.segments=3"], ["341.333 tokens", "chunks of 64", "nearest that works is 2"]),
+        (["context.segments=32"], ["32 tokens", "nearest that works is 16"]),
+        (["data.seq_len=100", "context.segments=2"], ["make data.seq_len a multiple of 64"]),
+        (
+            ["model.layer_pattern=[linear, sliding]", "model.attention.window=300"],
+            ["window = 300", "256 tokens", "at most 3 segments"],
+        ),
+        (["parallel.pp=2"], ["parallel.pp = 2", "cp, ep or dp_shard"]),
+        (["parallel.cp=2", "parallel.ulysses=2"], ["parallel.ulysses=1"]),
+        (["optim.clip=null", "optim.in_backward=true"], ["optim.in_backward = true"]),
+        (["model.moe.balance=sequence"], ["balance = sequence", "batch or bias"]),
+        (["model.moe.capacity_factor=1.5"], ["capacity_factor = 1.5", "null"]),
+        (["context.gradient=some"], ["context.gradient = 'some'", "exact"]),
+    ],
+)
+def test_segments_that_cannot_be_are_refused_with_what_works(
+    overrides: list[str], words: list[str]
+) -> None:
+    with pytest.raises(UserError) as refusal:
+        load_config("tiny-hybrid-moe", [*ROW, *overrides])
+    for word in words:
+        assert word in str(refusal.value)
+
+
+@pytest.mark.parametrize(("gradient", "reach"), [("exact", 4), ("detach", 1), ("3", 3)])
+def test_the_gradient_reaches_as_far_as_asked(gradient: str, reach: int) -> None:
+    config = load_config("tiny-hybrid-moe", [*ROW, f"context.gradient={gradient}"])
+    assert config.context.reach == reach
