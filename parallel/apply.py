@@ -14,6 +14,7 @@ from parallel.expert.shard import Dispatcher, shard_experts
 from parallel.feed_forward import tile_feed_forwards
 from parallel.fsdp import shard_weights
 from parallel.mesh import Mesh
+from parallel.offload import Store
 from parallel.pipeline.schedule import Pipeline, PipelineShape, SingleStage
 from parallel.recompute import Recompute, recompute_layers
 from parallel.replicas import Replicas, TiedCopy
@@ -35,6 +36,7 @@ class Spread:
         dispatcher: what carries tokens to the experts of other ranks.
         recompute: which activations a layer computes again, repeated over the layers.
         feed_forward_tile: tokens of a rank that go through a feed-forward at a time; None is all.
+        store: where the inputs of layers that recompute wait; None leaves them on the device.
         microbatch: sequences of a microbatch.
         in_segments: whether rows are computed in segments, one after the other.
         pipeline: what its ranks agree on; None without a pipeline.
@@ -44,6 +46,7 @@ class Spread:
     dispatcher: Dispatcher = "all_to_all"
     recompute: Sequence[Recompute] = ("none",)
     feed_forward_tile: int | None = None
+    store: Store | None = None
     microbatch: int = 1
     in_segments: bool = False
     pipeline: PipelineShape | None = None
@@ -135,7 +138,7 @@ def apply(
     #    the feed-forwards within them, by tiles of tokens.
     if how.feed_forward_tile is not None:
         tile_feed_forwards(layers.values(), how.feed_forward_tile)
-    recompute_layers(layers, how.recompute)
+    recompute_layers(layers, how.recompute, how.store)
 
     # 5. FSDP2, last: it shards what is left on this rank.
     stages = [Stage(model, objective, index) for index, model in models.items()]

@@ -23,7 +23,7 @@ from torch import Tensor
 Where = Literal["host", "disk"]
 
 # What is smaller is not worth the way.
-SMALLEST_BYTES = 1 << 16
+SMALLEST_BYTES = 1 << 12
 # Tensors whose writing has not ended: each of them still takes memory.
 WRITTEN_AT_A_TIME = 2
 # Left to the machine: pinned memory cannot be swapped out.

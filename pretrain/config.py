@@ -18,8 +18,8 @@ from pydantic import BaseModel, Field, ValidationError
 from parallel.heartbeat import longest_silence_s
 from parallel.pipeline.plan import Schedule
 from parallel.verdict import VERDICT_S
-from pretrain.curriculum import Phase, PhaseConfig, resolve_phases
 from pretrain.context_config import ContextConfig, check_context
+from pretrain.curriculum import Phase, PhaseConfig, resolve_phases
 from pretrain.data_config import DataConfig
 from pretrain.errors import UserError
 from pretrain.model.config import AttentionConfig, LayerKind, ModelConfig, Positions
@@ -135,6 +135,17 @@ class ParallelConfig(Section):
         None,
         description="Tokens of a rank that go through a feed-forward at a time, forward and "
         "backward; null: all of a microbatch.",
+    )
+    offload: Literal["none", "host", "disk"] = Field(
+        "none",
+        description="Where what layers with recompute keep waits for the backward pass: on the "
+        "device, in host memory, or in a file.",
+    )
+    offload_dir: str | None = Field(
+        None, description="Folder of that file, on a disk of each machine."
+    )
+    offload_gib: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Most GiB of a rank that wait elsewhere; null: what there is room for."
     )
     dispatcher: Literal["all_to_all", "deepep"] = Field(
         "all_to_all", description="What carries tokens to the experts; deepep needs CUDA."
@@ -260,6 +271,7 @@ def _parse(tree: Mapping[str, Any]) -> Config:
     _check_model(config.model)
     check_context(config)
     _check_optimizer(config.optim, config.parallel)
+    _check_offload(config)
     guard = config.guard
     if guard.spike_sigmas is not None and guard.history > guard.window:
         raise UserError(
@@ -449,6 +461,24 @@ def _check_optimizer(optim: OptimConfig, parallel: ParallelConfig) -> None:
             f"optim.betas = {list(optim.betas)} with optim.state_dtype = bfloat16: a moment that "
             f"changes by a share of 1 - beta, less than {_BFLOAT16_STEP:.2g}, is rounded back to "
             f"what it was; use at most {1 - _BFLOAT16_STEP:.3f}, or optim.state_dtype=float32"
+        )
+
+
+def _check_offload(config: Config) -> None:
+    asked = config.parallel
+    if asked.offload == "none":
+        return
+    if asked.recompute == "none" or set(asked.recompute) == {"none"}:
+        raise UserError(
+            f"parallel.offload = {asked.offload} with parallel.recompute = {asked.recompute}: what "
+            "waits elsewhere are the inputs of layers that recompute the rest; set "
+            "parallel.recompute=full"
+        )
+    if (asked.offload == "disk") != (asked.offload_dir is not None):
+        wish = "a folder on a disk of each machine" if asked.offload == "disk" else "null"
+        raise UserError(
+            f"parallel.offload = {asked.offload} with parallel.offload_dir = {asked.offload_dir}: "
+            f"set parallel.offload_dir to {wish}"
         )
 
 

@@ -1,6 +1,7 @@
 """What a dry run takes for granted where a step asks its data, another rank, or a long loop."""
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel.apply import Parallelised
 from parallel.expert.dispatch import AllToAllDispatch
+from parallel.offload import Handle, Store
 from pretrain.config import Config
 from pretrain.layouts import Layout
 from pretrain.model import norm
@@ -76,6 +78,34 @@ def drop_nothing(parallelised: Parallelised) -> None:
         for module in stage.modules():
             if isinstance(module, MoE) and isinstance(module.dispatch, partial):
                 module.dispatch = partial(dispatch_locally, dropless=True)
+
+
+class Elsewhere(Store):
+    """Where tensors take no memory of the device."""
+
+    def __init__(self) -> None:
+        super().__init__(limit=None)
+
+    def _put(self, tensor: Tensor) -> Handle:
+        self._take(tensor.nbytes)
+        handle = _Away(tensor.shape, tensor.dtype)
+        weakref.finalize(handle, self._give_back, tensor.nbytes)
+        return handle
+
+
+class _Away(Handle):
+    def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
+        self._coming: Tensor | None = None
+
+    def prefetch(self) -> None:
+        if self._coming is None:
+            self._coming = torch.empty(self.shape, dtype=self.dtype)
+
+    def _arrived(self) -> Tensor:
+        assert self._coming is not None
+        tensor, self._coming = self._coming, None
+        return tensor
 
 
 class _GroupedProducts(TorchDispatchMode):

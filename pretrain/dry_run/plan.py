@@ -13,7 +13,7 @@ from parallel.fsdp import local_tensor
 from parallel.mesh import Mesh
 from pretrain.build import build_mesh, build_model
 from pretrain.config import Config
-from pretrain.dry_run.assumptions import drop_nothing, fake_tensors, with_all_to_all
+from pretrain.dry_run.assumptions import Elsewhere, drop_nothing, fake_tensors, with_all_to_all
 from pretrain.dry_run.step import Step
 from pretrain.dry_run.tracker import StepTracker, Traffic
 from pretrain.errors import UserError
@@ -77,7 +77,8 @@ def plan_rank(config: Config, ranks: int, rank: int) -> Plan:
     try:
         device = torch.device("cpu")
         mesh = build_mesh(config, layout, device)
-        parallelised = build_model(config, layout, mesh, device)
+        store = Elsewhere() if config.parallel.offload != "none" else None
+        parallelised = build_model(config, layout, mesh, device, store=store)
         drop_nothing(parallelised)
         with fake_tensors(config, layout), StepTracker(axis_names(mesh)) as tracker:
             for stage in parallelised.stages:
