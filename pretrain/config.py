@@ -16,13 +16,13 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from parallel.heartbeat import longest_silence_s
-from parallel.pipeline.plan import Schedule
 from parallel.verdict import VERDICT_S
 from pretrain.context_config import ContextConfig, check_context
 from pretrain.curriculum import Phase, PhaseConfig, resolve_phases
 from pretrain.data_config import DataConfig
 from pretrain.errors import UserError
 from pretrain.model.config import AttentionConfig, LayerKind, ModelConfig, Positions
+from pretrain.parallel_config import ParallelConfig, check_offload
 from pretrain.run_dir import RunDirectory
 from pretrain.settings import Decay, NonNegative, Positive, Section, Share
 
@@ -91,64 +91,6 @@ class ScheduleConfig(Section):
     from_step: NonNegative = Field(0, description="Step at which warmup begins.")
     to_step: Positive | None = Field(
         None, description="Step at which the decay ends [train.steps]."
-    )
-
-
-class PipelineConfig(Section):
-    schedule: Schedule = Field(
-        "1f1b", description="In which order the stages work on the microbatches."
-    )
-    stages_per_rank: Positive | Literal["auto"] = Field(
-        "auto",
-        description="auto: 2 for interleaved, zbv and dualpipev, else 1.",
-    )
-    layers_per_stage: Literal["balanced"] | tuple[NonNegative, ...] = Field(
-        "balanced",
-        description="balanced: by predicted cost, with embedding and head; or a list of numbers.",
-    )
-
-
-Recompute = Literal["none", "selective", "full"]
-
-
-class ParallelConfig(Section):
-    pp: Positive = Field(1, description="Ranks that share the layers, as a pipeline.")
-    dp_replicate: Positive = Field(1, description="Replicas of the sharded weights (HSDP).")
-    dp_shard: Positive | Literal["auto"] = Field(
-        "auto", description="Ranks that share one copy of the weights (FSDP2); auto: all the rest."
-    )
-    cp: Positive = Field(1, description="Ranks that share a sequence.")
-    ulysses: Positive = Field(
-        1, description="Neighbours among those of cp that exchange heads; keys go round the rest."
-    )
-    ep: Positive = Field(
-        1, description="Ranks that share the experts, folded over dp_shard x cp x tp."
-    )
-    tp: Positive = Field(1, description="Ranks that share a layer and its sequence.")
-    pipeline: PipelineConfig = PipelineConfig()
-    recompute: Recompute | Annotated[tuple[Recompute, ...], Field(min_length=1)] = Field(
-        "none",
-        description="Which activations are computed again in the backward pass; a list repeats "
-        "over the layers.",
-    )
-    feed_forward_tile: Positive | None = Field(
-        None,
-        description="Tokens of a rank that go through a feed-forward at a time, forward and "
-        "backward; null: all of a microbatch.",
-    )
-    offload: Literal["none", "host", "disk"] = Field(
-        "none",
-        description="Where what layers with recompute keep waits for the backward pass: on the "
-        "device, in host memory, or in a file.",
-    )
-    offload_dir: str | None = Field(
-        None, description="Folder of that file, on a disk of each machine."
-    )
-    offload_gib: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="Most GiB of a rank that wait elsewhere; null: what there is room for."
-    )
-    dispatcher: Literal["all_to_all", "deepep"] = Field(
-        "all_to_all", description="What carries tokens to the experts; deepep needs CUDA."
     )
 
 
@@ -271,7 +213,7 @@ def _parse(tree: Mapping[str, Any]) -> Config:
     _check_model(config.model)
     check_context(config)
     _check_optimizer(config.optim, config.parallel)
-    _check_offload(config)
+    check_offload(config.parallel)
     guard = config.guard
     if guard.spike_sigmas is not None and guard.history > guard.window:
         raise UserError(
@@ -461,24 +403,6 @@ def _check_optimizer(optim: OptimConfig, parallel: ParallelConfig) -> None:
             f"optim.betas = {list(optim.betas)} with optim.state_dtype = bfloat16: a moment that "
             f"changes by a share of 1 - beta, less than {_BFLOAT16_STEP:.2g}, is rounded back to "
             f"what it was; use at most {1 - _BFLOAT16_STEP:.3f}, or optim.state_dtype=float32"
-        )
-
-
-def _check_offload(config: Config) -> None:
-    asked = config.parallel
-    if asked.offload == "none":
-        return
-    if asked.recompute == "none" or set(asked.recompute) == {"none"}:
-        raise UserError(
-            f"parallel.offload = {asked.offload} with parallel.recompute = {asked.recompute}: what "
-            "waits elsewhere are the inputs of layers that recompute the rest; set "
-            "parallel.recompute=full"
-        )
-    if (asked.offload == "disk") != (asked.offload_dir is not None):
-        wish = "a folder on a disk of each machine" if asked.offload == "disk" else "null"
-        raise UserError(
-            f"parallel.offload = {asked.offload} with parallel.offload_dir = {asked.offload_dir}: "
-            f"set parallel.offload_dir to {wish}"
         )
 
 

@@ -5,11 +5,12 @@ import torch
 from parallel.layout import AttentionCost
 from parallel.pipeline.plan import consecutive, split_layers, stages_of_rank
 from parallel.pipeline.schedule import PipelineShape
-from pretrain.config import Config, Recompute
+from pretrain.config import Config
 from pretrain.layouts import Layout, stages_per_rank
 from pretrain.metrics.flops import forward_costs
 from pretrain.model.config import ModelConfig
 from pretrain.model.transformer import Part
+from pretrain.parallel_config import Recompute
 
 
 def parts_of_rank(config: Config, layout: Layout, pp_rank: int) -> dict[int, Part]:

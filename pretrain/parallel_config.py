@@ -1,0 +1,85 @@
+"""The settings of how a model is spread over ranks, and of what it keeps in their memory."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from parallel.pipeline.plan import Schedule
+from pretrain.errors import UserError
+from pretrain.settings import NonNegative, Positive, Section
+
+
+class PipelineConfig(Section):
+    schedule: Schedule = Field(
+        "1f1b", description="In which order the stages work on the microbatches."
+    )
+    stages_per_rank: Positive | Literal["auto"] = Field(
+        "auto",
+        description="auto: 2 for interleaved, zbv and dualpipev, else 1.",
+    )
+    layers_per_stage: Literal["balanced"] | tuple[NonNegative, ...] = Field(
+        "balanced",
+        description="balanced: by predicted cost, with embedding and head; or a list of numbers.",
+    )
+
+
+Recompute = Literal["none", "selective", "full"]
+
+
+class ParallelConfig(Section):
+    pp: Positive = Field(1, description="Ranks that share the layers, as a pipeline.")
+    dp_replicate: Positive = Field(1, description="Replicas of the sharded weights (HSDP).")
+    dp_shard: Positive | Literal["auto"] = Field(
+        "auto", description="Ranks that share one copy of the weights (FSDP2); auto: all the rest."
+    )
+    cp: Positive = Field(1, description="Ranks that share a sequence.")
+    ulysses: Positive = Field(
+        1, description="Neighbours among those of cp that exchange heads; keys go round the rest."
+    )
+    ep: Positive = Field(
+        1, description="Ranks that share the experts, folded over dp_shard x cp x tp."
+    )
+    tp: Positive = Field(1, description="Ranks that share a layer and its sequence.")
+    pipeline: PipelineConfig = PipelineConfig()
+    recompute: Recompute | Annotated[tuple[Recompute, ...], Field(min_length=1)] = Field(
+        "none",
+        description="Which activations are computed again in the backward pass; a list repeats "
+        "over the layers.",
+    )
+    feed_forward_tile: Positive | None = Field(
+        None,
+        description="Tokens of a rank that go through a feed-forward at a time, forward and "
+        "backward; null: all of a microbatch.",
+    )
+    offload: Literal["none", "host", "disk"] = Field(
+        "none",
+        description="Where what layers with recompute keep waits for the backward pass: on the "
+        "device, in host memory, or in a file.",
+    )
+    offload_dir: str | None = Field(
+        None, description="Folder of that file, on a disk of each machine."
+    )
+    offload_gib: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Most GiB of a rank that wait elsewhere; null: what there is room for."
+    )
+    dispatcher: Literal["all_to_all", "deepep"] = Field(
+        "all_to_all", description="What carries tokens to the experts; deepep needs CUDA."
+    )
+
+
+def check_offload(asked: ParallelConfig) -> None:
+    """Raise UserError where nothing would be offloaded, or nobody said where to."""
+    if asked.offload == "none":
+        return
+    if asked.recompute == "none" or set(asked.recompute) == {"none"}:
+        raise UserError(
+            f"parallel.offload = {asked.offload} with parallel.recompute = {asked.recompute}: what "
+            "waits elsewhere are the inputs of layers that recompute the rest; set "
+            "parallel.recompute=full"
+        )
+    if (asked.offload == "disk") != (asked.offload_dir is not None):
+        wish = "a folder on a disk of each machine" if asked.offload == "disk" else "null"
+        raise UserError(
+            f"parallel.offload = {asked.offload} with parallel.offload_dir = {asked.offload_dir}: "
+            f"set parallel.offload_dir to {wish}"
+        )
