@@ -56,13 +56,13 @@ def evaluate_long(
         f"step {result['step']:,}, documents of {result['form']}, {result['request']['samples']} "
         f"of each kind, chance {result['chance']:.2%}, layout {result['layout']}"
     )
-    for table in _tables(result):
+    for table in tables_of(result):
         console.print()
         console.print(table)
     console.print(f"\n{run.evaluation(suite, result['step'])}")
 
 
-def _tables(result: dict[str, Any]) -> list[Table]:
+def tables_of(result: dict[str, Any]) -> list[Table]:
     lengths, cells = result["request"]["lengths"], result["cells"]
     tables = []
     by_depth = [cell for cell in cells if cell["depth"] is not None]

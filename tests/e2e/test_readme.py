@@ -21,6 +21,7 @@ COMMANDS = [
         "docs/resuming.md",
         "docs/ledger.md",
         "docs/checkpoints.md",
+        "docs/evaluation.md",
     )
     for block in re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     for line in block.splitlines()

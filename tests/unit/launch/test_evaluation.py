@@ -1,0 +1,83 @@
+"""`farspan eval --suite`: what is refused before any rank starts, and what is printed."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from launch.cli import app
+from launch.evaluation import tables_of
+from pretrain.config import load_config
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    config = load_config("tiny-hybrid-moe", ["data.seq_len=1024"])
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name either a --text or a --suite"),
+        (["--suite", "long", "--text", "x"], "name either a --text or a --suite"),
+        (["--suite", "longest"], "--suite longest is not known; allowed: long"),
+        (["--suite", "long", "--context", "5"], "--context belongs to --text"),
+        (["--suite", "long", "--tasks", "overwrites"], "did you mean overwrite"),
+        (["--suite", "long", "--lengths", "x"], "--lengths x: must be a number"),
+        (["--suite", "long", "--lengths", "2k"], "trained for 1024 tokens"),
+        (["--suite", "long", "--nproc", "2", "parallel.cp=4"], "layout refused"),
+        (["--suite", "long", "parallel.cpp=2"], "parallel.cpp is not a setting"),
+        (["--text", "x", "parallel.cp=2"], "parallel.cp=2: settings belong to --suite"),
+    ],
+)
+def test_mistakes_are_told_before_any_rank_starts(
+    run: Path, arguments: list[str], message: str
+) -> None:
+    settings = [argument for argument in arguments if "=" in argument]
+    options = [argument for argument in arguments if "=" not in argument]
+    error = CliRunner().invoke(app, ["eval", str(run), *settings, *options]).exception
+    assert getattr(error, "exit_code", None) == 2
+    assert message in str(error)
+
+
+def cell(task: str, length: int, right: int, depth: float | None = None) -> dict[str, Any]:
+    return {
+        "task": task,
+        "length": length,
+        "depth": depth,
+        "questions": 8,
+        "right": right,
+        "accuracy": right / 8,
+    }
+
+
+def test_tables_have_a_row_per_task_and_depth_and_a_column_per_length() -> None:
+    result = {
+        "request": {"lengths": [64, 2048]},
+        "cells": [
+            *(cell("needle", 64, right, depth) for right, depth in ((8, 0.0), (4, 0.5))),
+            *(cell("needle", 2048, right, depth) for right, depth in ((2, 0.0), (0, 0.5))),
+            *(cell("overwrite", length, 5) for length in (64, 2048)),
+        ],
+        "loss_by_position": [{"first": 64, "last": 127, "loss": 1.5, "tokens": 1000}],
+    }
+    console = Console(file=io.StringIO(), width=100)
+    for table in tables_of(result):
+        console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    lines = [line.split() for line in console.file.getvalue().splitlines()]
+    assert lines == [
+        ["questions", "answered", "64", "2,048"],
+        ["needle", "75.0%", "12.5%"],
+        ["overwrite", "62.5%", "62.5%"],
+        ["needle", "at", "depth", "64", "2,048"],
+        ["0%", "100.0%", "25.0%"],
+        ["50%", "50.0%", "0.0%"],
+        ["tokens", "before", "nats", "per", "token", "predicted"],
+        ["64", "to", "127", "1.5000", "1,000"],
+    ]
