@@ -36,16 +36,15 @@ def evaluate_long(
     if suite not in SUITES:
         raise UserError(f"--suite {suite} is not known; allowed: {', '.join(SUITES)}")
     from pretrain.checkpoint.trained import newest_config
-    from pretrain.config import overridden
     from pretrain.evals.request import Request, parse_lengths, prepared
 
     run = RunDirectory(directory)
-    config = overridden(newest_config(run), overrides)
-    asked["lengths"] = parse_lengths(lengths) if lengths else (config.data.seq_len,)
+    trained = newest_config(run)
+    asked["lengths"] = parse_lengths(lengths) if lengths else (trained.data.seq_len,)
     if tasks is not None:
         asked["tasks"] = tuple(filter(None, map(str.strip, tasks.split(","))))
     request = Request(**asked)
-    prepared(config, request.lengths, nproc)
+    prepared(trained, overrides, request.lengths, nproc)
     arguments = json.dumps(asdict(request) | {"overrides": list(overrides)})
     result = run_shared("pretrain.evals.long", (str(run.root), arguments), nproc)
     if as_json:

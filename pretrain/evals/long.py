@@ -20,7 +20,6 @@ from data_pipeline.synthetic import random_numbers
 from parallel.mesh import join_ranks
 from pretrain.answer import answer
 from pretrain.checkpoint.trained import newest_config
-from pretrain.config import overridden
 from pretrain.evals.by_position import Bucket, loss_by_position
 from pretrain.evals.forms import Form, form_of
 from pretrain.evals.request import Request, prepared
@@ -73,8 +72,7 @@ class LongEvaluation:
 def evaluate(run: RunDirectory, request: Request, overrides: list[str]) -> LongEvaluation:
     """Ask a run's newest checkpoint, and write down what it said. Collective."""
     device = join_ranks(TIMEOUT)
-    config = overridden(newest_config(run), overrides)
-    config = prepared(config, request.lengths, dist.get_world_size())
+    config = prepared(newest_config(run), overrides, request.lengths, dist.get_world_size())
     form_name, form = form_of(request.form, load_tokenizer(run.tokenizer))
     for name in request.tasks:
         for length in request.lengths:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data_pipeline.synthetic import TASKS, Task
-from pretrain.config import Config
+from pretrain.config import Config, overridden
 from pretrain.errors import UserError
 from pretrain.layouts import resolve_layout
 
@@ -72,27 +72,39 @@ def parse_lengths(text: str) -> tuple[int, ...]:
     return tuple(sorted(lengths))
 
 
-def prepared(config: Config, lengths: Sequence[int], nproc: int) -> Config:
+def prepared(
+    trained: Config, overrides: Sequence[str], lengths: Sequence[int], nproc: int
+) -> Config:
     """The configuration to evaluate documents of these lengths with.
 
-    A forward pass has as many tokens as one of the run's training, or one row.
+    A forward pass has as many tokens as one of the run's training, or one row. Segments are as long
+    as in training, unless an override gives another number of them.
+
+    Args:
+        trained: the configuration of the checkpoint.
 
     Raises:
-        UserError: a length that the layout does not divide or that is beyond the positions the run
-            was trained for, or a layout that is impossible on `nproc` ranks.
+        UserError: a length that the layout or the segments do not divide, or that is beyond the
+            positions the run was trained for; a layout that is impossible on `nproc` ranks.
     """
+    config = overridden(trained, overrides)
     asked, train = config.parallel, config.train
+    same = config.context.segments == trained.context.segments
+    data = trained.data if same else config.data
+    segment = data.seq_len // config.context.segments if config.context.segments > 1 else None
     for length in lengths:
-        _check_length(config, length)
+        _check_length(config, length, segment)
     longest = max(lengths)
     data_ranks = max(1, nproc // (asked.pp * asked.cp * asked.tp))
     microbatch = max(1, train.microbatch * config.data.seq_len // longest)
     global_batch = data_ranks * microbatch * (2 * asked.pp if asked.pp > 1 else 1)
     batch = {"microbatch": microbatch, "global_batch": global_batch}
+    segments = max(1, longest // segment) if segment else 1
     config = config.model_copy(
         update={
             "train": train.model_copy(update=batch),
             "data": config.data.model_copy(update={"seq_len": longest}),
+            "context": config.context.model_copy(update={"segments": segments}),
         }
     )
     resolve_layout(config, nproc)
@@ -109,16 +121,14 @@ def longest_position(config: Config) -> int | None:
     return max(config.data.seq_len, extended)
 
 
-def _check_length(config: Config, length: int) -> None:
+def _check_length(config: Config, length: int, segment: int | None) -> None:
     cp, tp = config.parallel.cp, config.parallel.tp
-    if rest := length % (cp * tp):
-        nearest = (
-            length - rest if 2 * rest <= cp * tp and length > rest else length - rest + cp * tp
-        )
-        raise UserError(
-            f"--lengths {length}: cp x tp = {cp} x {tp} does not divide it; the nearest that it "
-            f"divides is {nearest}"
-        )
+    unit, what = cp * tp, f"cp x tp = {cp} x {tp} does not divide it"
+    if segment is not None and length > segment:
+        unit, what = segment, f"it is no whole number of the run's segments of {segment} tokens"
+    if length % unit:
+        nearest = max(1, round(length / unit)) * unit
+        raise UserError(f"--lengths {length}: {what}; the nearest that works is {nearest}")
     limit = longest_position(config)
     if limit is not None and length > limit:
         raise UserError(

@@ -8,10 +8,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from parallel.context.documents import SplitDocuments
-from parallel.layout import split_row
 from parallel.pipeline.forward import run_forward
 from parallel.pipeline.plan import stages_of_rank
+from parallel.segments.documents import cut_rows, tokens_of
+from parallel.segments.memory import Memory
 from parallel.stage import Objective
 from pretrain.balancing import RouterState
 from pretrain.build import build_mesh, build_model
@@ -24,6 +24,7 @@ from pretrain.model.kernels.documents import Documents
 from pretrain.model.transformer import TransformerOutput
 from pretrain.parts import attention_cost
 from pretrain.run_dir import RunDirectory
+from pretrain.share import Share, share_of_rank
 
 Ints = NDArray[np.int64]
 
@@ -94,26 +95,55 @@ class ShardedModel:
         documents = Documents.whole_rows(share, length)
         if position is not None:
             documents = Documents.from_position(torch.from_numpy(position[here]))
-        places = self._run(torch.from_numpy(tokens[here]), torch.from_numpy(my_labels), documents)
-        at_labels = (torch.from_numpy(mine)[:, None] * length + places)[self._recorder.is_label()]
-        return self._gather(labels, at_labels.numpy())
+        at_labels = self._run(
+            torch.from_numpy(tokens[here]), torch.from_numpy(my_labels), documents
+        )
+        return self._gather(labels, at_labels.numpy() + first * length)
 
     def _run(self, tokens: Tensor, labels: Tensor, documents: Documents) -> Tensor:
-        """One forward pass of rows; the places [rows, T / cp] of this rank's tokens in theirs."""
-        places = torch.arange(tokens.shape[1]).expand_as(tokens)
-        if self.layout.cp > 1:
-            rank, cost = self.mesh.cp.get_local_rank(), attention_cost(self.config.model)
-            layouts = [split_row(row, self.layout.cp, cost) for row in documents.lengths]
-            places = torch.stack([torch.from_numpy(row.tokens_of(rank)) for row in layouts])
-            tokens, labels = tokens.gather(1, places), labels.gather(1, places)
-            documents = SplitDocuments.of_rank(layouts, rank)
-        self._recorder.begin(labels)
-        tokens, labels = tokens.to(self.device), labels.to(self.device)
+        """One forward pass of this data rank's rows, segment by segment where training does so.
+
+        Returns:
+            The labels that this rank has, as places in the flattened rows, as they were recorded.
+        """
+        share = self._share_of(documents)
+        length = tokens.shape[1]
+        if share.tokens is not None:
+            tokens, labels = tokens.gather(1, share.tokens), labels.gather(1, share.tokens)
+        in_row = torch.arange(length) if share.tokens is None else share.tokens
+        places = torch.arange(len(tokens))[:, None] * length + in_row
+        parts = share.documents if isinstance(share.documents, list) else [share.documents]
+        columns = (x.chunk(len(parts), dim=1) for x in (tokens, labels, places))
+        self._recorder.begin()
+        recorded = []
+        for of_tokens, of_labels, of_places, part in zip(*columns, parts, strict=True):
+            recorded.append(of_places[of_labels != IGNORED])
+            self._forward(
+                of_tokens.to(self.device), of_labels.to(self.device), part.to(self.device)
+            )
+        return torch.cat(recorded)
+
+    def _share_of(self, documents: Documents) -> Share:
+        """What this rank of cp has of rows of any length, in segments of the training's length."""
+        config, rank = self.config, self.mesh.cp.get_local_rank()
+        if config.context.segments == 1:
+            return share_of_rank(config, documents, rank)
+        length = documents.position.shape[1]
+        count = max(1, length * config.context.segments // config.data.seq_len)
+        if count > 1:
+            context = config.context.model_copy(update={"segments": count})
+            return share_of_rank(config.model_copy(update={"context": context}), documents, rank)
+        cost = attention_cost(config.model)
+        whole = cut_rows(documents.lengths, 1, Memory(1), rank, self.layout.cp, cost)
+        return Share(whole, tokens_of(whole))
+
+    def _forward(self, tokens: Tensor, labels: Tensor, documents: Documents) -> None:
+        """All stages, once."""
         for stage in self._stages.values():
-            stage.begin(1, [documents.to(self.device)])
+            stage.begin(1, [documents])
         if self.layout.pp == 1:
             self._stages[0](tokens, labels)
-            return places
+            return
         schedule, per_rank = self.config.parallel.pipeline.schedule, stages_per_rank(self.config)
         owners = {
             stage: rank
@@ -130,7 +160,6 @@ class ShardedModel:
         in_order = [owners[stage] for stage in sorted(owners)]
         group = self.mesh.pp.get_group()
         run_forward(self._stages, in_order, group, tokens, labels, hidden)
-        return places
 
     def _gather(self, labels: Ints, at_labels: Ints) -> Scores:
         """What all ranks have recorded, from this rank's part at places of the flattened rows."""
@@ -141,34 +170,36 @@ class ShardedModel:
         is_last = any(stage.is_last for stage in self._stages.values())
         if is_last and self.mesh.tp.get_local_rank() == 0:
             index = torch.from_numpy(np.searchsorted(wanted, at_labels)).to(self.device)
-            predicted[index] = self._recorder.predicted
-            loss[index] = self._recorder.loss.double()
+            predicted[index] = torch.cat(self._recorder.predicted)
+            loss[index] = torch.cat(self._recorder.loss).double()
         for tensor in (predicted, loss):
             dist.all_reduce(tensor)
         return Scores(predicted.cpu().numpy(), loss.cpu().numpy())
 
 
 class _Recorder:
-    """Takes the place of a cross-entropy, and keeps what is predicted where labels are."""
+    """Takes the place of a cross-entropy, and keeps what is predicted where labels are.
+
+    Attributes:
+        predicted, loss: of each call since `begin`, see `predict`.
+    """
 
     def __init__(self, chunk: int) -> None:
         self._chunk = chunk
+        self.begin()
 
-    def begin(self, labels: Tensor) -> None:
-        """Before a forward pass over these labels [rows, T / cp], on the host."""
-        self._is_label = labels != IGNORED
-
-    def is_label(self) -> Tensor:
-        return self._is_label
+    def begin(self) -> None:
+        self.predicted: list[Tensor] = []
+        self.loss: list[Tensor] = []
 
     def __call__(
         self, hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabularyShard | None = None
     ) -> Tensor:
         is_label = labels != IGNORED
-        self.predicted, self.loss = predict(
-            hidden[is_label], weight, labels[is_label], self._chunk, shard
-        )
-        return self.loss.sum()
+        predicted, loss = predict(hidden[is_label], weight, labels[is_label], self._chunk, shard)
+        self.predicted.append(predicted)
+        self.loss.append(loss)
+        return loss.sum()
 
 
 def _nothing(out: TransformerOutput) -> Tensor:

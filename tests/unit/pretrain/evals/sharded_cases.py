@@ -1,7 +1,7 @@
 """A model in one of its layouts is asked for predictions; run on ranks by test_sharded.py.
 
-Arguments: a run directory, and the file for what rank 0 found; then `save`, which makes the run's
-checkpoint first, or the overrides of each layout.
+Arguments: a run directory, and the file for what rank 0 found; perhaps `save`, which makes the
+run's checkpoint first; the overrides of each layout.
 """
 
 import sys
@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 from parallel.mesh import join_ranks
 from pretrain.checkpoint.trained import load_trained, newest_config
-from pretrain.config import overridden
 from pretrain.evals.forms import TokenForm
 from pretrain.evals.long import ask
 from pretrain.evals.request import Request, prepared
@@ -24,9 +23,11 @@ from pretrain.model.kernels.documents import Documents
 from pretrain.run_dir import RunDirectory
 from pretrain.trainer import Trainer
 
-ROWS, LENGTH, VOCABULARY = 3, 64, 64
+ROWS, LENGTH, VOCABULARY = 3, 128, 64
+# The shorter one is a single segment.
+LENGTHS = (64, LENGTH)
 IGNORED = -100
-REQUEST = Request(lengths=(LENGTH,), samples=3, pairs=2, values=2)
+REQUEST = Request(lengths=LENGTHS, samples=3, pairs=2, values=2)
 
 
 def inputs() -> dict[str, np.ndarray]:
@@ -34,7 +35,7 @@ def inputs() -> dict[str, np.ndarray]:
     tokens = random.integers(VOCABULARY, size=(ROWS, LENGTH))
     labels = random.integers(VOCABULARY, size=(ROWS, LENGTH))
     labels[random.random(labels.shape) < 0.5] = IGNORED
-    position = np.tile(np.concatenate([np.arange(5), np.arange(40), np.arange(19)]), (ROWS, 1))
+    position = np.tile(np.concatenate([np.arange(5), np.arange(80), np.arange(43)]), (ROWS, 1))
     return {"tokens": tokens, "labels": labels, "position": position}
 
 
@@ -49,10 +50,11 @@ def save(run: RunDirectory, device: torch.device) -> dict[str, Any]:
 
     _, model = load_trained(run)
     asked = {name: torch.from_numpy(x) for name, x in inputs().items()}
-    packed = Documents.from_position(asked["position"])
     is_label = asked["labels"] != IGNORED
+    packed = Documents.from_position(asked["position"])
+    cut = Documents.from_lengths([[64, 64]] * ROWS)
     found = {}
-    for name, documents in (("whole", None), ("packed", packed)):
+    for name, documents in (("whole", None), ("packed", packed), ("cut", cut)):
         with torch.no_grad():
             logits = model(asked["tokens"], documents).value[is_label]
         loss = torch.nn.functional.cross_entropy(
@@ -63,7 +65,7 @@ def save(run: RunDirectory, device: torch.device) -> dict[str, Any]:
 
 
 def answers(run: RunDirectory, overrides: list[str], device: torch.device) -> dict[str, Any]:
-    config = prepared(overridden(newest_config(run), overrides), [LENGTH], dist.get_world_size())
+    config = prepared(newest_config(run), overrides, LENGTHS, dist.get_world_size())
     model = ShardedModel(config, run, device)
     asked = inputs()
     whole = model.score(asked["tokens"], asked["labels"])
@@ -74,7 +76,7 @@ def answers(run: RunDirectory, overrides: list[str], device: torch.device) -> di
         "packed": (packed.predicted, packed.loss),
         "cells": [
             ask(model, form, REQUEST, "overwrite", LENGTH),
-            ask(model, form, REQUEST, "needle", LENGTH, 0.5),
+            ask(model, form, REQUEST, "needle", LENGTHS[0], 0.5),
         ],
     }
 
@@ -84,9 +86,9 @@ def main() -> None:
     device = join_ranks(timedelta(minutes=10))
     run = RunDirectory(Path(directory))
     found: dict[str, Any] = {}
-    if layouts == ["save"]:
+    if layouts[0] == "save":
         found["one process"] = save(run, device)
-        layouts = [""]
+        layouts = layouts[1:]
     for layout in layouts:
         found[layout] = answers(run, layout.split(), device)
     if dist.get_rank() == 0:

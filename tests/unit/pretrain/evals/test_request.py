@@ -44,13 +44,19 @@ def test_a_request_that_makes_no_sense_is_refused(fields, error, message) -> Non
     [
         (["parallel.cp=4"], 4, 1001, "cp x tp = 4 x 1 does not divide it; .* is 1000"),
         (["parallel.cp=2", "parallel.tp=2"], 4, 1, "cp x tp = 2 x 2 .* nearest .* is 4"),
+        (
+            ["context.segments=8", "model.attention.positions=[none]"],
+            1,
+            1000,
+            "--lengths 1000: it is no whole number of the run's segments of 128 tokens; .* is 1024",
+        ),
         ([], 1, 2048, r"--lengths 2048: .* trained for 1024 tokens.*data.seq_len=2048"),
         (["parallel.ep=2"], 1, 512, "layout refused: parallel.ep = 2 does not divide"),
     ],
 )
 def test_lengths_that_the_run_cannot_take_are_refused(overrides, nproc, length, message) -> None:
     with pytest.raises(UserError, match=message):
-        prepared(config(*overrides), [64, length], nproc)
+        prepared(config(), overrides, [64, length], nproc)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +76,21 @@ def test_only_rotary_positions_over_all_tokens_have_an_end(overrides, longest) -
 def test_a_forward_pass_has_as_many_tokens_as_one_of_training() -> None:
     run = config("train.microbatch=4", "model.attention.positions=[none]")
     for longest, microbatch in ((512, 8), (1024, 4), (1 << 20, 1)):
-        made = prepared(run, [64, longest], 1)
+        made = prepared(run, [], [64, longest], 1)
         assert made.data.seq_len == longest
         assert made.train.microbatch == microbatch
+
+
+@pytest.mark.parametrize(
+    ("trained", "overrides", "longest", "segments"),
+    [
+        (["context.segments=8"], [], 512, 4),
+        (["context.segments=8"], ["data.seq_len=4096"], 4096, 32),
+        (["context.segments=8"], ["context.segments=4"], 512, 2),
+        (["context.segments=8"], ["context.segments=1"], 1024, 1),
+        (["context.segments=8"], [], 64, 1),
+        ([], ["context.segments=4"], 1024, 4),
+    ],
+)
+def test_segments_are_as_long_as_in_training(trained, overrides, longest, segments) -> None:
+    assert prepared(config(*trained), overrides, [longest], 1).context.segments == segments

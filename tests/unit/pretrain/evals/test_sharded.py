@@ -1,5 +1,6 @@
 """What a model predicts is the same in every layout: that of the whole model in one process."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,22 @@ MODEL = [
     "model.linear={n_key_heads: 2, n_value_heads: 4, key_dim: 16, value_dim: 16}",
     "model.moe={n_experts: 8, top_k: 2, d_expert: 32, d_shared_expert: 32, aux_loss: 0.01}",
     "model.init_std=0.2",
-    "data.seq_len=64",
+    "data.seq_len=128",
     "train.global_batch=4",
     "train.microbatch=2",
 ]
+RESET = "context.segments=2 context.carry=false"
 LAYOUTS = {
+    1: ["", "context.segments=2", RESET],
     2: [
         "parallel.cp=2 parallel.ep=2",
-        "parallel.tp=2 parallel.ep=2",
-        "parallel.dp_shard=2",
-        "parallel.pp=2",
+        "parallel.cp=2 parallel.ep=2 context.segments=2",
+        "parallel.tp=2 parallel.dp_shard=1",
         "parallel.pp=2 parallel.pipeline.schedule=zbv",
     ],
-    4: ["parallel.cp=2 parallel.tp=2 parallel.ep=4"],
+    4: ["parallel.cp=2 parallel.tp=2 parallel.ep=4", "parallel.dp_shard=2 parallel.pp=2"],
 }
-ON_SEVERAL_RANKS = [layout for layouts in LAYOUTS.values() for layout in layouts]
+ALL = [layout for layouts in LAYOUTS.values() for layout in layouts]
 Found = dict[str, dict[str, Any]]
 
 
@@ -49,33 +51,36 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     run.mkdir()
     config = load_config("tiny-hybrid-moe", [*MODEL, f"data.shards={shards}"])
     (run / "config.yaml").write_text(config.to_yaml())
-    run_on_ranks(1, SCRIPT, str(run), str(folder / "1.pt"), "save")
-    for ranks, layouts in LAYOUTS.items():
-        run_on_ranks(ranks, SCRIPT, str(run), str(folder / f"{ranks}.pt"), *layouts)
     results: Found = {}
-    for ranks in (1, *LAYOUTS):
-        results |= torch.load(folder / f"{ranks}.pt", weights_only=False)
+    for ranks, layouts in LAYOUTS.items():
+        found, first = folder / f"{ranks}.pt", ["save"] if ranks == 1 else []
+        run_on_ranks(ranks, SCRIPT, str(run), str(found), *first, *layouts)
+        results |= torch.load(found, weights_only=False)
     return results
 
 
 def test_predictions_are_those_of_all_logits_in_one_process(found: Found) -> None:
     expected = found["one process"]
-    for documents, (predicted, loss) in expected.items():
+    for predicted, _ in expected.values():
         assert len(set(predicted.tolist())) > 20, "no constant would do"
-        for layout in ["", *ON_SEVERAL_RANKS]:
-            ours, our_loss = found[layout][documents]
-            where = f"{documents} rows, {layout or 'one rank'}"
-            np.testing.assert_array_equal(ours, predicted, err_msg=where)
-            np.testing.assert_allclose(our_loss, loss, rtol=1e-4, err_msg=where)
-    whole, packed = (expected[documents][0] for documents in ("whole", "packed"))
+    for layout, documents in product(ALL, ("whole", "packed")):
+        if layout == RESET:
+            continue
+        where = f"{documents} rows, {layout or 'one rank'}"
+        (predicted, loss), (ours, our_loss) = expected[documents], found[layout][documents]
+        np.testing.assert_array_equal(ours, predicted, err_msg=where)
+        np.testing.assert_allclose(our_loss, loss, rtol=1e-4, err_msg=where)
+    whole, packed, cut = (expected[name][0] for name in ("whole", "packed", "cut"))
     assert (whole != packed).any(), "documents matter"
+    assert (whole != cut).any(), "what is carried over matters"
+    np.testing.assert_array_equal(found[RESET]["whole"][0], cut)
 
 
 def test_tasks_have_the_results_of_one_rank(found: Found) -> None:
     expected = found[""]["cells"]
-    for layout in ON_SEVERAL_RANKS:
-        for cell, on_one_rank in zip(found[layout]["cells"], expected, strict=True):
-            assert (cell.questions, cell.right) == (on_one_rank.questions, on_one_rank.right), (
-                layout
-            )
-            assert cell.loss == pytest.approx(on_one_rank.loss, rel=1e-4), layout
+    for layout in ALL[1:]:
+        # A document that is one segment is the same for a model that begins each one anew.
+        first = 1 if layout == RESET else 0
+        for cell, wanted in zip(found[layout]["cells"][first:], expected[first:], strict=True):
+            assert (cell.questions, cell.right) == (wanted.questions, wanted.right), layout
+            assert cell.loss == pytest.approx(wanted.loss, rel=1e-4), layout
