@@ -1,12 +1,16 @@
 """`farspan train --dry-run`: print what a rank of a layout would hold, need and send."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
+from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from pretrain.config import Config, load_config, phases_of
+from pretrain.curriculum import Phase
 from pretrain.layouts import resolve_layouts
 
 if TYPE_CHECKING:
@@ -19,11 +23,9 @@ def print_plan(recipe: str, overrides: Sequence[str], ranks: int, rank: int) -> 
     resolve_layouts(config, ranks)
     phases = phases_of(config)
     from pretrain.dry_run.assumptions import ASSUMPTIONS
-    from pretrain.dry_run.plan import plan_rank
 
     console = Console(highlight=False, soft_wrap=True)
-    for phase in phases:
-        plan = plan_rank(phase.config, ranks, rank)
+    for phase, plan in zip(phases, _plan(phases, ranks, rank), strict=True):
         console.print(f"{recipe} on {ranks} ranks ({plan.layout})")
         if len(phases) > 1:
             console.print(str(phase))
@@ -33,6 +35,20 @@ def print_plan(recipe: str, overrides: Sequence[str], ranks: int, rank: int) -> 
     if plan.layout.pp > 1:
         firsts = ", ".join(str(first) for first in range(0, ranks, ranks // plan.layout.pp))
         console.print(f"ranks differ by their place in the pipeline: see --rank {firsts}")
+
+
+def _plan(phases: Sequence[Phase], ranks: int, rank: int) -> Iterator["Plan"]:
+    """Each in a process of its own: torch keeps meshes of an earlier plan."""
+    from pretrain.dry_run.plan import plan_rank
+
+    plan = partial(plan_rank, ranks=ranks, rank=rank)
+    configs = [phase.config for phase in phases]
+    if len(phases) == 1:
+        yield plan(configs[0])
+        return
+    processes = min(len(phases), os.cpu_count() or 1)
+    with get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
+        yield from pool.imap(plan, configs)
 
 
 def _print_plan(console: Console, plan: "Plan", config: Config) -> None:

@@ -1,10 +1,13 @@
 """Every shipped recipe is planned; what cannot be planned is refused."""
 
+import re
 from multiprocessing import get_context
 
 import pytest
+from typer.testing import CliRunner
 
-from pretrain.config import load_config, recipe_names
+from launch.cli import app
+from pretrain.config import load_config, phases_of, recipe_names
 from pretrain.dry_run.plan import Plan, plan_rank
 from pretrain.errors import UserError
 
@@ -14,11 +17,14 @@ MEANT_FOR = {
     "tiny": (4, 8),
     "tiny-hybrid-moe": (4, 8),
     "qwen3-next-80b": (4096, 72),
+    "length-extension": (2, 8),
+    "length-extension-1b": (64, 72),
 }
 
 
 def plan_recipe(recipe: str) -> Plan:
-    return plan_rank(load_config(recipe), MEANT_FOR[recipe][0], rank=0)
+    """Of its last phase, which has the longest sequences."""
+    return plan_rank(phases_of(load_config(recipe))[-1].config, MEANT_FOR[recipe][0], rank=0)
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +43,23 @@ def test_a_shipped_recipe_fits(recipe: str, plans: dict[str, Plan]) -> None:
     memory = plans[recipe].memory
     kept = memory.weights + memory.optimizer
     assert kept + memory.activations < memory.peak < MEANT_FOR[recipe][1] * 2**30
+
+
+def test_each_phase_of_a_run_is_planned() -> None:
+    second = "{from_step: 10, data.seq_len: 1024, train.global_batch: 4, parallel.cp: 2}"
+    settings = ["train.global_batch=32", "train.microbatch=1", f"phases=[{second}]"]
+    result = CliRunner().invoke(app, ["train", "tiny", "--dry-run", "--ranks", "4", *settings])
+    assert result.exit_code == 0, result.output
+    for text in (
+        "8 microbatches of 1 x 256 tokens",
+        "phase 2 from step 10: data.seq_len=1024",
+        "dp_shard=2 cp=2",
+        "2 microbatches of 1 x 1,024 tokens",
+    ):
+        assert text in result.output
+    # The activations of a longer row, of which each rank has half.
+    first, second = re.findall(r"activations +([\d.]+) MiB", result.output)
+    assert 1.9 < float(second) / float(first) < 2.2
 
 
 def test_a_large_model_is_spread_over_all_ranks(plans: dict[str, Plan]) -> None:
