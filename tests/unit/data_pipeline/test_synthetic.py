@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,26 @@ def test_the_same_call_gives_the_same_bytes_and_another_one_is_refused(tmp_path:
     assert make("c", seed=1) != (first, True)
     with pytest.raises(DataError, match="seed: 0 -> 1"):
         make("a", seed=1)
+
+
+def test_a_killed_call_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
+    def make(out: str, progress: Callable[[str, int, int], None]) -> str:
+        wanted = {"length": 20, "documents": 1200, "vocab_size": 64, "seed": 0}
+        task = Task(name="needle")
+        make_synthetic(task, tmp_path / out, **wanted, tokens_per_shard=4000, progress=progress)
+        return load_manifest(tmp_path / out).sha256
+
+    def kill(stage: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make("killed", kill)
+    assert list((tmp_path / "killed" / "shards").glob("*.tar"))
+    assert not (tmp_path / "killed" / "manifest.json").exists()
+    done: list[int] = []
+    whole = make("whole", lambda stage, documents, total: done.append(documents))
+    assert done[-1] == 1200
+    assert make("killed", lambda *told: None) == whole
 
 
 @pytest.mark.parametrize(
