@@ -33,6 +33,7 @@ DOCUMENT_SCHEMA = pa.schema(
     {
         "id": pa.string(),
         "timestamp": pa.timestamp("us", "UTC"),
+        "bytes": pa.int64(),
         "text": pa.string(),
     }
 )
@@ -71,7 +72,8 @@ class Piece:
     def documents(self) -> Path:
         """Texts that passed; their ids are unique in a run, see `own_ids`.
 
-        `timestamp` is its WARC-Date; one without counts as older than all others.
+        `timestamp` is its WARC-Date; one without counts as older than all others. `bytes` are
+        those of the text.
         """
         return self.folder / "documents.parquet"
 
@@ -183,6 +185,7 @@ def _batches(
                 {
                     "id": f"{piece}/{number} {document.id}",
                     "timestamp": document.date or NO_DATE,
+                    "bytes": len(text.encode()),
                     "text": text,
                 }
             )

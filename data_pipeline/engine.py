@@ -22,7 +22,7 @@ class Engine(Protocol):
         task: Callable[..., None],
         arguments: Sequence[tuple[Any, ...]],
         folder: Path,
-        prepare: Callable[[], None],
+        prepare: Callable[[], None] | None = None,
     ) -> Iterator[None]:
         """Call `task` with each tuple of arguments, and yield once for each that has finished.
 
@@ -48,11 +48,20 @@ class Native:
         task: Callable[..., None],
         arguments: Sequence[tuple[Any, ...]],
         folder: Path,
-        prepare: Callable[[], None],
+        prepare: Callable[[], None] | None = None,
     ) -> Iterator[None]:
-        if arguments:
+        if arguments and prepare:
             prepare()
         return do_each(task, arguments, self.workers)
+
+
+def open_cluster(name: str) -> Engine | None:
+    """The engine of a name; None for `native`, where threads share what a task would be.
+
+    Raises:
+        DataError: as `open_engine`.
+    """
+    return None if name == NATIVE else open_engine(name)
 
 
 def open_engine(name: str, workers: int = 1) -> Engine:

@@ -70,7 +70,7 @@ class RayEngine:
         task: Callable[..., None],
         arguments: Sequence[tuple[Any, ...]],
         folder: Path,
-        prepare: Callable[[], None],
+        prepare: Callable[[], None] | None = None,
     ) -> Iterator[None]:
         """See `engine.Engine`. Daft gives the task of a lost worker to another one."""
         with NamedTemporaryFile(dir=folder, prefix=".seen-by-all-") as mark:
@@ -148,7 +148,8 @@ def main() -> None:
         error: Exception | None = None
         try:
             _refuse_unseen(mark)
-            prepare()
+            if prepare:
+                prepare()
             for _ in do_each(task, [arguments], 1):
                 pass
         except Exception as raised:

@@ -27,13 +27,16 @@ from data_pipeline import ledger
 from data_pipeline.clean import Piece, clean_archive, get_ready, own_ids
 from data_pipeline.crawl import CRAWL_URL, Source, find_archives, identify
 from data_pipeline.dedup import check_memory, deduplicate
-from data_pipeline.engine import NATIVE, Engine, Native, open_engine
+from data_pipeline.engine import NATIVE, Engine, Native, open_cluster, open_engine
 from data_pipeline.errors import DataError, file_errors
+from data_pipeline.kept import kept_files, read_sizes, read_texts
 from data_pipeline.meter import Meter
 from data_pipeline.recipe import Recipe
 from data_pipeline.run_folder import UNKNOWN, exclusive, record_plan, shared
-from data_pipeline.shards import Manifest, load_manifest, write_shards
+from data_pipeline.shards import Manifest, load_manifest
 from data_pipeline.shards.manifest import GROWING
+from data_pipeline.shards.planned import bytes_of_tokens, plan_shards, write_planned_shards
+from data_pipeline.shards.writer import TOKENS_PER_SHARD
 from data_pipeline.stage import is_made, make_stage
 from data_pipeline.tokenize import load_tokenizer, require_vocab_size, train_tokenizer
 
@@ -264,9 +267,7 @@ def _run(
         "inputs": [json.loads(piece.summary.read_text()) for piece in pieces],
         "funnel": funnel,
     }
-    kept = sum(row["documents"] for row in funnel if row["reason"] == ledger.KEPT)
-    texts = _with_progress(_texts(documents), "shards", kept, progress)
-    manifest = write_shards(texts, tokenizer, out, extra=extra)
+    manifest = _write_shards(kept_files(documents), tokenizer, out, extra, resources, progress)
     shutil.rmtree(work)
     return _result(manifest, out, is_new=True)
 
@@ -361,6 +362,7 @@ def _deduplicate(
         settings = recipe.dedup.model_dump() | {
             "workers": resources.workers,
             "memory": resources.memory,
+            "engine": open_cluster(resources.engine),
         }
         texts = [piece.documents for piece in pieces]
         signed = [piece.signed for piece in pieces]
@@ -403,24 +405,33 @@ class _Rows:
 def _train_tokenizer(documents: Path, stage: Path, vocab_size: int, progress: Progress) -> Path:
     progress("tokenizer", 0, 1)
     if not is_made(stage):
-        texts = (text for _, text in _texts(documents))
+        texts = _texts(kept_files(documents))
         make_stage(stage, lambda out: train_tokenizer(texts, vocab_size, out / TOKENIZER))
     progress("tokenizer", 1, 1)
     return stage / TOKENIZER
 
 
-def _texts(documents: Path) -> Iterator[tuple[str, str]]:
-    """The documents' own ids and their texts."""
-    for path in sorted(documents.glob("*.parquet")):
-        for batch in pq.ParquetFile(path).iter_batches(256, columns=["id", "text"]):
-            ids, texts = own_ids(batch["id"]).to_pylist(), batch["text"].to_pylist()
-            yield from zip(ids, texts, strict=True)
+def _texts(files: Sequence[Path]) -> Iterator[str]:
+    return (text for file in files for _, text in read_texts(file))
 
 
-def _with_progress(
-    items: Iterator[tuple[str, str]], stage: str, total: int, progress: Progress
-) -> Iterator[tuple[str, str]]:
-    progress(stage, 0, total)
-    for done, item in enumerate(items, 1):
-        yield item
-        progress(stage, done, total)
+def _write_shards(
+    files: Sequence[Path],
+    tokenizer: Path,
+    out: Path,
+    extra: dict[str, Any],
+    resources: Resources,
+    progress: Progress,
+) -> Manifest:
+    size = bytes_of_tokens(TOKENS_PER_SHARD, _texts(files), tokenizer)
+    plans = plan_shards(files, read_sizes, size)
+    return write_planned_shards(
+        plans,
+        read_texts,
+        tokenizer,
+        out,
+        out / "work" / "shards",
+        open_engine(resources.engine, resources.workers),
+        extra=extra,
+        progress=lambda done: progress("shards", done, len(plans)),
+    )

@@ -216,10 +216,9 @@ def dedup(
     """Remove exact and near-duplicates from files with `id` and `text`."""
     from data_pipeline.dedup import deduplicate
     from data_pipeline.dedup.index import parse_memory
-    from data_pipeline.engine import NATIVE, open_engine
+    from data_pipeline.engine import open_cluster
 
-    # Threads of this process sign a file together, which its tasks would not.
-    cluster = None if engine == NATIVE else open_engine(engine)
+    cluster = open_cluster(engine)
     if index is not None:
         dedup_with_index(
             inputs,

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -95,7 +97,8 @@ def deduplicate(
             it, about 0.4 kB of each document. The rest is in files meanwhile; the outcome is equal.
         signed: files of the signed documents of each of the inputs, which are Parquet then, with
             the same settings (`dedup.signed`). Their texts are read only to be written.
-        engine: signs the inputs, each in a task of its own; by default this process does.
+        engine: signs the inputs, unless they are, and writes what is kept of each, in tasks; by
+            default threads of this process do. One of `exact` but "document" is written by one.
 
     Raises:
         DataError: a setting or a file is wrong; `out` keeps what it had.
@@ -123,7 +126,7 @@ def deduplicate(
         )
         is_best = clusters.twin == np.arange(len(clusters.twin))
         units = None if exact == "document" else RepeatedUnits(exact)
-        kept, removed = write_kept(parts, is_best, units, scratch / DOCUMENTS, workers)
+        kept, removed = write_kept(parts, is_best, units, scratch / DOCUMENTS, workers, engine)
         table = _table(ids, clusters, kept)
         if units is not None:
             table = table.append_column("removed_units", pa.array(removed))
@@ -185,8 +188,12 @@ def write_kept(
     units: RepeatedUnits | None,
     folder: Path,
     workers: int,
+    engine: Engine | None,
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """Write the best documents with all their columns, one file per part.
+
+    Args:
+        engine: writes whole documents, a task per part.
 
     Returns:
         Which documents were written, and how many units each one lost.
@@ -195,10 +202,17 @@ def write_kept(
     kept = is_best.copy()
     removed = np.zeros(len(is_best), np.int64)
     first_rows = np.cumsum([0, *(part.rows for part in parts)]).tolist()
+    files = [folder / f"part-{number:05d}.parquet" for number in range(len(parts))]
+    if engine is not None and units is None:
+        flags = [np.packbits(is_best[a:b]).tobytes() for a, b in pairwise(first_rows)]
+        tasks = list(zip(parts, flags, files, strict=True))
+        for _ in engine.do_each(write_flagged, tasks, folder.parent):
+            pass
+        return kept, removed
 
     def write_part(number: int) -> None:
         schema = pq.read_schema(parts[number].path)
-        with pq.ParquetWriter(folder / f"part-{number:05d}.parquet", schema) as writer:
+        with pq.ParquetWriter(files[number], schema) as writer:
             for batch in read_batches([parts[number]]):
                 start = first_rows[number] + batch.row
                 rows = start + np.flatnonzero(is_best[start : start + len(batch.records)])
@@ -213,6 +227,21 @@ def write_kept(
         for _ in pool.map(write_part, range(len(parts))):
             pass
     return kept, removed
+
+
+def write_flagged(part: Part, flags: bytes, file: Path) -> None:
+    """Write the documents of a part whose bit is set; of two at a time, the last one's file stays.
+
+    Meanwhile it lies beside the folder that it belongs to.
+    """
+    is_kept = np.unpackbits(np.frombuffer(flags, np.uint8), count=part.rows).astype(np.bool_)
+    aside = file.parents[1] / uuid4().hex
+    with pq.ParquetWriter(aside, pq.read_schema(part.path)) as writer:
+        for batch in read_batches([part]):
+            flagged = is_kept[batch.row : batch.row + len(batch.records)]
+            if flagged.any():
+                writer.write_batch(batch.records.filter(pa.array(flagged)))
+    aside.rename(file)
 
 
 def _without_repeated(

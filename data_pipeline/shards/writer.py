@@ -28,12 +28,12 @@ from data_pipeline.shards.manifest import (
 )
 from data_pipeline.shards.reader import TokenReader
 from data_pipeline.shards.store import LocalStore, sha256_of
-from data_pipeline.tokenize import load_tokenizer
+from data_pipeline.tokenize import Tokenizer, load_tokenizer
 
 TOKENS_PER_SHARD = 1 << 24
 DOCUMENTS_PER_ENCODING = 512
 # An encoding takes about 200 bytes of memory per character.
-CHARACTERS_PER_ENCODING = 1 << 22
+CHARACTERS_PER_ENCODING = 1 << 20
 
 Document = TypeVar("Document")
 Tokens = Sequence[int] | NDArray[Any]
@@ -55,12 +55,10 @@ def write_shards(
     is kept in the manifest as it is.
     """
     coder = load_tokenizer(tokenizer)
-
-    def encode(documents: Iterator[tuple[str, str]]) -> Iterator[tuple[str, list[int]]]:
-        for name, ids in _encode(documents, coder.encode_batch):
-            yield name, [*ids, coder.eos_id]
-
-    return _write(iter(documents), encode, tokenizer, out, tokens_per_shard, extra)
+    documents = iter(documents)
+    return _write(
+        documents, lambda rest: encode(rest, coder), tokenizer, out, tokens_per_shard, extra
+    )
 
 
 def write_token_shards(
@@ -80,38 +78,51 @@ def write_token_shards(
 
 def _write(
     documents: Iterator[tuple[str, Document]],
-    encode: Callable[[Iterator[tuple[str, Document]]], Iterator[tuple[str, Tokens]]],
+    to_tokens: Callable[[Iterator[tuple[str, Document]]], Iterator[tuple[str, Tokens]]],
     tokenizer: Path,
     out: Path,
     tokens_per_shard: int,
     extra: dict[str, Any],
 ) -> Manifest:
-    manifest = _empty_manifest(tokenizer, out, extra)
-    before = _listed_before(out, manifest)
-    folder = out / "shards"
-    if before is None:
-        for name in (MANIFEST, GROWING):
-            (out / name).unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    (out / TOKENIZER).write_bytes(tokenizer.read_bytes())
-
+    manifest, before = begin(tokenizer, out, extra)
     kept, rest = _keep_shards(before, out, documents, tokens_per_shard)
-    occurrences = _occurrences(replace(manifest, shards=kept))
-    manifest = _list(manifest, out, kept, occurrences)
-    writer: _ShardWriter | None = None
-    for number, (document_id, ids) in enumerate(encode(rest), manifest.documents):
-        writer = writer or _ShardWriter(folder, len(manifest.shards))
+    occurrences = count_tokens(replace(manifest, shards=kept))
+    manifest = list_shards(manifest, out, kept, occurrences)
+    writer: ShardWriter | None = None
+    for number, (document_id, ids) in enumerate(to_tokens(rest), manifest.documents):
+        writer = writer or ShardWriter(out / "shards", len(manifest.shards))
         tokens = np.array(ids, manifest.dtype)
         writer.add(number, document_id, tokens)
         occurrences += np.bincount(tokens, minlength=manifest.vocab_size)
         if writer.tokens >= tokens_per_shard:
-            manifest = _list(manifest, out, (*manifest.shards, writer.close()), occurrences)
+            manifest = list_shards(manifest, out, (*manifest.shards, writer.close()), occurrences)
             writer = None
     if writer:
-        manifest = _list(manifest, out, (*manifest.shards, writer.close()), occurrences)
+        manifest = list_shards(manifest, out, (*manifest.shards, writer.close()), occurrences)
 
-    _remove_others(folder, manifest)
+    return finish(manifest, out)
+
+
+def begin(tokenizer: Path, out: Path, extra: dict[str, Any]) -> tuple[Manifest, Manifest | None]:
+    """The manifest of a folder that has no shards yet, and that of a killed call.
+
+    The latter is the growing one of a call with the same arguments; where there is none, shards
+    that the folder holds are removed.
+    """
+    manifest = _empty_manifest(tokenizer, out, extra)
+    before = _listed_before(out, manifest)
+    if before is None:
+        for name in (MANIFEST, GROWING):
+            (out / name).unlink(missing_ok=True)
+        shutil.rmtree(out / "shards", ignore_errors=True)
+    (out / "shards").mkdir(parents=True, exist_ok=True)
+    (out / TOKENIZER).write_bytes(tokenizer.read_bytes())
+    return manifest, before
+
+
+def finish(manifest: Manifest, out: Path) -> Manifest:
+    """End the growing manifest, and remove what a killed call has left."""
+    _remove_others(out / "shards", manifest)
     manifest = replace(manifest, is_finished=True)
     save_manifest(manifest, out)
     return manifest
@@ -124,7 +135,7 @@ def _empty_manifest(tokenizer: Path, out: Path, extra: dict[str, Any]) -> Manife
         tokenizer_sha256=_sha256(tokenizer),
         vocab_size=coder.vocab_size,
         eos_id=coder.eos_id,
-        dtype="uint16" if coder.vocab_size <= 1 << 16 else "uint32",
+        dtype=token_dtype(coder.vocab_size),
         unigram_entropy=0.0,
         shards=(),
         extra=extra,
@@ -132,7 +143,11 @@ def _empty_manifest(tokenizer: Path, out: Path, extra: dict[str, Any]) -> Manife
     )
 
 
-def _list(
+def token_dtype(vocab_size: int) -> str:
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def list_shards(
     manifest: Manifest, out: Path, shards: tuple[Shard, ...], occurrences: NDArray[np.int64]
 ) -> Manifest:
     """Let who trains already see these shards."""
@@ -170,7 +185,7 @@ def _keep_shards(
     """Those of the shards listed before that begin the documents, and the documents that follow."""
     kept: tuple[Shard, ...] = ()
     for shard in before.shards if before else ():
-        if not _is_whole(out, shard) or not _is_closed(out / shard.index, tokens_per_shard):
+        if not is_whole(out, shard) or not _is_closed(out / shard.index, tokens_per_shard):
             break
         these = list(islice(documents, shard.documents))
         if [name for name, _ in these] != _ids(out, shard):
@@ -179,7 +194,7 @@ def _keep_shards(
     return kept, documents
 
 
-def _is_whole(out: Path, shard: Shard) -> bool:
+def is_whole(out: Path, shard: Shard) -> bool:
     wanted = ((shard.path, shard.sha256), (shard.index, shard.index_sha256))
     return all((out / path).is_file() and _sha256(out / path) == sha256 for path, sha256 in wanted)
 
@@ -199,7 +214,7 @@ def _ids(out: Path, shard: Shard) -> list[str]:
     return ids
 
 
-def _occurrences(manifest: Manifest) -> NDArray[np.int64]:
+def count_tokens(manifest: Manifest) -> NDArray[np.int64]:
     """Of each token, in the shards of a manifest."""
     occurrences = np.zeros(manifest.vocab_size, np.int64)
     reader = TokenReader(manifest)
@@ -223,12 +238,14 @@ def _entropy(occurrences: NDArray[np.int64]) -> float:
     return float(-(share * np.log(share)).sum())
 
 
-def _encode(
-    documents: Iterable[tuple[str, str]], encode_batch: Callable[[list[str]], list[list[int]]]
+def encode(
+    documents: Iterable[tuple[str, str]], coder: Tokenizer
 ) -> Iterator[tuple[str, list[int]]]:
+    """The tokens of each (id, text) pair, the end of the document last."""
     for batch in _batches(documents):
         names, texts = zip(*batch, strict=True)
-        yield from zip(names, encode_batch(list(texts)), strict=True)
+        for name, ids in zip(names, coder.encode_batch(texts), strict=True):
+            yield name, [*ids, coder.eos_id]
 
 
 def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
@@ -244,7 +261,7 @@ def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, s
         yield batch
 
 
-class _ShardWriter:
+class ShardWriter:
     """One open tar; `close` gives its line of the manifest."""
 
     def __init__(self, folder: Path, number: int) -> None:

@@ -57,7 +57,7 @@ def make_synthetic(
 
     def write_all() -> Iterator[tuple[str, Tokens]]:
         for number in range(documents):
-            rng = random_numbers(seed, task, length, number)
+            rng = random_numbers(seed, "training", task, length, number)
             yield f"{task.name}-{number}", write_document(task, length, alphabet, rng).tokens
             if (number + 1) % DOCUMENTS_PER_REPORT == 0 or number + 1 == documents:
                 progress("documents", number + 1, documents)

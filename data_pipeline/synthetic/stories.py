@@ -98,9 +98,13 @@ class Task:
         return self.values if self.name in ("multi_value", "variable_tracking") else 1
 
 
-def random_numbers(seed: int, task: Task, *numbers: int) -> np.random.Generator:
-    """What draws one document: a function of the seed, the task, and what else tells it apart."""
-    return np.random.default_rng([seed, zlib.crc32(repr(task).encode()), *numbers])
+def random_numbers(seed: int, purpose: str, task: Task, *numbers: int) -> np.random.Generator:
+    """What draws one document: a function of the seed, the task, and what else tells it apart.
+
+    Args:
+        purpose: documents to train on are none of those to evaluate with, whatever their seeds.
+    """
+    return np.random.default_rng([seed, zlib.crc32(f"{purpose} {task!r}".encode()), *numbers])
 
 
 def tell(

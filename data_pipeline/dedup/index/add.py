@@ -101,7 +101,7 @@ def deduplicate_with_index(
         raise DataError(f"{out}: is the folder of the index; name another --out")
     with held_index(folder, settings) as index, staged_results(out) as scratch:
         parts = parts_to_compare(inputs, scratch, settings, None, engine)
-        return _add_parts(index, parts, scratch, limits, workers)
+        return _add_parts(index, parts, scratch, limits, workers, engine)
 
 
 def deduplicate_within(
@@ -117,7 +117,7 @@ def deduplicate_within(
     limits = limits_of(memory)
     with staged_results(out) as scratch, held_index(scratch / "index", settings) as index:
         parts = parts_to_compare(inputs, scratch, settings, signed, engine)
-        report = _add_parts(index, parts, scratch, limits, workers)
+        report = _add_parts(index, parts, scratch, limits, workers, engine)
         (scratch / SUPERSEDED).unlink()
         is_joined = np.zeros(report.documents, np.bool_)
         for first, rows in index.state.rows(0, report.documents):
@@ -133,10 +133,15 @@ def deduplicate_within(
 
 
 def _add_parts(
-    index: Index, parts: Sequence[Part], scratch: Path, limits: Limits, workers: int
+    index: Index,
+    parts: Sequence[Part],
+    scratch: Path,
+    limits: Limits,
+    workers: int,
+    engine: Engine | None,
 ) -> IndexReport:
     number, is_new = _add(index, parts, limits, workers)
-    return _write_results(index, parts, scratch, number, is_new, workers)
+    return _write_results(index, parts, scratch, number, is_new, workers, engine)
 
 
 def _add(index: Index, parts: Sequence[Part], limits: Limits, workers: int) -> tuple[int, bool]:
@@ -207,7 +212,13 @@ def _join(
 
 
 def _write_results(
-    index: Index, parts: Sequence[Part], scratch: Path, number: int, is_new: bool, workers: int
+    index: Index,
+    parts: Sequence[Part],
+    scratch: Path,
+    number: int,
+    is_new: bool,
+    workers: int,
+    engine: Engine | None,
 ) -> IndexReport:
     dumps = index.contents.dumps
     dump = dumps[number]
@@ -229,7 +240,7 @@ def _write_results(
     for first, rows in index.state.rows(dump.first, dump.stop):
         numbers = np.arange(first, first + len(rows["twin"]))
         is_kept[numbers - dump.first] = rows["twin"] == numbers
-    write_kept(parts, is_kept, None, scratch / DOCUMENTS, workers)
+    write_kept(parts, is_kept, None, scratch / DOCUMENTS, workers, engine)
     superseded = write_tables(scratch / SUPERSEDED, _superseded(index, dump), SUPERSEDED_NAMES)
     return IndexReport(
         dump=number,

@@ -18,11 +18,12 @@ import pytest
 from data_pipeline.engine import open_engine
 from data_pipeline.errors import DataError
 from data_pipeline.sample import make_sample_crawl
+from pretrain.errors import STOPPED_ON_REQUEST
 from tests.files import contents
 from tests.ranks import ROOT, TIMEOUT_S
 
 STORE_BYTES = 80 << 20  # the least that Ray allows
-FILES = 8
+FILES = 4
 
 
 @pytest.mark.parametrize("name", ["dask", "ray=", "native=2", "Ray"])
@@ -86,8 +87,18 @@ def native(crawl: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
     return contents(out)
 
 
+# So small a crawl has several shards, too.
+FARSPAN = """
+import data_pipeline.run
+from launch.cli import main
+
+data_pipeline.run.TOKENS_PER_SHARD = 100_000
+main()
+"""
+
+
 def _command(crawl: Path, out: Path, engine: str) -> list[str]:
-    farspan = [sys.executable, "-m", "launch.cli", "data", "run", str(crawl), "--out", str(out)]
+    farspan = [sys.executable, "-c", FARSPAN, "data", "run", str(crawl), "--out", str(out)]
     return [*farspan, "--recipe", "demo", "--vocab-size", "600", "--engine", engine]
 
 
@@ -152,8 +163,8 @@ def cluster() -> Iterator[_Cluster]:
     cluster.stop()
 
 
-def _run_and(loss: Any, crawl: Path, out: Path, engine: str) -> str:
-    """Run on a cluster, let `loss` happen after the first archive, and return what was printed."""
+def _run_and(loss: Any, crawl: Path, out: Path, engine: str, stage: str = "", code: int = 0) -> str:
+    """Run on a cluster, let `loss` happen after the first task of a stage; what was printed."""
     printed = []
     with subprocess.Popen(
         _command(crawl, out, engine), stdout=subprocess.PIPE, text=True, cwd=ROOT
@@ -161,23 +172,70 @@ def _run_and(loss: Any, crawl: Path, out: Path, engine: str) -> str:
         assert process.stdout
         for line in process.stdout:
             printed.append(line)
-            if line.startswith("clean: 1 of"):
-                loss()
-    assert process.returncode == 0
+            if stage and line.startswith(f"{stage}: 1 of"):
+                loss(process)
+    assert process.returncode == code
+    assert not stage or any(line.startswith(f"{stage}: 1 of") for line in printed)
     return "".join(printed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", ["nothing", "worker", "node"])
+@pytest.mark.parametrize(
+    ("lost", "stage"),
+    [("nothing", ""), ("worker", "clean"), ("worker", "shards"), ("node", "clean")],
+)
 def test_ray_gives_the_same_bytes_whatever_is_lost(
-    cluster: _Cluster, crawl: Path, native: dict[str, bytes], tmp_path: Path, lost: str
+    cluster: _Cluster,
+    crawl: Path,
+    native: dict[str, bytes],
+    tmp_path: Path,
+    lost: str,
+    stage: str,
 ) -> None:
-    losses = {"nothing": lambda: None, "worker": cluster.kill_worker, "node": cluster.kill_node}
-    printed = _run_and(losses[lost], crawl, tmp_path / "data", cluster.engine)
+    losses = {"worker": cluster.kill_worker, "node": cluster.kill_node}
+    loss = losses.get(lost)
+    printed = _run_and(lambda _: loss and loss(), crawl, tmp_path / "data", cluster.engine, stage)
     assert f"clean: {FILES} of {FILES}" in printed
+    assert len([name for name in native if name.endswith(".tar")]) > 3
     assert contents(tmp_path / "data") == native
     if lost == "node":
         cluster.add_node()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_asked_to_stop_ends_its_tasks_and_continues(
+    cluster: _Cluster, crawl: Path, native: dict[str, bytes], tmp_path: Path
+) -> None:
+    for stage in ("clean", "shards"):
+        printed = _run_and(
+            lambda process: process.send_signal(signal.SIGTERM),
+            crawl,
+            tmp_path / "data",
+            cluster.engine,
+            stage,
+            STOPPED_ON_REQUEST,
+        )
+        assert f"{stage}: {FILES} of" not in printed
+        assert not (tmp_path / "data" / "manifest.json").exists()
+        _await_no_task()
+    printed = _run_and(lambda _: None, crawl, tmp_path / "data", cluster.engine)
+    assert "clean: 0 of" not in printed
+    assert contents(tmp_path / "data") == native
+
+
+def _await_no_task() -> None:
+    """Wait until the cluster does nothing for the command any more."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        titles = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if os.getpid() in _ancestors(int(entry.name)):
+                    titles.append(_title(int(entry.name)))
+        if not any(b"data_pipeline.ray_engine" in title for title in titles):
+            return
+        time.sleep(0.1)
+    raise AssertionError("a task goes on although its command has ended")
 
 
 FAILS = """

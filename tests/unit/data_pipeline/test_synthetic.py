@@ -55,7 +55,7 @@ def test_the_answers_are_what_the_document_says(name: str, spread: bool) -> None
     task, alphabet = Task(name=name, pairs=3, values=3, spread=spread), Alphabet(80)
     for number in range(50):
         length = 150 + number
-        document = write_document(task, length, alphabet, random_numbers(0, task, number))
+        document = write_document(task, length, alphabet, random_numbers(0, "test", task, number))
         words = [alphabet.names[token] for token in document.tokens]
         assert len(words) == length
         assert Counter(words)["<|endoftext|>"] == 1
@@ -74,7 +74,7 @@ def test_the_answers_are_what_the_document_says(name: str, spread: bool) -> None
 
 def test_an_overwritten_value_is_never_the_answer() -> None:
     task, alphabet = Task(name="overwrite", pairs=4, values=4), Alphabet(80)
-    document = write_document(task, 200, alphabet, random_numbers(0, task, 0))
+    document = write_document(task, 200, alphabet, random_numbers(0, "test", task, 0))
     words = [alphabet.names[token] for token in document.tokens]
     written = Counter(words[at + 1] for at, word in enumerate(words) if word == "set")
     assert set(written.values()) == {4}
@@ -83,7 +83,7 @@ def test_an_overwritten_value_is_never_the_answer() -> None:
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
 def test_a_needle_lies_where_it_is_asked_to(depth: float) -> None:
     task, alphabet = Task(name="needle"), Alphabet(64)
-    document = write_document(task, 1000, alphabet, random_numbers(0, task, 0), depth)
+    document = write_document(task, 1000, alphabet, random_numbers(0, "test", task, 0), depth)
     (place,) = np.flatnonzero(document.tokens == alphabet.names.index("set"))
     assert abs(place / 1000 - depth) < 0.01
 
@@ -94,7 +94,7 @@ def test_questions_at_the_end_are_asked_in_any_order_and_spread_ones_everywhere(
     places = []
     for task in (at_end, spread):
         documents = [
-            write_document(task, 200, alphabet, random_numbers(0, task, number)).question
+            write_document(task, 200, alphabet, random_numbers(0, "test", task, number)).question
             for number in range(100)
         ]
         places.append(np.concatenate([np.flatnonzero(question >= 0) for question in documents]))
