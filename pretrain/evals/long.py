@@ -120,8 +120,9 @@ def ask(
     at_a_time = model.rows_at_a_time(length)
     for first in range(0, request.samples, at_a_time):
         documents = [
-            form.write(task, length, random_numbers(request.seed, task, length, number), depth)
+            form.write(task, length, rng, depth)
             for number in range(first, min(first + at_a_time, request.samples))
+            for rng in [random_numbers(request.seed, "evaluation", task, length, number)]
         ]
         tokens = np.stack([document.tokens for document in documents])
         question = np.stack([document.question for document in documents])

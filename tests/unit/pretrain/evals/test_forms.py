@@ -38,7 +38,7 @@ def stated(text: str, task: str) -> dict[str, list[str]]:
 def test_the_text_states_what_it_asks_for(name: str, tokenizer: Tokenizer) -> None:
     task, form = Task(name=name, pairs=3, values=2), TextForm(tokenizer)
     for number, length in enumerate((1200, 1201, 1500)):
-        document = form.write(task, length, random_numbers(0, task, number), None)
+        document = form.write(task, length, random_numbers(0, "test", task, number), None)
         assert len(document.tokens) == len(document.question) == length
         assert document.tokens[-1] == tokenizer.eos_id
         haystack, *questions = tokenizer.decode(document.tokens.tolist()).split("\nQuestion: ")
@@ -55,7 +55,7 @@ def test_a_needle_lies_between_sentences_at_its_depth(tokenizer: Tokenizer) -> N
     task, form = Task(name="needle"), TextForm(tokenizer)
     sentences = {f" {sentence}" for sentence in FILLER}
     for depth in (0.0, 0.5, 1.0):
-        document = form.write(task, 3000, random_numbers(0, task, 0), depth)
+        document = form.write(task, 3000, random_numbers(0, "test", task, 0), depth)
         text = tokenizer.decode(document.tokens.tolist()).partition("\nQuestion")[0]
         before, needle, after = re.split(r"( The number of \w+ is \d+\.)", text)
         assert needle

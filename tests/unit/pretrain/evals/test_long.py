@@ -1,10 +1,14 @@
 """Counting, with models that are asked in place of a real one."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data_pipeline.shards import TokenReader
+from data_pipeline.synthetic import Task, random_numbers
+from data_pipeline.synthetic.shards import make_synthetic
 from pretrain.evals.by_position import by_powers_of_two
 from pretrain.evals.forms import TokenForm
 from pretrain.evals.long import ask
@@ -61,6 +65,20 @@ def test_documents_follow_from_the_seed_and_not_from_how_many_there_are() -> Non
 
     assert (asked(samples=2) == asked(samples=5)[:2]).all()
     assert (asked(samples=5) != asked(samples=5, seed=1)).any()
+
+
+def test_no_document_is_one_of_a_training_of_the_same_seed(tmp_path: Path) -> None:
+    task = Task(name="needle")
+    shards = {"length": 100, "documents": 20, "vocab_size": 128, "seed": 7}
+    reader = TokenReader(make_synthetic(task, tmp_path, **shards).manifest)
+    trained_on = {reader.read(number, 0, 100).tobytes() for number in range(20)}
+    model = Knowing(set())
+    ask(model, FORM, Request(lengths=(100,), samples=20, seed=7), "needle", 100)
+    asked = np.concatenate(model.passes).astype(np.uint16)
+    assert not trained_on & {tokens.tobytes() for tokens in asked}
+    rng = random_numbers(7, "training", task, 100, 3)
+    again = FORM.write(task, 100, rng, None).tokens.astype(np.uint16)
+    assert again.tobytes() in trained_on
 
 
 def test_losses_are_put_intoby_powers_of_two_that_end_at_powers_of_two() -> None:
