@@ -5,6 +5,7 @@ run's checkpoint first; the overrides of each layout.
 """
 
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from parallel.mesh import join_ranks
 from pretrain.checkpoint.trained import load_trained, newest_config
+from pretrain.evals.by_position import loss_by_position
 from pretrain.evals.forms import TokenForm
 from pretrain.evals.long import ask
 from pretrain.evals.request import Request, prepared
@@ -78,6 +80,7 @@ def answers(run: RunDirectory, overrides: list[str], device: torch.device) -> di
             ask(model, form, REQUEST, "overwrite", LENGTH),
             ask(model, form, REQUEST, "needle", LENGTHS[0], 0.5),
         ],
+        "buckets": loss_by_position(model, run, replace(REQUEST, shards=config.data.shards)),
     }
 
 

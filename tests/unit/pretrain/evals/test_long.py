@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,11 +10,14 @@ import pytest
 from data_pipeline.shards import TokenReader
 from data_pipeline.synthetic import Task, random_numbers
 from data_pipeline.synthetic.shards import make_synthetic
-from pretrain.evals.by_position import by_powers_of_two
+from pretrain.config import load_config
+from pretrain.errors import UserError
+from pretrain.evals.by_position import by_powers_of_two, loss_by_position
 from pretrain.evals.forms import TokenForm
 from pretrain.evals.long import ask
 from pretrain.evals.request import Request
 from pretrain.evals.sharded import Scores
+from pretrain.run_dir import RunDirectory
 
 IGNORED = -100
 FORM = TokenForm(128)
@@ -90,3 +94,14 @@ def test_losses_are_put_intoby_powers_of_two_that_end_at_powers_of_two() -> None
         (4, 7, 2, 5.5),
         (16, 31, 2, 7.5),
     ]
+
+
+def test_shards_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    task, sizes = Task(name="needle"), {"length": 100, "documents": 2, "seed": 0}
+    for vocab_size in (64, 128):
+        make_synthetic(task, tmp_path / str(vocab_size), vocab_size=vocab_size, **sizes)
+    run = RunDirectory(tmp_path / "64")
+    model = SimpleNamespace(config=load_config("tiny"))
+    request = Request(lengths=(50,), shards=str(tmp_path / "128"))
+    with pytest.raises(UserError, match=r"--shards .*128 has another tokenizer than"):
+        loss_by_position(model, run, request)

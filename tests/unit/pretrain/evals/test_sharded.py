@@ -1,5 +1,6 @@
 """What a model predicts is the same in every layout: that of the whole model in one process."""
 
+import shutil
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     task = Task(name="multi_key", spread=True)
     make_synthetic(task, shards, length=64, documents=20, vocab_size=64, seed=0)
     run.mkdir()
+    shutil.copy(shards / "tokenizer.json", run)
     config = load_config("tiny-hybrid-moe", [*MODEL, f"data.shards={shards}"])
     (run / "config.yaml").write_text(config.to_yaml())
     results: Found = {}
@@ -84,3 +86,14 @@ def test_tasks_have_the_results_of_one_rank(found: Found) -> None:
         for cell, wanted in zip(found[layout]["cells"][first:], expected[first:], strict=True):
             assert (cell.questions, cell.right) == (wanted.questions, wanted.right), layout
             assert cell.loss == pytest.approx(wanted.loss, rel=1e-4), layout
+
+
+def test_loss_by_position_is_that_of_one_rank(found: Found) -> None:
+    expected = found[""]["buckets"]
+    # Rows of two documents with four answers each.
+    assert sum(bucket.tokens for bucket in expected) == 3 * 2 * 4
+    assert max(bucket.last for bucket in expected) <= 63
+    for layout in ALL[1:]:
+        for bucket, wanted in zip(found[layout]["buckets"], expected, strict=True):
+            assert (bucket.first, bucket.tokens) == (wanted.first, wanted.tokens), layout
+            assert bucket.loss == pytest.approx(wanted.loss, rel=1e-4), layout
