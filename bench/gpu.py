@@ -30,6 +30,7 @@ SECTIONS = {
     "moe": ("gpu_layers", "moe"),
     "step": ("gpu_step", "step"),
     "longest": ("gpu_step", "longest"),
+    "segments": ("gpu_segments", "run"),
 }
 
 

@@ -19,6 +19,8 @@ from parallel.fsdp import owned_region
 from parallel.gradients import clip_gradients
 from parallel.mesh import Mesh
 from parallel.recompute import Recompute
+from parallel.segments.documents import cut_rows
+from parallel.segments.memory import Memory as SegmentMemory
 from parallel.stage import Objective
 from pretrain.balancing import RouterState
 from pretrain.metrics.flops import forward_flops
@@ -119,11 +121,21 @@ def extrapolate(machine: Machine, taken: list[tuple[int, float, float]]) -> str:
 
 
 class Model:
-    """A model on one rank with its optimizer."""
+    """A model on one rank with its optimizer.
 
-    def __init__(self, machine: Machine, recompute: Recompute) -> None:
-        self.machine = machine
-        self.config = SMOKE_MODEL if machine.is_smoke else MODEL
+    Attributes:
+        segment: tokens that are computed at a time, with exact gradients; None is the whole row.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        recompute: Recompute,
+        config: ModelConfig = MODEL,
+        segment: int | None = None,
+    ) -> None:
+        self.machine, self.segment = machine, segment
+        self.config = SMOKE_MODEL if machine.is_smoke else config
         join_alone(machine)
         self.mesh = Mesh.build(machine.device)
         with torch.device("meta"):
@@ -132,7 +144,7 @@ class Model:
             {0: model},
             OBJECTIVE,
             self.mesh,
-            Spread(torch.bfloat16, recompute=[recompute]),
+            Spread(torch.bfloat16, recompute=[recompute], in_segments=segment is not None),
             machine.device,
         )
         routers = RouterState(self.config.n_layers, self.config.moe)
@@ -143,12 +155,17 @@ class Model:
         weights = self.parallelised.weights.parameters()
         self.optimizer = torch.optim.AdamW(weights, lr=1e-4)
 
-    def batch(self, length: int) -> tuple[Tensor, Tensor, Documents]:
+    def batch(self, length: int) -> tuple[Tensor, Tensor, Any]:
+        device = self.machine.device
         tokens, labels = torch.randint(self.config.vocab_size, (2, 1, length))
-        documents = Documents.whole_rows(1, length, self.machine.device)
-        return tokens.to(self.machine.device), labels.to(self.machine.device), documents
+        documents: Any = Documents.whole_rows(1, length, device)
+        if self.segment is not None:
+            n_segments = length // self.segment
+            cut = cut_rows(documents.lengths, n_segments, SegmentMemory(n_segments))
+            documents = [segment.to(device) for segment in cut]
+        return tokens.to(device), labels.to(device), documents
 
-    def step(self, tokens: Tensor, labels: Tensor, documents: Documents) -> None:
+    def step(self, tokens: Tensor, labels: Tensor, documents: Any) -> None:
         self.parallelised.forward_backward(tokens, labels, [documents], tokens.numel())
         clip_gradients(self.parallelised.weights.parameters(), 1.0, self.mesh.pp.size())
         self.optimizer.step()

@@ -36,12 +36,17 @@ def documents_attention(
 
 
 class Block(NamedTuple):
-    """A piece of attention by its places in tensors [B, H, T, D]."""
+    """A piece of attention by its places in tensors [B, H, T, D].
+
+    Attributes:
+        recurs: whether other layers and batches have pieces of this shape.
+    """
 
     rows: slice
     queries: slice
     keys: slice
     mask: Mask
+    recurs: bool = False
 
 
 def attend(
@@ -53,13 +58,13 @@ def attend(
     may be wider than q; q is [B, H, Tq, D], k and v [B, Hkv, Tk, D], lse [B, H, Tq].
     """
     q, out, lse, k, v = _parts(block, (q, out, lse), (k, v))
+    how: Any = {"scale": scale, "recurs": block.recurs}
     if block.mask == "reversed":
-        block_out, block_lse = block_attention(
-            q.flip(2), k.flip(2), v.flip(2), causal=True, scale=scale
-        )
+        flipped = (x.flip(2) for x in (q, k, v))
+        block_out, block_lse = block_attention(*flipped, causal=True, **how)
         block_out, block_lse = block_out.flip(2), block_lse.flip(2)
     else:
-        block_out, block_lse = block_attention(q, k, v, causal=block.mask == "causal", scale=scale)
+        block_out, block_lse = block_attention(q, k, v, causal=block.mask == "causal", **how)
     if block.mask == "causal":
         out.copy_(block_out)
         lse.copy_(block_lse)
@@ -86,8 +91,9 @@ def attend_backward(
     is_reversed = block.mask == "reversed"
     if is_reversed:
         d_out, q, k, v, out, lse = (x.flip(2) for x in (d_out, q, k, v, out, lse))
+    causal = block.mask != "full"
     parts = block_attention_backward(
-        d_out, q, k, v, out, lse, causal=block.mask != "full", scale=scale
+        d_out, q, k, v, out, lse, causal=causal, scale=scale, recurs=block.recurs
     )
     for gradient, part in zip((dq, dk, dv), parts, strict=True):
         gradient += part.flip(2) if is_reversed else part
@@ -134,7 +140,8 @@ def _blocks(documents: Documents, window: int | None) -> Iterator[Block]:
     """The blocks of all rows at once, or of one document after the other."""
     B, T = documents.position.shape
     if not documents.is_packed:
-        yield from _blocks_of(slice(B), range(T), window)
+        for block in _blocks_of(slice(B), range(T), window):
+            yield block._replace(recurs=True)
         return
     for row, lengths in enumerate(documents.lengths):
         for start, stop in pairwise(accumulate(lengths, initial=0)):

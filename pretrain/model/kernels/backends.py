@@ -75,7 +75,6 @@ def usable_backends(setting: Setting) -> tuple[str, ...]:
         ),
         "flash_attn_2": takes_flash and "flash_attn_2" in s.installed,
         "torch_flash": takes_flash,
-        # Never the first: cuDNN builds a graph for each new length, and documents have many.
         "torch_cudnn": (
             takes_flash
             and s.head_dim <= (256 if s.capability == HOPPER else 128)
@@ -88,9 +87,17 @@ def usable_backends(setting: Setting) -> tuple[str, ...]:
     return tuple(backend for backend, is_usable in usable.items() if is_usable)
 
 
-def choose_backend(setting: Setting) -> str:
-    """The backend of block attention."""
-    return usable_backends(setting)[0]
+def choose_backend(setting: Setting, recurs: bool = False) -> str:
+    """The backend of block attention.
+
+    Args:
+        recurs: blocks of the same lengths come again and again. On Hopper cuDNN then is nearly
+            twice as fast as what was written for Ampere; but it builds a graph for each new length,
+            which takes 2 s, and documents have many.
+    """
+    usable = usable_backends(setting)
+    takes_cudnn = recurs and setting.capability == HOPPER and "torch_cudnn" in usable
+    return "torch_cudnn" if takes_cudnn and usable[0] != "flash_attn_3" else usable[0]
 
 
 def choose_rule(setting: Setting) -> str:
@@ -107,7 +114,10 @@ def kernels_in_use(device: torch.device, dtype: torch.dtype, head_dim: int, key_
         head_dim: of softmax attention.
         key_dim: of the gated delta net.
     """
-    attention = choose_backend(Setting.here(device, dtype, head_dim))
+    setting = Setting.here(device, dtype, head_dim)
+    attention, of_whole_rows = choose_backend(setting), choose_backend(setting, recurs=True)
+    if of_whole_rows != attention:
+        attention += f", {of_whole_rows} for rows of one document"
     if attention == "reference":
         attention += " (slow, memory quadratic in the length)"
     rule = choose_rule(Setting.here(device, dtype, key_dim))

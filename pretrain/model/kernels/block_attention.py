@@ -32,7 +32,14 @@ BACKENDS: dict[str, ModuleType] = {
 
 
 def block_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, backend: str | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    recurs: bool = False,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax(scale * q k^T) v and the log-sum-exp of its rows.
 
@@ -40,13 +47,14 @@ def block_attention(
         q: [B, H, Tq, D].
         k, v: [B, Hkv, Tk, D]; each key head serves H / Hkv consecutive query heads.
         causal: query i sees the keys 0..i; needs Tq == Tk.
+        recurs: blocks of these lengths come again and again.
         backend: a name in `BACKENDS`; by default the one that `choose_backend` prefers.
 
     Returns:
         out [B, H, Tq, D] in q's dtype, lse [B, H, Tq] in float32 (float64 for float64 inputs).
     """
     _check_shapes(q, k, v, causal)
-    return _backend(q, backend).forward(q, k, v, causal, scale)
+    return _backend(q, backend, recurs).forward(q, k, v, causal, scale)
 
 
 def block_attention_backward(
@@ -59,6 +67,7 @@ def block_attention_backward(
     *,
     causal: bool,
     scale: float,
+    recurs: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This block's part of the gradients of q, k and v.
@@ -66,12 +75,12 @@ def block_attention_backward(
     out and lse are those of all the keys that the queries see, here and in other blocks.
     """
     _check_shapes(q, k, v, causal)
-    return _backend(q, backend).backward(dout, q, k, v, out, lse, causal, scale)
+    return _backend(q, backend, recurs).backward(dout, q, k, v, out, lse, causal, scale)
 
 
-def _backend(q: Tensor, name: str | None) -> ModuleType:
+def _backend(q: Tensor, name: str | None, recurs: bool) -> ModuleType:
     if name is None:
-        name = choose_backend(Setting.here(q.device, q.dtype, q.shape[-1]))
+        name = choose_backend(Setting.here(q.device, q.dtype, q.shape[-1]), recurs)
     if name not in BACKENDS:
         raise ValueError(f"attention backend {name!r} is unknown; there are {', '.join(BACKENDS)}")
     return BACKENDS[name]

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.apply import Parallelised, Spread, apply
+from parallel.context import blocks
 from parallel.context.documents import SplitDocuments
 from parallel.fsdp import owned_region
 from parallel.layout import split_row
@@ -155,6 +156,11 @@ def alone() -> Iterator[tuple[str, float]]:
             for segments in (2, 4, 8):
                 found = model.gradients(*in_segments(rows, segments, segments, model.mesh))
                 yield f"{kind}, {rows_name}, {segments}", error(found, expected)
+    expected = reference.gradients(*whole(ROWS["whole"], reference.mesh))
+    blocks.RECURRING_TOKENS, usual = 8, blocks.RECURRING_TOKENS
+    found = model.gradients(*in_segments(ROWS["whole"], 4, 4, model.mesh))
+    blocks.RECURRING_TOKENS = usual
+    yield "blocks that recur", error(found, expected)
     expected = reference.gradients(*whole(ROWS["packed"], reference.mesh))
     for mode in RECOMPUTE:
         recomputing = Model(KINDS["hybrid"], True, mode)

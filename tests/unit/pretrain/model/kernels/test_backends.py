@@ -95,9 +95,19 @@ def test_choice_of_the_gated_delta_rule(setting: Setting, rule: str) -> None:
     assert choose_rule(setting) == rule
 
 
-def test_cudnn_is_there_to_be_asked_for_but_never_chosen() -> None:
+def test_cudnn_computes_what_recurs_where_it_is_the_fastest() -> None:
     usable = usable_backends(on_gpu(HOPPER, installed=NONE))
     assert usable == ("torch_flash", "torch_cudnn", "torch_efficient", "reference")
+    for installed, recurring in ((NONE, "torch_cudnn"), (ONLY_2, "torch_cudnn"), (BOTH, None)):
+        setting = on_gpu(HOPPER, installed=installed)
+        assert choose_backend(setting) == usable_backends(setting)[0]
+        assert choose_backend(setting, recurs=True) == (recurring or "flash_attn_3")
+    assert choose_backend(on_gpu(HOPPER, installed=NONE, head_dim=256), recurs=True) == (
+        "torch_cudnn"
+    )
+    deterministic = on_gpu(HOPPER, installed=NONE, deterministic=True)
+    assert choose_backend(deterministic, recurs=True) == "torch_flash"
+    assert choose_backend(on_gpu(AMPERE, installed=NONE), recurs=True) == "torch_flash"
     assert set(usable_backends(on_gpu(HOPPER))) == set(BACKENDS) - {"cpu_flash"}
 
 
