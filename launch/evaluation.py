@@ -30,7 +30,7 @@ def evaluate_long(
 
     Args:
         lengths: as `parse_lengths` reads them; None is the length of the training.
-        tasks: names, or `all`; an empty string is none of them.
+        tasks: names with commas between them; None is all, an empty string none.
         asked: other fields of `Request`.
     """
     if suite not in SUITES:
