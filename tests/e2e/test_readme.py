@@ -22,6 +22,7 @@ COMMANDS = [
         "docs/ledger.md",
         "docs/checkpoints.md",
         "docs/evaluation.md",
+        "docs/long_context.md",
     )
     for block in re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     for line in block.splitlines()
