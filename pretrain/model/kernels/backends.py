@@ -13,6 +13,8 @@ import torch
 
 HALF = (torch.float16, torch.bfloat16)
 HOPPER = (9, 0)
+# Before it, lengths that 128 does not divide were wrong.
+MENDED_CUDNN = 91501
 # On Hopper its releases from the first on, and before the second, give wrong gradients of gated
 # rules (flash-linear-attention issue 640); without Triton, tilelang does the same.
 BROKEN_TRITON = ((3, 4, 0), (3, 7, 1))
@@ -31,7 +33,8 @@ class Setting(NamedTuple):
     Attributes:
         device: its type.
         capability: the CUDA device's compute capability, (0, 0) for another device.
-        installed: the backends whose packages can be imported.
+        installed: the backends whose packages can be imported, and `torch_cudnn` where cuDNN
+            computes every length right.
         deterministic: whether torch is to use deterministic algorithms only.
     """
 
@@ -96,8 +99,9 @@ def choose_backend(setting: Setting, recurs: bool = False) -> str:
             which takes 2 s, and documents have many.
     """
     usable = usable_backends(setting)
-    takes_cudnn = recurs and setting.capability == HOPPER and "torch_cudnn" in usable
-    return "torch_cudnn" if takes_cudnn and usable[0] != "flash_attn_3" else usable[0]
+    is_right = "torch_cudnn" in usable and "torch_cudnn" in setting.installed
+    is_fastest = setting.capability == HOPPER and usable[0] != "flash_attn_3"
+    return "torch_cudnn" if recurs and is_right and is_fastest else usable[0]
 
 
 def choose_rule(setting: Setting) -> str:
@@ -146,7 +150,11 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 @cache
 def _installed(capability: tuple[int, int]) -> frozenset[str]:
-    return frozenset(backend for backend, module in _MODULES.items() if _loads(module, capability))
+    cudnn = torch.backends.cudnn.version() or 0
+    found = {"torch_cudnn"} if cudnn >= MENDED_CUDNN else set()
+    return frozenset(
+        found | {name for name, module in _MODULES.items() if _loads(module, capability)}
+    )
 
 
 def _loads(module: str, capability: tuple[int, int]) -> bool:

@@ -28,6 +28,7 @@ BOTH = frozenset({"flash_attn_2", "flash_attn_3"})
 NONE: frozenset[str] = frozenset()
 FLA = frozenset({"fla"})
 ONLY_2 = frozenset({"flash_attn_2"})
+CUDNN = frozenset({"torch_cudnn"})
 
 
 def on_gpu(
@@ -98,16 +99,18 @@ def test_choice_of_the_gated_delta_rule(setting: Setting, rule: str) -> None:
 def test_cudnn_computes_what_recurs_where_it_is_the_fastest() -> None:
     usable = usable_backends(on_gpu(HOPPER, installed=NONE))
     assert usable == ("torch_flash", "torch_cudnn", "torch_efficient", "reference")
-    for installed, recurring in ((NONE, "torch_cudnn"), (ONLY_2, "torch_cudnn"), (BOTH, None)):
-        setting = on_gpu(HOPPER, installed=installed)
+    recurring = [
+        (on_gpu(HOPPER, installed=CUDNN), "torch_cudnn"),
+        (on_gpu(HOPPER, installed=CUDNN, head_dim=256), "torch_cudnn"),
+        (on_gpu(HOPPER, installed=CUDNN | ONLY_2), "torch_cudnn"),
+        (on_gpu(HOPPER, installed=CUDNN | BOTH), "flash_attn_3"),
+        (on_gpu(HOPPER, installed=CUDNN, deterministic=True), "torch_flash"),
+        (on_gpu(HOPPER, installed=NONE), "torch_flash"),
+        (on_gpu(AMPERE, installed=CUDNN), "torch_flash"),
+    ]
+    for setting, backend in recurring:
+        assert choose_backend(setting, recurs=True) == backend
         assert choose_backend(setting) == usable_backends(setting)[0]
-        assert choose_backend(setting, recurs=True) == (recurring or "flash_attn_3")
-    assert choose_backend(on_gpu(HOPPER, installed=NONE, head_dim=256), recurs=True) == (
-        "torch_cudnn"
-    )
-    deterministic = on_gpu(HOPPER, installed=NONE, deterministic=True)
-    assert choose_backend(deterministic, recurs=True) == "torch_flash"
-    assert choose_backend(on_gpu(AMPERE, installed=NONE), recurs=True) == "torch_flash"
     assert set(usable_backends(on_gpu(HOPPER))) == set(BACKENDS) - {"cpu_flash"}
 
 
