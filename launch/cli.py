@@ -61,10 +61,20 @@ def train(
         bool,
         typer.Option("--dry-run", help="Print what a rank would hold, need and send; start none."),
     ] = False,
+    explain_memory: Annotated[
+        bool,
+        typer.Option(
+            "--explain-memory",
+            help="Train two steps on random tokens and print what memory was for, next to what "
+            "was predicted.",
+        ),
+    ] = False,
     ranks: Annotated[
         int | None, typer.Option(min=1, help="How many a dry run plans for (default: nproc).")
     ] = None,
-    rank: Annotated[int | None, typer.Option(min=0, help="The one to plan (default: 0).")] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=0, help="The one to plan or to explain (default: 0).")
+    ] = None,
 ) -> None:
     """Train a model; the same command again resumes.
 
@@ -78,6 +88,11 @@ def train(
         from launch.dry_run import print_plan
 
         print_plan(recipe, overrides or [], ranks or nproc, rank or 0)
+        return
+    if explain_memory and ranks is None:
+        from launch.explain_memory import print_memory
+
+        print_memory(recipe, overrides or [], nproc, rank or 0)
         return
     if ranks is not None or rank is not None:
         raise UserError("--ranks and --rank belong to --dry-run; to train here, --nproc ranks")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from launch.sizes import size_text
 from pretrain.config import Config, load_config, phases_of
 from pretrain.curriculum import Phase
 from pretrain.layouts import resolve_layouts
@@ -72,7 +73,7 @@ def _print_plan(console: Console, plan: "Plan", config: Config) -> None:
         ("activations", memory.activations, "kept for the backward pass, at most"),
         ("peak", memory.peak, "at a time, with temporaries"),
     ):
-        table.add_row(name, _size(size), remark)
+        table.add_row(name, size_text(size), remark)
     console.print(table)
     console.print()
 
@@ -82,7 +83,7 @@ def _print_plan(console: Console, plan: "Plan", config: Config) -> None:
     table.add_column("calls", justify="right")
     table.add_column("sent", justify="right", min_width=12)
     for (axis, kind), traffic in plan.traffic.items():
-        table.add_row(axis, kind, f"{traffic.calls:,}", _size(traffic.bytes))
+        table.add_row(axis, kind, f"{traffic.calls:,}", size_text(traffic.bytes))
     console.print(table)
     console.print()
 
@@ -93,11 +94,3 @@ def _layers(numbers: Sequence[int]) -> str:
     ends = [n for n in numbers if n + 1 not in numbers]
     ranges = [f"{a}-{b}" if a < b else f"{a}" for a, b in zip(starts, ends, strict=True)]
     return f"layers {', '.join(ranges)}" if ranges else "no layer"
-
-
-def _size(n_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if n_bytes < 1024:
-            return f"{n_bytes:.4g} {unit}"
-        n_bytes /= 1024
-    return f"{n_bytes:,.2f} GiB"

@@ -35,7 +35,7 @@ ASSUMPTIONS = (
 
 
 @contextmanager
-def fake_tensors(config: Config, layout: Layout) -> Iterator[None]:
+def fake_tensors(config: Config, layout: Layout, on_gpus: bool = True) -> Iterator[None]:
     """Run models on tensors that have a shape, a type and a device, and no memory.
 
     A model that was built on the meta device can be moved here.
@@ -43,7 +43,8 @@ def fake_tensors(config: Config, layout: Layout) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(_GroupedProducts())
-        stack.enter_context(gpu_kernels())
+        if on_gpus:
+            stack.enter_context(gpu_kernels())
         for owner, name, stand_in in (
             (AllToAllDispatch, "counts_on_host", _even_counts(config, layout)),
             # All blocks of its loop need the same memory.

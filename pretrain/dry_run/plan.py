@@ -1,5 +1,6 @@
 """What one rank of a layout holds, needs and sends, found by training on fake tensors."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -15,9 +16,12 @@ from pretrain.build import build_mesh, build_model
 from pretrain.config import Config
 from pretrain.dry_run.assumptions import Elsewhere, drop_nothing, fake_tensors, with_all_to_all
 from pretrain.dry_run.step import Step
-from pretrain.dry_run.tracker import StepTracker, Traffic
+from pretrain.dry_run.tracker import OTHER, WEIGHTS, StepTracker, Traffic
 from pretrain.errors import UserError
 from pretrain.layouts import Layout, resolve_layout
+
+# Of a pipeline, where fewer were planned.
+MORE_MICROBATCHES = "more microbatches"
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class Memory:
         activations: the most that is kept for backward passes at a time.
         gathered: whole weights that FSDP has gathered when memory is at its peak.
         peak: the most that is alive at a time.
+        parts: of that, what it is for.
+        kept: layer -> what its forward pass leaves for its backward pass.
     """
 
     weights: int
@@ -38,6 +44,8 @@ class Memory:
     activations: int
     gathered: int
     peak: int
+    parts: Mapping[str, int]
+    kept: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -63,8 +71,11 @@ class Plan:
     traffic: Mapping[tuple[str, str], Traffic]
 
 
-def plan_rank(config: Config, ranks: int, rank: int) -> Plan:
+def plan_rank(config: Config, ranks: int, rank: int, *, on_gpus: bool = True) -> Plan:
     """Plan rank `rank` of `ranks`, in this process and without memory for any tensor.
+
+    Args:
+        on_gpus: with the kernels of GPUs, else those of CPUs; host memory is not the device's then.
 
     Raises:
         UserError: there is no such rank, or the layout does not work.
@@ -77,10 +88,12 @@ def plan_rank(config: Config, ranks: int, rank: int) -> Plan:
     try:
         device = torch.device("cpu")
         mesh = build_mesh(config, layout, device)
-        store = Elsewhere() if config.parallel.offload != "none" else None
+        elsewhere = ("host", "disk") if on_gpus else ("disk",)
+        store = Elsewhere() if config.parallel.offload in elsewhere else None
         parallelised = build_model(config, layout, mesh, device, store=store)
         drop_nothing(parallelised)
-        with fake_tensors(config, layout), StepTracker(axis_names(mesh)) as tracker:
+        with fake_tensors(config, layout, on_gpus), StepTracker(axis_names(mesh)) as tracker:
+            tracker.part = WEIGHTS
             for stage in parallelised.stages:
                 stage.to_empty(device=device)
             return _plan(Step(config, layout, mesh, parallelised, tracker))
@@ -118,8 +131,14 @@ def _plan(step: Step) -> Plan:
         traffic[n] = tracker.traffic
 
     activations = step.activations_at_peak(microbatches)
-    further = activations - step.activations_at_peak(n)
-    further += _on_line(buffers, microbatches) - buffers[n]
+    parts = Counter(tracker.parts_at_peak)
+    if step.layout.pp > 1:
+        further = activations - step.activations_at_peak(n)
+        further += _on_line(buffers, microbatches) - buffers[n]
+        parts[MORE_MICROBATCHES] += further
+    else:
+        further = (microbatches - n) * step.bytes_of_tokens
+        parts[OTHER] += further
     mesh = step.mesh.tokens
     return Plan(
         layout=step.layout,
@@ -135,6 +154,8 @@ def _plan(step: Step) -> Plan:
             activations=activations,
             gathered=tracker.gathered_at_peak,
             peak=tracker.peak + further,
+            parts=parts,
+            kept=step.kept,
         ),
         traffic=_extended(traffic, microbatches),
     )

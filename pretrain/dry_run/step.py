@@ -1,23 +1,39 @@
 """A training step that asks for no data, with any number of microbatches."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from parallel.apply import Parallelised
+from parallel.fsdp import local_tensor
 from parallel.gradients import clip_gradients
 from parallel.mesh import Mesh
 from parallel.pipeline.plan import peak_stored, problem_of_schedule
 from parallel.pipeline.schedule import Pipeline
 from pretrain.config import Config
-from pretrain.dry_run.tracker import StepTracker
+from pretrain.dry_run.tracker import (
+    BACKWARD,
+    EMBEDDING,
+    GATHERED,
+    GRADIENTS,
+    LOSS,
+    OPTIMIZER,
+    OTHER,
+    UPDATE,
+    StepTracker,
+    part_of_layer,
+)
 from pretrain.layouts import Layout, stages_per_rank
 from pretrain.model.kernels.documents import Documents
 from pretrain.optim import build_optimizer, update_in_backward
 from pretrain.parts import pipeline_shape
 from pretrain.share import share_of_rank
+
+CPU = torch.device("cpu")
 
 
 class Step:
@@ -26,6 +42,7 @@ class Step:
     Attributes:
         microbatches: of this rank in a step of the configuration.
         activations: stage -> bytes that a forward pass leaves for its backward pass.
+        kept: layer -> bytes that its forward pass leaves for its backward pass.
     """
 
     def __init__(
@@ -35,7 +52,9 @@ class Step:
         mesh: Mesh,
         parallelised: Parallelised,
         tracker: StepTracker,
+        device: torch.device = CPU,
     ) -> None:
+        self.device = device
         self.config = config
         self.layout = layout
         self.mesh = mesh
@@ -48,11 +67,21 @@ class Step:
         for stage in parallelised.stages:
             stage.register_forward_pre_hook(self._before_forward)
             stage.register_forward_hook(self._after_forward)
+            for number, layer in stage.model.layers.items():
+                layer.register_forward_pre_hook(partial(self._before_layer, number))
+                layer.register_forward_hook(partial(self._after_layer, number))
+        self.kept: dict[str, int] = {}
+        for weight in parallelised.weights.parameters():
+            weight.register_post_accumulate_grad_hook(self._has_gradient)
         self.optimizer = build_optimizer(parallelised.weights, config.optim)
         self.updates = None
         if config.optim.in_backward:
-            device = torch.device("cpu")
             self.updates = update_in_backward(parallelised, self.optimizer, device)
+
+    @property
+    def bytes_of_tokens(self) -> int:
+        """Of a microbatch, with its labels."""
+        return 16 * self.config.train.microbatch * self.config.data.seq_len // self.layout.cp
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -63,6 +92,7 @@ class Step:
         """Make what the first step makes and later ones find: the optimizer's state, and the
         memory that FSDP gathers weights in, which shows what that is.
         """
+        self.tracker.part = GATHERED
         for stage in self.parallelised.stages:
             for module in stage.modules():
                 if isinstance(module, FSDPModule):
@@ -70,6 +100,7 @@ class Step:
                     module.reshard()
         for weight in self.parallelised.weights.parameters():
             weight.grad = torch.zeros_like(weight)
+        self.tracker.part = OPTIMIZER
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -78,16 +109,20 @@ class Step:
         if self.layout.pp > 1:
             self.parallelised.runner = self._pipeline(microbatches)
         rows, length = microbatches * self.config.train.microbatch, self.config.data.seq_len
+        self.tracker.part = OTHER
         shape = (rows, length // self.layout.cp)
-        tokens, labels = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
+        tokens, labels = (
+            torch.randint(self.config.model.vocab_size, shape, device=self.device) for _ in range(2)
+        )
         whole = Documents.whole_rows(self.config.train.microbatch, length)
         rank = self.mesh.cp.get_local_rank()
         shares = [share_of_rank(self.config, whole, rank) for _ in range(microbatches)]
-        documents = [share.documents for share in shares]
+        documents = [share.documents_on(self.device) for share in shares]
         self.parallelised.forward_backward(tokens, labels, documents, rows * length)
 
     def update(self) -> None:
         """What comes after them."""
+        self.tracker.part = UPDATE
         weights = self.parallelised.weights.parameters()
         freed = self.updates.squares if self.updates else None
         clip_gradients(weights, self.config.optim.clip, self.layout.pp, freed)
@@ -124,11 +159,28 @@ class Step:
             self.parallelised.stages,
             self.mesh.pp.get_group(),
             replace(shape, n_microbatches=microbatches),
-            torch.device("cpu"),
+            self.device,
         )
 
     def _before_forward(self, stage: Any, *_: Any) -> None:
+        if self.layout.pp == 1:
+            # What earlier microbatches have left.
+            self.tracker.attribute_all(BACKWARD, GRADIENTS)
+        self.tracker.part = EMBEDDING
         self.activations[stage.index] = self.tracker.gathered - self.tracker.live
 
     def _after_forward(self, stage: Any, *_: Any) -> None:
         self.activations[stage.index] += self.tracker.live - self.tracker.gathered
+        self.tracker.part = BACKWARD
+
+    def _before_layer(self, number: str, *_: Any) -> None:
+        part = self.tracker.part = part_of_layer(number)
+        self.kept[number] = -self.tracker.parts[part]
+
+    def _after_layer(self, number: str, *_: Any) -> None:
+        self.kept[number] += self.tracker.parts[part_of_layer(number)]
+        self.tracker.part = LOSS
+
+    def _has_gradient(self, weight: Tensor) -> None:
+        assert weight.grad is not None
+        self.tracker.attribute(local_tensor(weight.grad), GRADIENTS)

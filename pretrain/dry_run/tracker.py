@@ -5,7 +5,7 @@ code.
 """
 
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -16,6 +16,25 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+# What memory is for. Layers have parts of their own.
+WEIGHTS = "weights"
+OPTIMIZER = "optimizer state"
+GRADIENTS = "gradients"
+GATHERED = "gathered weights"
+COMMUNICATION = "communication buffers"
+EMBEDDING = "embedding"
+LOSS = "loss"
+BACKWARD = "backward pass"
+UPDATE = "update"
+OTHER = "other"
+LASTING = {WEIGHTS, OPTIMIZER, GRADIENTS, GATHERED}
+# The axes along which weights are gathered and gradients reduced.
+OF_WEIGHTS = {"dp_replicate", "fsdp", "expert_shard"}
+
+
+def part_of_layer(number: str) -> str:
+    return f"layer {number}"
 
 
 @dataclass
@@ -37,25 +56,34 @@ class StepTracker(TorchDispatchMode):
         axes: process group name -> axis.
 
     Attributes:
+        part: of what is made from now on, what it is for.
         live: bytes now.
+        parts: of them, those of each part.
         gathered: those of them that FSDP frees and restores: whole weights, gathered to compute.
         peak: the most bytes since `reset`.
-        gathered_at_peak: what `gathered` was then.
+        gathered_at_peak, parts_at_peak: what they were then.
         traffic: (axis, kind) -> collectives since `reset`.
     """
 
     def __init__(self, axes: Mapping[str, str]) -> None:
         super().__init__()
         self.axes = axes
+        self.part = OTHER
         self.live = self.gathered = 0
+        self.parts: Counter[str] = Counter()
         self._bytes: dict[int, int] = {}
+        self._part: dict[int, str] = {}
         self._resized: set[int] = set()
         self.reset()
 
     def reset(self) -> None:
         """Begin a new count of what comes and goes."""
-        self.peak, self.gathered_at_peak = self.live, self.gathered
+        self._note_peak()
         self.traffic: dict[tuple[str, str], Traffic] = defaultdict(Traffic)
+
+    def attribute(self, tensor: Tensor, part: str) -> None:
+        """Count a tensor's memory to another part than the one it was made in."""
+        self._move(tensor.untyped_storage()._cdata, part)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
@@ -94,6 +122,7 @@ class StepTracker(TorchDispatchMode):
         key = storage._cdata
         if key not in self._bytes:
             weakref.finalize(storage, self._forget, key)
+            self._part[key] = self.part
             self._set(key, storage.nbytes())
 
     def _note_resize(self, key: int, size: int) -> None:
@@ -102,11 +131,23 @@ class StepTracker(TorchDispatchMode):
         if key not in self._resized:
             self._resized.add(key)
             self.gathered += self._bytes[key]
+            self._move(key, GATHERED)
         self._set(key, size)
+
+    def attribute_all(self, before: str, part: str) -> None:
+        """Count what is alive of one part to another."""
+        for key in [key for key, is_of in self._part.items() if is_of == before]:
+            self._move(key, part)
+
+    def _move(self, key: int, part: str) -> None:
+        if key in self._bytes:
+            self.parts[self._part[key]] -= self._bytes[key]
+            self.parts[part] += self._bytes[key]
+            self._part[key] = part
 
     def _forget(self, key: int) -> None:
         self._set(key, 0)
-        del self._bytes[key]
+        del self._bytes[key], self._part[key]
         self._resized.discard(key)
 
     def _set(self, key: int, size: int) -> None:
@@ -115,8 +156,13 @@ class StepTracker(TorchDispatchMode):
         self.live += change
         if key in self._resized:
             self.gathered += change
+        self.parts[self._part[key]] += change
         if self.live > self.peak:
-            self.peak, self.gathered_at_peak = self.live, self.gathered
+            self._note_peak()
+
+    def _note_peak(self) -> None:
+        self.peak, self.gathered_at_peak = self.live, self.gathered
+        self.parts_at_peak = {part: size for part, size in self.parts.items() if size}
 
     def _count(self, operation: str, args: Any) -> None:
         if operation not in _COLLECTIVES:
@@ -126,9 +172,13 @@ class StepTracker(TorchDispatchMode):
             dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject)
         )
         if group.size() > 1:
-            traffic = self.traffic[self.axes.get(group.group_name, "all ranks"), kind]
+            axis = self.axes.get(group.group_name, "all ranks")
+            traffic = self.traffic[axis, kind]
             traffic.calls += 1
             traffic.bytes += sent_bytes(args, group)
+            for tensor in _tensors(list(args)) if axis in OF_WEIGHTS else ():
+                if self._part.get(tensor.untyped_storage()._cdata) not in LASTING:
+                    self.attribute(tensor, COMMUNICATION)
 
 
 SentBytes = Callable[[Any, dist.ProcessGroup], int]

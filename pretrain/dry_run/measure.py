@@ -1,0 +1,116 @@
+"""Measure the memory of real steps: `python -m pretrain.dry_run.measure CONFIG` on each rank.
+
+Tokens are random, rows are one document each. Rank 0 prints a JSON list, of each rank.
+
+Args:
+    CONFIG: a resolved configuration, YAML.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from parallel.fsdp import owned_region
+from parallel.mesh import join_ranks
+from pretrain.build import build_mesh, build_model, open_store
+from pretrain.config import Config, parse_config
+from pretrain.dry_run.plan import axis_names
+from pretrain.dry_run.step import Step
+from pretrain.dry_run.tracker import WEIGHTS, StepTracker
+from pretrain.layouts import resolve_layout
+from pretrain.model.init import initialize
+
+# In the first, what lasts is made.
+STEPS = 2
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes of a rank in a step.
+
+    Attributes:
+        device: `cpu` or `cuda`.
+        peak, parts, kept: see `plan.Memory`.
+        before: of the process before there was a model; on a GPU 0.
+        process: the most of the process; on a GPU of its allocator, with what is cached.
+        offloaded: the most that waited elsewhere.
+    """
+
+    device: str
+    peak: int
+    parts: dict[str, int]
+    kept: dict[str, int]
+    before: int
+    process: int
+    offloaded: int
+
+
+def measure(config: Config, device: torch.device) -> Measured:
+    """Train on this rank. Collective."""
+    before = _resident("VmRSS") if device.type == "cpu" else 0
+    layout = resolve_layout(config, dist.get_world_size())
+    mesh = build_mesh(config, layout, device)
+    store = open_store(config)
+    parallelised = build_model(config, layout, mesh, device, store=store)
+    with StepTracker(axis_names(mesh)) as tracker:
+        tracker.part = WEIGHTS
+        for stage in parallelised.stages:
+            stage.to_empty(device=device)
+            initialize(stage.model, config.model, config.train.seed, owned_region)
+        step = Step(config, layout, mesh, parallelised, tracker, device)
+        step.warm_up()
+        for _ in range(STEPS):
+            tracker.reset()
+            _forget_peak(device)
+            step.backward(step.microbatches)
+            step.update()
+    return Measured(
+        device.type,
+        tracker.peak,
+        tracker.parts_at_peak,
+        step.kept,
+        before,
+        _peak_of_process(device),
+        store.most if store else 0,
+    )
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        # Of VmHWM, see proc(5).
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_of_process(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return _resident("VmHWM")
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (value,) = (line.split()[1] for line in lines if line.startswith(f"{field}:"))
+    return int(value) * 1024
+
+
+def main() -> None:
+    config = parse_config(yaml.safe_load(Path(sys.argv[1]).read_text()))
+    device = join_ranks(timedelta(seconds=config.train.collective_timeout_s))
+    measured: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(measured, asdict(measure(config, device)))
+    if dist.get_rank() == 0:
+        print(json.dumps(measured))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
