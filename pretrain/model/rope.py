@@ -32,11 +32,13 @@ class Rotation:
         fp32 it is off by 0.004 at 128k, and by 0.12 at 4M. In fp64 it is exact up to 2^29, and
         whole turns are taken off before cos and sin, so that these are right to 3e-7 anywhere.
         """
-        turned = rotary_frequencies(rotary_dim, base, yarn).to(position.device).double()
-        angle = position[:, None, :, None] * turned
+        frequency = rotary_frequencies(rotary_dim, base, yarn).double()
+        # A GPU's host does not wait for what was asked of it before.
+        frequency = frequency.to(position.device, non_blocking=True)
+        angle = position[:, None, :, None] * frequency
         angle = angle.remainder_(2 * math.pi).float()
         scale = yarn.scale_of_rotated()
-        return cls(angle.cos() * scale, angle.sin() * scale)
+        return cls(angle.cos().mul_(scale), angle.sin().mul_(scale))
 
     def __call__(self, x_bhtd: Tensor) -> Tensor:
         """Rotate the first R of D dimensions, pairing dimension i with i + R / 2."""
