@@ -18,6 +18,7 @@ COMMANDS = [
         "README.md",
         "docs/data.md",
         "docs/layouts.md",
+        "docs/memory.md",
         "docs/resuming.md",
         "docs/ledger.md",
         "docs/checkpoints.md",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pretrain.dry_run.tracker import StepTracker
 from pretrain.model.kernels.cross_entropy import (
     IGNORED,
     VocabularyShard,
@@ -31,6 +32,22 @@ def test_chunks_give_the_loss_and_gradients_of_whole_logits(chunk: int) -> None:
     torch.testing.assert_close(loss, whole)
     for ours, theirs in zip(gradients, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_no_more_logits_exist_than_those_of_a_chunk() -> None:
+    tokens, vocabulary, chunk = 256, 500, 16
+    hidden = torch.randn(1, tokens, 4, requires_grad=True)
+    weight = torch.randn(vocabulary, 4, requires_grad=True)
+    labels = torch.randint(0, vocabulary, (1, tokens))
+
+    def peak(chunk: int) -> int:
+        with StepTracker({}) as tracker:
+            chunked_cross_entropy(hidden, weight, labels, chunk).backward()
+        return tracker.peak
+
+    logits = 4 * vocabulary
+    assert peak(tokens) > tokens * logits
+    assert peak(chunk) < 4 * chunk * logits + 4 * weight.nbytes + 4 * hidden.nbytes
 
 
 def test_shards_of_the_vocabulary_give_the_loss_and_the_parts_of_the_gradient() -> None:
