@@ -67,7 +67,7 @@ def _measure(config: Config, nproc: int) -> list[dict[str, Any]]:
 def _rows(config: Config, kept: Mapping[str, int]) -> Iterator[tuple[str, str, list[str]]]:
     """Name, remark and parts of each row."""
     from pretrain.dry_run import tracker
-    from pretrain.dry_run.plan import MORE_MICROBATCHES
+    from pretrain.dry_run.plan import MORE_MICROBATCHES, MORE_SEGMENTS
 
     yield tracker.WEIGHTS, "float32", [tracker.WEIGHTS]
     yield tracker.OPTIMIZER, f"{config.optim.state_dtype} moments", [tracker.OPTIMIZER]
@@ -85,6 +85,7 @@ def _rows(config: Config, kept: Mapping[str, int]) -> Iterator[tuple[str, str, l
     yield tracker.BACKWARD, remark, [tracker.BACKWARD]
     yield tracker.UPDATE, "the norm of the gradient, and the optimizer", [tracker.UPDATE]
     yield MORE_MICROBATCHES, "of the pipeline, than were planned", [MORE_MICROBATCHES]
+    yield MORE_SEGMENTS, "what they hand on, and its gradient", [MORE_SEGMENTS]
     yield tracker.OTHER, "tokens", [tracker.OTHER]
 
 

@@ -1,8 +1,9 @@
 """What one rank of a layout holds, needs and sends, found by training on fake tensors."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,8 +21,9 @@ from pretrain.dry_run.tracker import OTHER, WEIGHTS, StepTracker, Traffic
 from pretrain.errors import UserError
 from pretrain.layouts import Layout, resolve_layout
 
-# Of a pipeline, where fewer were planned.
+# Of a pipeline or of segments, where fewer were planned.
 MORE_MICROBATCHES = "more microbatches"
+MORE_SEGMENTS = "more segments"
 
 
 @dataclass(frozen=True)
@@ -115,23 +117,34 @@ def axis_names(mesh: Mesh) -> dict[str, str]:
 
 
 def _plan(step: Step) -> Plan:
-    """Run a step of few microbatches and one of more; further ones add what these added."""
-    tracker, microbatches = step.tracker, step.microbatches
+    """Run a step of few microbatches and one of more; further ones add what these added. The same
+    with segments, each of which is handed something by all earlier ones.
+    """
+    tracker, microbatches, segments = step.tracker, step.microbatches, step.segments
     weights = list(step.parallelised.weights.parameters())
     step.warm_up()
     traffic, buffers = {}, {}
     for n in step.telling_microbatches():
-        tracker.reset()
-        before = tracker.live
-        step.backward(n)
-        gradients = _stored(weight.grad for weight in weights if weight.grad is not None)
-        # A pipeline has a buffer for each microbatch that it receives.
-        buffers[n] = tracker.live - before - gradients
-        step.update()
-        traffic[n] = tracker.traffic
+        seen: dict[int, Seen] = {}
+        for of_segments in step.telling_segments():
+            step.take_segments(of_segments)
+            tracker.reset()
+            before = tracker.live
+            step.backward(n)
+            gradients = _stored(weight.grad for weight in weights if weight.grad is not None)
+            # A pipeline has a buffer for each microbatch that it receives.
+            buffers[n] = tracker.live - before - gradients
+            at_backward = tracker.peak
+            step.update()
+            seen[of_segments] = Seen(at_backward, tracker.peak, tracker.traffic)
+        traffic[n] = _traffic_of(seen, segments)
 
     activations = step.activations_at_peak(microbatches)
     parts = Counter(tracker.parts_at_peak)
+    step.take_segments(segments)
+    peak = _peak_of(seen, segments)
+    if peak > tracker.peak:
+        parts[MORE_SEGMENTS] += peak - tracker.peak
     if step.layout.pp > 1:
         further = activations - step.activations_at_peak(n)
         further += _on_line(buffers, microbatches) - buffers[n]
@@ -153,12 +166,52 @@ def _plan(step: Step) -> Plan:
             gradients=gradients,
             activations=activations,
             gathered=tracker.gathered_at_peak,
-            peak=tracker.peak + further,
+            peak=peak + further,
             parts=parts,
             kept=step.kept,
         ),
         traffic=_extended(traffic, microbatches),
     )
+
+
+class Seen(NamedTuple):
+    """Of a step: the peak of its forward and backward passes, that of all, and collectives."""
+
+    at_backward: int
+    peak: int
+    traffic: Mapping[tuple[str, str], Traffic]
+
+
+def _peak_of(seen: Mapping[int, Seen], segments: int) -> int:
+    """With each segment the passes need as much more, the update does not."""
+    longest = dict(sorted(seen.items())[-2:])
+    at_backward = _on_line({n: found.at_backward for n, found in longest.items()}, segments)
+    return max(at_backward, seen[max(seen)].peak)
+
+
+def _traffic_of(seen: Mapping[int, Seen], segments: int) -> Mapping[tuple[str, str], Traffic]:
+    """A segment's keys meet those of all earlier ones, so collectives lie on a parabola."""
+    if segments in seen:
+        return seen[segments].traffic
+    first, *_ = sorted(seen)
+    found = [seen[first + i].traffic for i in range(3)]
+    result = {}
+    for key in {key for traffic in found for key in traffic}:
+        three = [traffic.get(key, Traffic()) for traffic in found]
+        at = segments - first
+        calls, sent = (
+            _on_parabola(values, at)
+            for values in ([x.calls for x in three], [x.bytes for x in three])
+        )
+        result[key] = Traffic(calls, sent)
+    return result
+
+
+def _on_parabola(values: Sequence[int], at: int) -> int:
+    """The value at `at` of the parabola through those at 0, 1 and 2 (Newton's form)."""
+    first, second, third = values
+    step, bend = second - first, third - 2 * second + first
+    return first + at * step + at * (at - 1) // 2 * bend
 
 
 def _stored(tensors: Iterable[Tensor]) -> int:

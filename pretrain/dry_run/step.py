@@ -104,6 +104,24 @@ class Step:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    @property
+    def segments(self) -> int:
+        return self.config.context.segments
+
+    def telling_segments(self) -> list[int]:
+        """Numbers of segments, in order, that tell what any number of them does.
+
+        The first segment is handed nothing and the last hands on nothing.
+        """
+        return [self.segments] if self.segments <= 5 else [3, 4, 5]
+
+    def take_segments(self, segments: int) -> None:
+        """Plan with rows of so many segments of the same length."""
+        size = self.config.data.seq_len // self.segments
+        data = self.config.data.model_copy(update={"seq_len": size * segments})
+        context = self.config.context.model_copy(update={"segments": segments})
+        self.config = self.config.model_copy(update={"data": data, "context": context})
+
     def backward(self, microbatches: int) -> None:
         """The forward and backward passes."""
         if self.layout.pp > 1:

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from launch.cli import app
 from pretrain.config import load_config, phases_of, recipe_names
 from pretrain.dry_run.plan import Plan, plan_rank
+from pretrain.dry_run.step import Step
 from pretrain.errors import UserError
 
 # Recipe -> the ranks it is meant for, and the memory of one of them in GiB.
@@ -20,6 +21,7 @@ MEANT_FOR = {
     "qwen3-next-80b": (4096, 72),
     "length-extension": (2, 8),
     "length-extension-1b": (64, 72),
+    "million-cpu": (2, 8),
 }
 # A quarter of a minute.
 SLOW = ("length-extension-1b",)
@@ -49,6 +51,23 @@ def test_a_shipped_recipe_fits(recipe: str) -> None:
     memory = plan_apart(recipe).memory
     kept = memory.weights + memory.optimizer
     assert kept + memory.activations < memory.peak < MEANT_FOR[recipe][1] * 2**30
+
+
+def plan_of_eight_segments(tells_all: bool) -> Plan:
+    settings = ["model.layer_pattern=[linear, sliding, softmax]", "model.attention.window=16"]
+    settings += ["data.seq_len=512", "context.segments=8", "train.global_batch=2", "parallel.cp=2"]
+    with pytest.MonkeyPatch.context() as patch:
+        if tells_all:
+            patch.setattr(Step, "telling_segments", lambda step: [step.segments])
+        return plan_rank(load_config("tiny-hybrid-moe", settings), 2, rank=0)
+
+
+def test_few_segments_tell_what_many_need() -> None:
+    with get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        few, all_of_them = pool.map(plan_of_eight_segments, [False, True], chunksize=1)
+    assert few.traffic == all_of_them.traffic
+    assert few.memory.peak == pytest.approx(all_of_them.memory.peak, rel=0.02)
+    assert few.memory.peak == sum(few.memory.parts.values())
 
 
 def test_each_phase_of_a_run_is_planned() -> None:
