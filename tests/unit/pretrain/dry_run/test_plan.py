@@ -24,7 +24,7 @@ MEANT_FOR = {
     "million-cpu": (2, 8),
 }
 # A quarter of a minute.
-SLOW = ("length-extension-1b",)
+SLOW = ("length-extension-1b", "million-cpu")
 
 
 def plan_recipe(recipe: str) -> Plan:
@@ -62,6 +62,7 @@ def plan_of_eight_segments(tells_all: bool) -> Plan:
         return plan_rank(load_config("tiny-hybrid-moe", settings), 2, rank=0)
 
 
+@pytest.mark.slow
 def test_few_segments_tell_what_many_need() -> None:
     with get_context("fork").Pool(1, maxtasksperchild=1) as pool:
         few, all_of_them = pool.map(plan_of_eight_segments, [False, True], chunksize=1)
