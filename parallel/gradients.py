@@ -81,6 +81,10 @@ class UpdatesInBackward:
         assert weight.grad is not None
         self.squares += _squares([weight.grad], dist.get_world_size())
         self.update(weight)
+        gradient = local_tensor(weight.grad)
+        if gradient.is_cuda:
+            # FSDP reduces in one stream and may get here in another one.
+            gradient.record_stream(torch.cuda.current_stream(gradient.device))
         weight.grad = None
 
 

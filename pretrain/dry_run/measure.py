@@ -37,7 +37,7 @@ class Measured:
 
     Attributes:
         device: `cpu` or `cuda`.
-        peak, parts, kept: see `plan.Memory`.
+        peak, parts, kept, activations: see `plan.Memory`.
         before: of the process before there was a model; on a GPU 0.
         process: the most of the process; on a GPU of its allocator, with what is cached.
         offloaded: the most that waited elsewhere.
@@ -47,6 +47,7 @@ class Measured:
     peak: int
     parts: dict[str, int]
     kept: dict[str, int]
+    activations: int
     before: int
     process: int
     offloaded: int
@@ -76,6 +77,7 @@ def measure(config: Config, device: torch.device) -> Measured:
         tracker.peak,
         tracker.parts_at_peak,
         step.kept,
+        step.activations_at_peak(step.microbatches),
         before,
         _peak_of_process(device),
         store.most if store else 0,
