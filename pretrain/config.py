@@ -88,9 +88,12 @@ class ScheduleConfig(Section):
     warmup_steps: NonNegative = 0
     decay_share: Share = Field(0.2, description="wsd: how much of the steps after warmup decays.")
     min_lr: Share = Field(0.1, description="Final learning rate as a share of optim.lr.")
-    from_step: NonNegative = Field(0, description="Step at which warmup begins.")
+    from_step: NonNegative = Field(
+        0, description="Step at which warmup begins; in a phase, its first by default."
+    )
     to_step: Positive | None = Field(
-        None, description="Step at which the decay ends [train.steps]."
+        None,
+        description="Step at which the decay ends [where a phase sets the rate anew, train.steps].",
     )
 
 

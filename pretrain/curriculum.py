@@ -25,10 +25,7 @@ MAY_CHANGE = (
     "train.microbatch",
     "train.loss_chunk",
     "optim.lr",
-    "schedule.name",
-    "schedule.warmup_steps",
-    "schedule.decay_share",
-    "schedule.min_lr",
+    "schedule.",
     "model.attention.rope_base",
     "model.attention.yarn.",
     "model.attention.window",
@@ -36,7 +33,7 @@ MAY_CHANGE = (
     "parallel.",
     "checkpoint.every",
 )
-# With one of them, the learning rate begins anew.
+# With one of them, the learning rate begins anew, with a schedule of its own bounds.
 OF_THE_RATE = ("optim.lr", "schedule.")
 
 
@@ -142,6 +139,9 @@ def _chain(config: "Config", parse: Callable[[dict[str, Any]], "Config"]) -> lis
         first, first_token = _begin(asked, name, phases)
         try:
             changed = asked.settings()
+            if first and _begins_rate(changed):
+                # The bounds given before are those of the schedule before.
+                tree = _with_settings(tree, {"schedule.from_step": first, "schedule.to_step": None})
             tree = _with_settings(tree, changed)
             of_phase = parse(tree)
             _refuse_fixed(changed)
@@ -201,20 +201,49 @@ def _refuse_fixed(settings: Mapping[str, Any]) -> None:
 
 
 def _with_schedules(phases: Sequence[Phase]) -> list[Phase]:
-    """A schedule ends where the next one begins."""
-    begins = [
-        phase.number == 1 or any(_is_one_of(name, OF_THE_RATE) for name in phase.changed)
-        for phase in phases
-    ]
-    starts = [phase.first for phase, is_new in zip(phases, begins, strict=True) if is_new]
+    """A schedule ends where the next one begins, or before.
+
+    Raises:
+        UserError: bounds are given that lie beyond that.
+    """
+    begins = [phase for phase in phases if phase.number == 1 or _begins_rate(phase.changed)]
     result = []
     for phase in phases:
-        start = max(first for first in starts if first <= phase.first)
-        stop = next((first for first in starts if first > phase.first), None)
-        of_rate = phase.config.schedule
-        bounds = {"from_step": start or of_rate.from_step, "to_step": stop or of_rate.to_step}
-        result.append(_update(phase, schedule=of_rate.model_copy(update=bounds)))
+        owner = next(other for other in reversed(begins) if other.first <= phase.first)
+        after = next((other for other in begins if other.first > phase.first), None)
+        _check_bounds(owner, after)
+        schedule = phase.config.schedule
+        if after and schedule.to_step is None:
+            schedule = schedule.model_copy(update={"to_step": after.first})
+        result.append(_update(phase, schedule=schedule))
     return result
+
+
+def _check_bounds(owner: Phase, after: Phase | None) -> None:
+    """Refuse bounds of a schedule outside the steps from `owner`, that sets it, to `after`."""
+    schedule, name = owner.config.schedule, f"phase {owner.number} from step {owner.first}"
+    if schedule.from_step < owner.first:
+        raise UserError(
+            f"{name}: schedule.from_step = {schedule.from_step}: must be at least "
+            f"{owner.first}, the phase's first step; leave it out for that"
+        )
+    if after is None:
+        return
+    ends = f"as the rate begins anew at step {after.first} (phase {after.number})"
+    if schedule.to_step is not None and schedule.to_step > after.first:
+        raise UserError(
+            f"{name}: schedule.to_step = {schedule.to_step}: must be at most {after.first}, "
+            f"{ends}; leave it out for that, or give it in that phase if it is meant for it"
+        )
+    if schedule.from_step >= after.first:
+        raise UserError(
+            f"{name}: schedule.from_step = {schedule.from_step}: must be below {after.first}, "
+            f"{ends}; give it in that phase if it is meant for it"
+        )
+
+
+def _begins_rate(changed: Mapping[str, Any]) -> bool:
+    return any(_is_one_of(name, OF_THE_RATE) for name in changed)
 
 
 def _with_weights(phases: Sequence[Phase], config: "Config") -> list[Phase]:

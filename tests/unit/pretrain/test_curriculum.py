@@ -133,6 +133,50 @@ def test_the_rate_begins_anew_where_a_phase_sets_it_and_only_there() -> None:
     assert got[60:] == [5e-4] * 40
 
 
+def test_bounds_are_those_of_the_schedule_they_are_given_with() -> None:
+    got = rates(
+        with_phases(
+            {"from_step": 50, "optim.lr": 1e-4, "schedule.from_step": 55},
+            {"from_step": 70, "data.seq_len": 128},
+            {"from_step": 80, "optim.lr": 1e-5, "schedule.to_step": 90},
+            schedule={"name": "cosine", "to_step": 40},
+        )
+    )
+
+    def cosine(first: int, end: int, peak: float, steps: range) -> list[float]:
+        schedule = parse_config({"schedule": {"from_step": first, "to_step": end}}).schedule
+        return [learning_rate(step, 100, peak, schedule) for step in steps]
+
+    assert got[:50] == cosine(0, 40, 1e-3, range(50))
+    assert got[40:50] == pytest.approx([1e-4] * 10)
+    assert got[50:80] == cosine(55, 80, 1e-4, range(50, 80))
+    assert got[50:56] == [1e-4] * 6
+    assert got[80:] == cosine(80, 90, 1e-5, range(80, 100))
+    assert got[90:] == pytest.approx([1e-6] * 10)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "second", "message"),
+    [
+        ({"to_step": 60}, {}, r"phase 1 from step 0: schedule\.to_step = 60: must be at most 50,"),
+        ({"from_step": 50}, {}, r"phase 1 .*from_step = 50: must be below 50, as .*\(phase 2\)"),
+        ({}, {"from_step": 49}, r"phase 2 .*from_step = 49: must be at least 50"),
+        ({}, {"to_step": 50}, r"phases\[0\].*to_step = 50: must be above .*from_step = 50"),
+        ({}, {"to_step": 81}, r"phase 2 .*to_step = 81: must be at most 80, as .*\(phase 3\)"),
+        ({}, {"from_step": 80}, r"phase 2 .*from_step = 80: must be below 80"),
+    ],
+)
+def test_bounds_outside_their_schedule_are_refused(
+    bounds: dict, second: dict, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        with_phases(
+            {"from_step": 50, "optim.lr": 1e-4, "schedule": second},
+            {"from_step": 80, "optim.lr": 1e-5},
+            schedule={"name": "cosine", **bounds},
+        )
+
+
 def test_weights_of_phases_hold_from_the_tokens_they_begin_with() -> None:
     config = with_phases(
         {"from_step": 10, "weights": {"long": 3}, "data.seq_len": 128},
