@@ -20,7 +20,7 @@ from parallel.gradients import clip_gradients
 from parallel.mesh import Mesh
 from parallel.recompute import Recompute
 from parallel.segments.documents import cut_rows
-from parallel.segments.memory import Memory as SegmentMemory
+from parallel.segments.memory import SegmentMemory
 from parallel.stage import Objective
 from pretrain.balancing import RouterState
 from pretrain.metrics.flops import forward_flops

@@ -127,24 +127,27 @@ class RowLayout:
         return RowLayout(self.lengths, tuple(blocks), self.earlier)
 
 
-def split_row(lengths: Sequence[int], ranks: int, cost: AttentionCost | None = None) -> RowLayout:
+def split_row(
+    lengths: Sequence[int], ranks: int, cost: AttentionCost | None = None, earlier: int = 0
+) -> RowLayout:
     """Share a row of packed documents among ranks: equal tokens, and equal cost as nearly as cuts
     between tokens allow. Every rank computes the same.
 
     Args:
         lengths: of the documents; they add up to a multiple of `ranks`.
+        earlier: tokens of the first document that came before the row.
     """
     length, cost = sum(lengths), cost or AttentionCost()
     assert length % ranks == 0
     if ranks == 1:
-        return RowLayout(tuple(lengths), ((range(length),),))
+        return RowLayout(tuple(lengths), ((range(length),),), earlier)
     if len(lengths) == 1 or not (cost.full or cost.windowed):
-        return RowLayout(tuple(lengths), zigzag(length, ranks))
-    necklace = _Necklace(lengths, cost)
+        return RowLayout(tuple(lengths), zigzag(length, ranks), earlier)
+    necklace = _Necklace(lengths, cost, earlier)
     share = length // ranks
     blocks = [necklace.take(share, ranks_left) for ranks_left in range(ranks, 1, -1)]
     # As in zigzag, the last rank has what is taken first.
-    return RowLayout(tuple(lengths), (necklace.remaining, *reversed(blocks)))
+    return RowLayout(tuple(lengths), (necklace.remaining, *reversed(blocks)), earlier)
 
 
 def zigzag(length: int, ranks: int) -> tuple[Blocks, ...]:
@@ -164,7 +167,7 @@ def zigzag(length: int, ranks: int) -> tuple[Blocks, ...]:
 
 def costs(layout: RowLayout, cost: AttentionCost) -> list[int]:
     """What each rank's tokens cost."""
-    cumulated = _Cumulated(layout.lengths, cost)
+    cumulated = _Cumulated(layout.lengths, cost, layout.earlier)
     return [
         sum(int(cumulated(np.array(b.stop)) - cumulated(np.array(b.start))) for b in blocks)
         for blocks in layout.blocks
@@ -180,23 +183,31 @@ def overlap(a: range, b: range) -> range:
 class _Cumulated:
     """The cost of all tokens before a place in the row."""
 
-    def __init__(self, lengths: Sequence[int], cost: AttentionCost) -> None:
+    def __init__(self, lengths: Sequence[int], cost: AttentionCost, earlier: int) -> None:
         sizes = np.array(lengths, np.int64)
         self.cost = cost
         self.starts = np.concatenate([[0], sizes.cumsum()])
-        self.before = np.concatenate([[0], cost.of_first(sizes).cumsum()])
+        self.earlier = np.zeros(len(sizes) + 1, np.int64)
+        self.earlier[0] = earlier
+        of_documents = self._of_parts(sizes, self.earlier[:-1])
+        self.before = np.concatenate([[0], of_documents.cumsum()])
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
         document = np.searchsorted(self.starts, places, side="right") - 1
-        inside: NDArray[np.int64] = self.cost.of_first(places - self.starts[document])
-        return self.before[document] + inside
+        inside = self._of_parts(places - self.starts[document], self.earlier[document])
+        total: NDArray[np.int64] = self.before[document] + inside
+        return total
+
+    def _of_parts(self, tokens: NDArray[np.int64], earlier: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Of that many tokens after `earlier` ones of the same document."""
+        return self.cost.of_first(earlier + tokens) - self.cost.of_first(earlier)
 
 
 class _Necklace:
     """What is left of a row, its ends joined, from which ranks cut their shares."""
 
-    def __init__(self, lengths: Sequence[int], cost: AttentionCost) -> None:
-        self.cumulated = _Cumulated(lengths, cost)
+    def __init__(self, lengths: Sequence[int], cost: AttentionCost, earlier: int) -> None:
+        self.cumulated = _Cumulated(lengths, cost, earlier)
         self.remaining: Blocks = (range(sum(lengths)),)
 
     def take(self, size: int, ranks: int) -> Blocks:

@@ -9,14 +9,14 @@ from torch import Tensor
 from parallel.context.documents import SplitDocuments
 from parallel.layout import split_row
 from parallel.segments.documents import cut_apart, cut_rows, tokens_of
-from parallel.segments.memory import Memory
+from parallel.segments.memory import SegmentMemory
 from pretrain.config import Config
 from pretrain.model.kernels.documents import Documents
 from pretrain.parts import attention_cost
 
 
 @dataclass(frozen=True)
-class Share:
+class RankShare:
     """What a rank of `cp` has of a microbatch.
 
     Attributes:
@@ -34,7 +34,7 @@ class Share:
         return self.documents.to(device)
 
 
-def share_of_rank(config: Config, documents: Documents, rank: int) -> Share:
+def share_of_rank(config: Config, documents: Documents, rank: int) -> RankShare:
     """What rank number `rank` of `cp` has of a microbatch of such documents."""
     ranks, context = config.parallel.cp, config.context
     cost, rows = attention_cost(config.model), documents.lengths
@@ -42,10 +42,10 @@ def share_of_rank(config: Config, documents: Documents, rank: int) -> Share:
         if not context.carry:
             size = documents.position.shape[1] // context.segments
             rows = tuple(tuple(cut_apart(row, size)) for row in rows)
-        segments = cut_rows(rows, context.segments, Memory(context.reach), rank, ranks, cost)
-        return Share(segments, tokens_of(segments))
+        segments = cut_rows(rows, context.segments, SegmentMemory(context.reach), rank, ranks, cost)
+        return RankShare(segments, tokens_of(segments))
     if ranks == 1:
-        return Share(documents, None)
+        return RankShare(documents, None)
     layouts = [split_row(row, ranks, cost) for row in rows]
     mine = [torch.from_numpy(layout.tokens_of(rank)) for layout in layouts]
-    return Share(SplitDocuments.of_rank(layouts, rank), torch.stack(mine))
+    return RankShare(SplitDocuments.of_rank(layouts, rank), torch.stack(mine))

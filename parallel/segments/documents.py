@@ -8,7 +8,7 @@ import torch
 
 from parallel.context.documents import Rows, SplitDocuments
 from parallel.layout import AttentionCost, RowLayout, overlap, split_row
-from parallel.segments.memory import Memory
+from parallel.segments.memory import SegmentMemory
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,9 @@ class SegmentDocuments(SplitDocuments):
     first_seen: int = 0
     rows_seen: tuple[RowLayout, ...] = ()
     is_last_seen: bool = True
-    memory: Memory = field(default_factory=lambda: Memory(1), compare=False, repr=False)
+    memory: SegmentMemory = field(
+        default_factory=lambda: SegmentMemory(1), compare=False, repr=False
+    )
 
     def seen(self) -> tuple[list[Rows], int]:
         size = sum(self.layouts[0].lengths)
@@ -44,7 +46,7 @@ class SegmentDocuments(SplitDocuments):
 def cut_rows(
     rows: Sequence[Sequence[int]],
     segments: int,
-    memory: Memory,
+    memory: SegmentMemory,
     rank: int = 0,
     ranks: int = 1,
     cost: AttentionCost | None = None,
@@ -115,9 +117,9 @@ def _layout_of(
     documents: Sequence[range], segment: range, ranks: int, cost: AttentionCost | None
 ) -> RowLayout:
     parts = list(_parts(documents, segment))
-    layout = split_row([len(part) for _, part in parts], ranks, cost)
     document, part = parts[0]
-    return replace(layout, earlier=part.start - document.start)
+    earlier = part.start - document.start
+    return split_row([len(part) for _, part in parts], ranks, cost, earlier)
 
 
 def _seen(documents: Sequence[range], tokens: range, layouts: Sequence[RowLayout]) -> RowLayout:

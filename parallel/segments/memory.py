@@ -9,13 +9,14 @@ its activations may be recomputed.
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class Memory:
+class SegmentMemory:
     """The memory of one microbatch.
 
     Attributes:
@@ -45,7 +46,7 @@ class Memory:
         leaf = handed.values[source].detach()
         if torch.is_grad_enabled() and source // self.reach == segment // self.reach:
             leaf.requires_grad_()
-            leaf.register_hook(lambda gradient: handed.add(source, complete(gradient)))
+            leaf.register_post_accumulate_grad_hook(partial(handed.take, source, complete))
         return leaf
 
     def hand_on(self, name: str, segment: int, out: Tensor, value: Tensor) -> Tensor:
@@ -70,8 +71,10 @@ class Handed:
     values: dict[int, Tensor] = field(default_factory=dict)
     gradients: dict[int, Tensor] = field(default_factory=dict)
 
-    def add(self, segment: int, gradient: Tensor) -> None:
-        """Add what a later segment has found; float32 or wider, as many segments may."""
+    def take(self, segment: int, complete: Callable[[Tensor], Tensor], leaf: Tensor) -> None:
+        """Add the gradient that a later segment has found; float32 or wider, as many may."""
+        assert leaf.grad is not None
+        gradient, leaf.grad = complete(leaf.grad), None
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         known = self.gradients.get(segment)
         self.gradients[segment] = gradient if known is None else known.add_(gradient)

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from parallel.segments.documents import SegmentDocuments
-from parallel.segments.memory import Memory
+from parallel.segments.memory import SegmentMemory
 
 
 class SegmentedStage:
@@ -37,28 +36,22 @@ class SegmentedStage:
         microbatches = list(zip(*columns, self.stage.documents, strict=True))
         while microbatches:
             of_tokens, of_labels, segments = microbatches.pop(0)
-            memory: Memory = segments[0].memory
+            memory: SegmentMemory = segments[0].memory
             halves = (x.chunk(len(segments), dim=1) for x in (of_tokens, of_labels))
             parts = list(zip(*halves, segments, strict=True))
             for first in range(0, len(parts), memory.reach):
                 group = parts[first : first + memory.reach]
-                is_last = not microbatches and group[-1] is parts[-1]
-                self._train(group, is_last)
+                self._train(group)
             memory.clear()
 
-    def _train(
-        self, group: Sequence[tuple[Tensor, Tensor, SegmentDocuments]], is_last: bool
-    ) -> None:
+    def _train(self, group: Sequence[tuple[Tensor, Tensor, SegmentDocuments]]) -> None:
         memory = group[0][2].memory
         memory.is_kept = True
         with torch.no_grad():
             for tokens, _, segment in group[:-1]:
                 self.stage(tokens, None, segment)
         for tokens, labels, segment in reversed(group):
-            if isinstance(self.stage, FSDPModule):
-                is_end = is_last and segment is group[0][2]
-                self.stage.set_requires_gradient_sync(is_end)
-                self.stage.set_is_last_backward(is_end)
+            # FSDP reduces the gradient after each segment: kept until the last, it would be whole.
             self.stage(tokens, labels, segment).backward()
             # The group's last has now left what the next group begins with.
             memory.is_kept = False

@@ -123,10 +123,10 @@ def _plan(step: Step) -> Plan:
     tracker, microbatches, segments = step.tracker, step.microbatches, step.segments
     weights = list(step.parallelised.weights.parameters())
     step.warm_up()
-    traffic, buffers = {}, {}
+    traffic, buffers, telling_segments = {}, {}, step.telling_segments()
     for n in step.telling_microbatches():
         seen: dict[int, Seen] = {}
-        for of_segments in step.telling_segments():
+        for of_segments in telling_segments:
             step.take_segments(of_segments)
             tracker.reset()
             before = tracker.live
@@ -193,12 +193,11 @@ def _traffic_of(seen: Mapping[int, Seen], segments: int) -> Mapping[tuple[str, s
     """A segment's keys meet those of all earlier ones, so collectives lie on a parabola."""
     if segments in seen:
         return seen[segments].traffic
-    first, *_ = sorted(seen)
-    found = [seen[first + i].traffic for i in range(3)]
+    first, second, _ = sorted(seen)
+    at = (segments - first) // (second - first)
     result = {}
-    for key in {key for traffic in found for key in traffic}:
-        three = [traffic.get(key, Traffic()) for traffic in found]
-        at = segments - first
+    for key in {key for found in seen.values() for key in found.traffic}:
+        three = [seen[n].traffic.get(key, Traffic()) for n in sorted(seen)]
         calls, sent = (
             _on_parabola(values, at)
             for values in ([x.calls for x in three], [x.bytes for x in three])

@@ -41,6 +41,7 @@ class Step:
 
     Attributes:
         microbatches: of this rank in a step of the configuration.
+        segments: of a row of the configuration.
         activations: stage -> bytes that a forward pass leaves for its backward pass.
         kept: layer -> bytes that its forward pass leaves for its backward pass.
     """
@@ -63,6 +64,8 @@ class Step:
         self.microbatches = config.train.global_batch // (
             layout.data_ranks * config.train.microbatch
         )
+        self.segments = config.context.segments
+        self.segment_tokens = config.data.seq_len // self.segments
         self.activations: dict[int, int] = {}
         for stage in parallelised.stages:
             stage.register_forward_pre_hook(self._before_forward)
@@ -104,21 +107,21 @@ class Step:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    @property
-    def segments(self) -> int:
-        return self.config.context.segments
-
     def telling_segments(self) -> list[int]:
-        """Numbers of segments, in order, that tell what any number of them does.
+        """One or three numbers of segments, evenly apart, that tell what the asked number does.
 
-        The first segment is handed nothing and the last hands on nothing.
+        The first segment is handed nothing and the last hands on nothing. Where gradients flow in
+        groups, whole groups are added.
         """
-        return [self.segments] if self.segments <= 5 else [3, 4, 5]
+        reach, step, first = self.config.context.reach, 1, 3
+        if reach < self.segments:
+            step, first = reach, 2 * reach + self.segments % reach
+        few = [first, first + step, first + 2 * step]
+        return few if sum(few) < self.segments else [self.segments]
 
     def take_segments(self, segments: int) -> None:
         """Plan with rows of so many segments of the same length."""
-        size = self.config.data.seq_len // self.segments
-        data = self.config.data.model_copy(update={"seq_len": size * segments})
+        data = self.config.data.model_copy(update={"seq_len": self.segment_tokens * segments})
         context = self.config.context.model_copy(update={"segments": segments})
         self.config = self.config.model_copy(update={"data": data, "context": context})
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from parallel.pipeline.forward import run_forward
 from parallel.pipeline.plan import stages_of_rank
 from parallel.segments.documents import cut_rows, tokens_of
-from parallel.segments.memory import Memory
+from parallel.segments.memory import SegmentMemory
 from parallel.stage import Objective
 from pretrain.balancing import RouterState
 from pretrain.build import build_mesh, build_model
@@ -24,7 +24,7 @@ from pretrain.model.kernels.documents import Documents
 from pretrain.model.transformer import TransformerOutput
 from pretrain.parts import attention_cost
 from pretrain.run_dir import RunDirectory
-from pretrain.share import Share, share_of_rank
+from pretrain.share import RankShare, share_of_rank
 
 Ints = NDArray[np.int64]
 
@@ -123,7 +123,7 @@ class ShardedModel:
             )
         return torch.cat(recorded)
 
-    def _share_of(self, documents: Documents) -> Share:
+    def _share_of(self, documents: Documents) -> RankShare:
         """What this rank of cp has of rows of any length, in segments of the training's length."""
         config, rank = self.config, self.mesh.cp.get_local_rank()
         if config.context.segments == 1:
@@ -134,8 +134,8 @@ class ShardedModel:
             context = config.context.model_copy(update={"segments": count})
             return share_of_rank(config.model_copy(update={"context": context}), documents, rank)
         cost = attention_cost(config.model)
-        whole = cut_rows(documents.lengths, 1, Memory(1), rank, self.layout.cp, cost)
-        return Share(whole, tokens_of(whole))
+        whole = cut_rows(documents.lengths, 1, SegmentMemory(1), rank, self.layout.cp, cost)
+        return RankShare(whole, tokens_of(whole))
 
     def _forward(self, tokens: Tensor, labels: Tensor, documents: Documents) -> None:
         """All stages, once."""

@@ -99,7 +99,7 @@ def stale_gradients(trainer: Trainer) -> None:
 def forgotten_halo(trainer: Trainer) -> None:
     """cp: a block's convolution begins with zeros."""
     rows = convolution._rows
-    convolution._rows = lambda halo, block: torch.zeros_like(rows(halo, block))
+    convolution._rows = lambda *of_block: torch.zeros_like(rows(*of_block))
 
 
 def state_not_reset(trainer: Trainer) -> None:

@@ -23,7 +23,7 @@ from parallel.layout import split_row
 from parallel.mesh import Mesh, join_ranks
 from parallel.recompute import Recompute
 from parallel.segments.documents import SegmentDocuments, cut_rows, tokens_of
-from parallel.segments.memory import Memory
+from parallel.segments.memory import SegmentMemory
 from parallel.stage import Objective
 from pretrain.model.config import (
     AttentionConfig,
@@ -135,7 +135,7 @@ def in_segments(
 ) -> tuple[Tensor, Tensor, list[list[SegmentDocuments]]]:
     """The same in segments."""
     rank, ranks = mesh.cp.get_local_rank(), mesh.cp.size()
-    cut = cut_rows(rows, segments, Memory(reach), rank, ranks)
+    cut = cut_rows(rows, segments, SegmentMemory(reach), rank, ranks)
     tokens, labels = (x.gather(1, tokens_of(cut)) for x in batch())
     return tokens, labels, [cut]
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from parallel.layout import AttentionCost, costs
 from parallel.segments.documents import cut_rows
-from parallel.segments.memory import Memory
+from parallel.segments.memory import SegmentMemory
 from tests.ranks import run_on_ranks
 
 CASES = Path(__file__).with_name("segment_cases.py")
@@ -44,7 +45,7 @@ def test_with_less_reach_it_is_cut_between_groups_and_nowhere_else(
 
 
 def test_a_segment_knows_what_came_before() -> None:
-    first, second, third, last = cut_rows([[3, 7, 2], [12]], 4, Memory(4))
+    first, second, third, last = cut_rows([[3, 7, 2], [12]], 4, SegmentMemory(4))
     assert first.lengths == ((3,), (3,))
     assert second.lengths == ((3,), (3,))
     assert [layout.earlier for layout in first.layouts] == [0, 0]
@@ -56,8 +57,15 @@ def test_a_segment_knows_what_came_before() -> None:
     assert (last.first_seen, last.is_last_seen) == (0, True)
 
 
+@pytest.mark.parametrize("row", [[7680, 512], [7300, 892], [3000, 5192]])
+def test_ranks_share_what_the_end_of_a_long_document_costs(row: list[int]) -> None:
+    for segment in cut_rows([row], 8, SegmentMemory(8), ranks=4, cost=AttentionCost()):
+        of_ranks = costs(segment.layouts[0], AttentionCost())
+        assert max(of_ranks) <= 1.02 * sum(of_ranks) / 4
+
+
 def test_what_no_later_segment_sees_is_not_kept() -> None:
     rows = [[3, 4, 5], [3, 9]]
-    documents = cut_rows(rows, 4, Memory(4))
+    documents = cut_rows(rows, 4, SegmentMemory(4))
     assert [segment.is_last_seen for segment in documents] == [True, False, False, True]
     assert [segment.first_seen for segment in documents] == [0, 1, 1, 1]

@@ -53,9 +53,10 @@ def test_a_shipped_recipe_fits(recipe: str) -> None:
     assert kept + memory.activations < memory.peak < MEANT_FOR[recipe][1] * 2**30
 
 
-def plan_of_eight_segments(tells_all: bool) -> Plan:
+def plan_of_segments(gradient: str, tells_all: bool) -> Plan:
     settings = ["model.layer_pattern=[linear, sliding, softmax]", "model.attention.window=16"]
-    settings += ["data.seq_len=512", "context.segments=8", "train.global_batch=2", "parallel.cp=2"]
+    settings += ["data.seq_len=896", "context.segments=14", f"context.gradient={gradient}"]
+    settings += ["train.global_batch=4", "train.microbatch=1", "parallel.cp=2"]
     with pytest.MonkeyPatch.context() as patch:
         if tells_all:
             patch.setattr(Step, "telling_segments", lambda step: [step.segments])
@@ -63,9 +64,11 @@ def plan_of_eight_segments(tells_all: bool) -> Plan:
 
 
 @pytest.mark.slow
-def test_few_segments_tell_what_many_need() -> None:
+@pytest.mark.parametrize("gradient", ["exact", "detach"])
+def test_few_segments_tell_what_many_need(gradient: str) -> None:
+    asked = [(gradient, False), (gradient, True)]
     with get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        few, all_of_them = pool.map(plan_of_eight_segments, [False, True], chunksize=1)
+        few, all_of_them = pool.starmap(plan_of_segments, asked, chunksize=1)
     assert few.traffic == all_of_them.traffic
     assert few.memory.peak == pytest.approx(all_of_them.memory.peak, rel=0.02)
     assert few.memory.peak == sum(few.memory.parts.values())
