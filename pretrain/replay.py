@@ -11,7 +11,7 @@ failed, 1 anything else.
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from parallel.fsdp import local_tensor
+from parallel.gradients import UpdatesInBackward
 from parallel.lost_rank import RankMonitor
 from parallel.mesh import join_ranks
 from pretrain.answer import answer
@@ -147,6 +148,7 @@ def _train_again(trainer: Trainer, plan: ReplayPlan, monitor: RankMonitor) -> Re
     recorded = {batch.first_token: batch for batch in plan.before}
     differs: list[str] = []
     found: list[Found] = []
+    spoilt: set[nn.Parameter] = set()
     compared = 0
     while trainer.first_token != target.first_token or not trainer.plan.pieces.size:
         beat = partial(monitor.beat, trainer.progress.step + 1)
@@ -156,12 +158,14 @@ def _train_again(trainer: Trainer, plan: ReplayPlan, monitor: RankMonitor) -> Re
         assert trainer.first_token <= target.first_token, "the ledger has no batch there"
         is_target = trainer.first_token == target.first_token
         hooks = _hooks(trainer, found) if is_target else []
+        if is_target and trainer.updates:
+            _watch(trainer.updates, spoilt)
         beat("forward and backward")
         measured = trainer.backward(batch)
         for hook in hooks:
             hook.remove()
         if is_target and not found:
-            found = _gradients(trainer.weights)
+            found = _gradients(trainer.weights, spoilt)
         beat("optimizer")
         grad_norm, _ = trainer.finish_step(measured)
         then = target if is_target else recorded.get(trainer.first_token)
@@ -250,17 +254,37 @@ def _place_in_model(name: str) -> float:
     return -1.0 if name.startswith("embedding") else math.inf
 
 
-def _gradients(weights: nn.Module) -> list[Found]:
-    """The weights whose gradients are not finite, where every output was."""
+def _watch(updates: UpdatesInBackward, spoilt: set[nn.Parameter]) -> None:
+    """Let `spoilt` be told the weights whose gradients are not finite, before these are freed."""
+    update = updates.update
+
+    def look_and_update(weight: nn.Parameter) -> None:
+        if not _has_finite_gradient(weight):
+            spoilt.add(weight)
+        update(weight)
+
+    updates.update = look_and_update
+
+
+def _gradients(weights: nn.Module, spoilt: Set[nn.Parameter]) -> list[Found]:
+    """The weights whose gradients are not finite, where every output was.
+
+    Args:
+        spoilt: those of them that are known already.
+    """
     names = [
         name
         for name, weight in weights.named_parameters()
-        if weight.grad is not None and not bool(local_tensor(weight.grad).isfinite().all())
+        if weight in spoilt or not _has_finite_gradient(weight)
     ]
     if not names:
         return []
     text = f"every output is finite, the gradient of {names[-1]} is not ({len(names)} such)"
     return [(math.inf, text)]
+
+
+def _has_finite_gradient(weight: nn.Parameter) -> bool:
+    return weight.grad is None or bool(local_tensor(weight.grad).isfinite().all())
 
 
 def main() -> Replayed:

@@ -129,6 +129,23 @@ def test_a_step_without_a_finite_loss_can_be_replayed_and_its_layer_is_named(
     assert (met.ledger.read_bytes(), sorted(met.root.rglob("*"))) == before
 
 
+def test_a_gradient_that_a_replay_has_used_up_in_the_backward_pass_is_named(
+    shards: Path, tmp_path: Path
+) -> None:
+    free = ("optim.clip=null", "optim.in_backward=true", "train.microbatch=4", "train.steps=2")
+    run, result = start(tmp_path / "run", shards, *free), tmp_path / "replayed.json"
+    script = SCRIPT.with_name("gradient_case.py")
+    run_on_ranks(2, script, str(run.root), "1")
+    (met, _) = tries(records(run), 2)
+    which = str(met.attempt), str(met.first_token), str(result)
+    run_on_ranks(2, script, str(run.root), "1", *which)
+    found = json.loads(result.read_text())
+    assert found["differs"] == []
+    assert found["not_finite"].keys() == {"0", "1"}
+    for told in found["not_finite"].values():
+        assert told.startswith("every output is finite, the gradient of layers.2.moe.shared_expert")
+
+
 @pytest.mark.slow
 def test_a_step_that_was_rolled_back_can_be_replayed_from_before_what_is_skipped_since(
     met: RunDirectory, tmp_path: Path
