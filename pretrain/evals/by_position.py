@@ -39,7 +39,7 @@ def loss_by_position(
 
     Raises:
         DataError: the shards are missing or damaged.
-        UserError: they are of another tokenizer than the run's.
+        UserError: they are of another tokenizer than the run's, or have less tokens than a row.
     """
     assert request.shards is not None
     length = max(request.lengths)
@@ -50,7 +50,12 @@ def loss_by_position(
             f"--shards {request.shards} has another tokenizer than {run.tokenizer}: give shards of "
             "the run's, as `farspan data tokenize --like` makes them"
         )
-    rows = max(1, min(request.samples, stream.total_tokens // length))
+    if stream.total_tokens < length:
+        raise UserError(
+            f"--shards {request.shards} has {stream.total_tokens:,} tokens, less than one row of "
+            f"the longest of --lengths, {length:,}: give more documents, or shorter lengths"
+        )
+    rows = min(request.samples, stream.total_tokens // length)
     loss, seen = [], []
     while rows:
         count = min(rows, model.rows_at_a_time(length))

@@ -105,3 +105,12 @@ def test_shards_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
     request = Request(lengths=(50,), shards=str(tmp_path / "128"))
     with pytest.raises(UserError, match=r"--shards .*128 has another tokenizer than"):
         loss_by_position(model, run, request)
+
+
+def test_shards_of_less_than_one_row_are_refused_rather_than_read_again(tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    make_synthetic(Task(name="needle"), shards, length=100, documents=2, vocab_size=64, seed=0)
+    model = SimpleNamespace(config=load_config("tiny"))
+    request = Request(lengths=(50, 201), shards=str(shards))
+    with pytest.raises(UserError, match=r"has 200 tokens, less than one row .* --lengths, 201"):
+        loss_by_position(model, RunDirectory(shards), request)
