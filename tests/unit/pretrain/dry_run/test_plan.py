@@ -22,6 +22,7 @@ MEANT_FOR = {
     "length-extension": (2, 8),
     "length-extension-1b": (64, 72),
     "million-cpu": (2, 8),
+    "recall": (1, 8),
 }
 # A quarter of a minute.
 SLOW = ("length-extension-1b", "million-cpu")
