@@ -247,8 +247,10 @@ class FileStore(Store):
         while len(self._writes) >= WRITTEN_AT_A_TIME:
             self._writes.popleft().result()
         start = self._place(tensor.nbytes)
+        # The copy, if there is one, is a kernel that the event has to come after.
+        tensor = tensor.contiguous()
         ready = torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
-        written = self._thread.submit(self._write, tensor.contiguous(), start, ready)
+        written = self._thread.submit(self._write, tensor, start, ready)
         self._writes.append(written)
         handle = _InFile(self, start, tensor, written)
         weakref.finalize(handle, self._release, start, tensor.nbytes)

@@ -7,10 +7,13 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel import offload
 from parallel.feed_forward import tile_feed_forwards
@@ -88,6 +91,33 @@ def test_who_gets_a_tensor_has_the_one_before_it_fetched(
     for number in (3, 2, 1):
         assert float(handles[number].get()[0]) == number
         assert reads == list(range(3, number - 2, -1))
+
+
+def test_a_gpu_has_copied_a_tensor_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[object] = []
+
+    class OnGPU(Tensor):
+        is_cuda = True
+
+    class Launches(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            started.append(func)
+            return func(*args, **(kwargs or {}))
+
+    def stream_of(_: torch.device) -> Any:
+        return SimpleNamespace(record_event=lambda: started.append("ready"))
+
+    monkeypatch.setattr(torch.cuda, "current_stream", stream_of)
+    monkeypatch.setattr(FileStore, "_write", lambda *_: None)
+    tensor = torch.randn(30, 40).as_subclass(OnGPU).mT
+    with Launches():
+        FileStore(tmp_path).put(tensor)
+    # A kernel makes it contiguous; the writing thread waits for what came before the event.
+    assert started[-2:] == [torch.ops.aten.clone.default, "ready"]
 
 
 def test_a_bound_is_kept_and_what_is_in_use_is_told(tmp_path: Path) -> None:
