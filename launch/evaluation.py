@@ -40,11 +40,11 @@ def evaluate_long(
 
     run = RunDirectory(directory)
     trained = newest_config(run)
-    asked["lengths"] = parse_lengths(lengths) if lengths else (trained.data.seq_len,)
+    asked["lengths"] = parse_lengths(lengths) if lengths else ()
     if tasks is not None:
         asked["tasks"] = tuple(filter(None, map(str.strip, tasks.split(","))))
     request = Request(**asked)
-    prepared(trained, overrides, request.lengths, nproc)
+    prepared(trained, overrides, request.completed(trained).lengths, nproc)
     arguments = json.dumps(asdict(request) | {"overrides": list(overrides)})
     result = run_shared("pretrain.evals.long", (str(run.root), arguments), nproc)
     if as_json:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from launch.progress import show_progress
 from launch.shared import run_shared
+from pretrain.config import read_run_config
 from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory
 
@@ -23,12 +24,12 @@ def evaluate_text(
         nproc: processes that share each window.
     """
     run = RunDirectory(directory)
-    context = context or _trained_length(run)
-    content = _read_text(text)
+    read_run_config(run)  # or there is none, which is told before ranks are started
+    content, limit = _read_text(text), () if context is None else (str(context),)
     result = (
         _evaluate_here(run, content, context)
         if nproc == 1
-        else run_shared("pretrain.evals.shared", (str(run.root), str(text), str(context)), nproc)
+        else run_shared("pretrain.evals.shared", (str(run.root), str(text), *limit), nproc)
     )
     if as_json:
         print(json.dumps(result))
@@ -39,18 +40,13 @@ def evaluate_text(
         )
 
 
-def _trained_length(run: RunDirectory) -> int:
-    from pretrain.checkpoint.trained import newest_config
-
-    return newest_config(run).data.seq_len
-
-
-def _evaluate_here(run: RunDirectory, text: str, context: int) -> dict[str, Any]:
+def _evaluate_here(run: RunDirectory, text: str, context: int | None) -> dict[str, Any]:
     from data_pipeline.stream import load_tokenizer
     from pretrain.checkpoint.trained import load_trained
     from pretrain.evals.perplexity import perplexity
 
-    _, model = load_trained(run)
+    config, model = load_trained(run)
+    context = context or config.data.seq_len
     token_ids = load_tokenizer(run.tokenizer).encode(text)
     # The result alone goes to standard output.
     with show_progress(Console(stderr=True)) as show:

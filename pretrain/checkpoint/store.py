@@ -161,7 +161,7 @@ class CheckpointStore:
             return False
         step = pending.progress.step
         outcomes = _gather_on_rank_0(_outcome(pending.written))
-        problem = _on_rank_0(lambda: self._commit(pending.progress, outcomes))
+        problem = on_rank_0(lambda: self._commit(pending.progress, outcomes))
         if problem is None:
             self._failures, self.newest = 0, step
             if dist.get_rank() == 0:
@@ -200,15 +200,15 @@ class CheckpointStore:
         Raises:
             UserError: there are checkpoints, and all of them are damaged or of another model.
         """
-        steps = _on_rank_0(self._saved_steps)
+        steps = on_rank_0(self._saved_steps)
         wanted = [step for step in steps if up_to is None or step <= up_to]
         wanted = wanted or (steps[:1] if or_oldest else [])
-        found = newest_whole(self.target, wanted, _check_together)
+        found = newest_whole(self.target, wanted, check_together)
         if found is None:
             return None
         step, manifest = found
         checkpoint = checkpoint_in(self.target, step)
-        index = Index.from_bytes(_on_rank_0(lambda: read_index(checkpoint, manifest)))
+        index = Index.from_bytes(on_rank_0(lambda: read_index(checkpoint, manifest)))
         into = _tensors(weights, optimizer, routers)
         _together(lambda: refuse_another_model(checkpoint, index, into))
         _together(lambda: read_tensors(checkpoint, index, into))
@@ -218,7 +218,7 @@ class CheckpointStore:
         """Set checkpoints of later steps aside, damaged ones among them, and remove what was never
         finished, and what had been set aside when the run went back before. Collective.
         """
-        _on_rank_0(lambda: self._clear_away(step))
+        on_rank_0(lambda: self._clear_away(step))
         self.newest = step
 
     def wait_for_removals(self) -> None:
@@ -386,9 +386,9 @@ def newest_whole(
     return None
 
 
-def _check_together(checkpoint: Target) -> Manifest:
+def check_together(checkpoint: Target) -> Manifest:
     """`check_alone`; rank 0 reads the manifest, the ranks share the files. Raises on all alike."""
-    manifest = _on_rank_0(lambda: Manifest.read(checkpoint))
+    manifest = on_rank_0(lambda: Manifest.read(checkpoint))
     _together(lambda: check_files(checkpoint, manifest, dist.get_rank(), dist.get_world_size()))
     return manifest
 
@@ -447,7 +447,7 @@ def _describe(error: OSError | AttemptError | DamageError) -> str:
     return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
 
 
-def _on_rank_0(work: Callable[[], T]) -> T:
+def on_rank_0(work: Callable[[], T]) -> T:
     """What rank 0 does, told or raised on all ranks. Collective."""
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:

@@ -12,8 +12,10 @@ from pretrain.checkpoint.reader import read_tensors, refuse_another_model
 from pretrain.checkpoint.store import (
     CheckpointStore,
     Retention,
+    check_together,
     checkpoint_in,
     newest_whole,
+    on_rank_0,
     saved_steps,
 )
 from pretrain.checkpoint.target import Target
@@ -30,28 +32,48 @@ def checkpoints_of(config: Config, run: RunDirectory) -> Target:
 
 
 def newest_config(run: RunDirectory) -> Config:
-    """The configuration that the newest checkpoint was trained with; before the first, the run's
-    first one. Raises UserError: not a run directory.
+    """The configuration that the newest checkpoint, whole or not, was trained with; before the
+    first, the run's first one. Raises UserError: not a run directory.
     """
     config = read_run_config(run)
-    step = max(saved_steps(checkpoints_of(config, run)), default=0)
-    return phase_of_checkpoint(phases_of(config), step).config
+    return _config_at(config, max(saved_steps(checkpoints_of(config, run)), default=0))
 
 
-def load_trained(run: RunDirectory) -> tuple[Config, Transformer]:
-    """The model of the newest whole checkpoint, in float32 on the CPU, and the configuration of the
-    phase that it was trained in last.
+def newest_trained(run: RunDirectory) -> tuple[int, Config]:
+    """The step of the newest whole checkpoint, and the configuration of the phase that it was
+    trained in last. Collective.
+
+    All ranks have those that rank 0 finds: a run that goes on may save meanwhile.
 
     Raises:
         UserError: not a run directory, or no checkpoint yet.
     """
+    config = on_rank_0(lambda: read_run_config(run))
+    target = checkpoints_of(config, run)
+    found = newest_whole(target, on_rank_0(lambda: saved_steps(target)), check_together)
+    if found is None:
+        raise _no_checkpoint(run, config)
+    step, _ = found
+    return step, _config_at(config, step)
+
+
+def load_trained(run: RunDirectory, step: int | None = None) -> tuple[Config, Transformer]:
+    """The model of a checkpoint, in float32 on the CPU, and the configuration of the phase that it
+    was trained in last.
+
+    Args:
+        step: of the checkpoint; None is the newest whole one.
+
+    Raises:
+        UserError: not a run directory, no checkpoint yet, or that of `step` is not whole.
+    """
     config = read_run_config(run)
     target = checkpoints_of(config, run)
-    found = newest_whole(target, saved_steps(target))
+    found = newest_whole(target, saved_steps(target) if step is None else [step])
     if found is None:
         raise _no_checkpoint(run, config)
     step, manifest = found
-    config = phase_of_checkpoint(phases_of(config), step).config
+    config = _config_at(config, step)
     model = Transformer(config.model)
     load_weights(model, checkpoint_in(target, step), manifest)
     print(f"loaded step {step} of {run.root}", file=sys.stderr)
@@ -59,22 +81,29 @@ def load_trained(run: RunDirectory) -> tuple[Config, Transformer]:
 
 
 def load_sharded(
-    run: RunDirectory, config: Config, weights: nn.Module, routers: RouterState
-) -> int:
+    run: RunDirectory, config: Config, step: int, weights: nn.Module, routers: RouterState
+) -> None:
     """Fill weights, laid out over the ranks in any way, and the routers' state. Collective.
 
-    Returns:
-        The step of the newest whole checkpoint.
+    Args:
+        step: of the checkpoint.
 
     Raises:
-        UserError: there is none yet, or it is one of another model.
+        UserError: it is not whole any more, or it is one of another model.
     """
     target, check = checkpoints_of(config, run), partial(run.check_attempt, 0)
     store = CheckpointStore(target, Retention(config.checkpoint.keep), 0, check)
-    progress = store.load(weights, None, routers.state_dict())
-    if progress is None:
-        raise _no_checkpoint(run, config)
-    return progress.step
+    progress = store.load(weights, None, routers.state_dict(), up_to=step)
+    if progress is None or progress.step != step:
+        raise UserError(
+            f"the checkpoint of step {step} in {target} was whole a moment ago and is not any more"
+            ": a run that goes on removes old ones (checkpoint.keep). Start the command again"
+        )
+
+
+def _config_at(config: Config, step: int) -> Config:
+    """Of the phase that a checkpoint was trained in last."""
+    return phase_of_checkpoint(phases_of(config), step).config
 
 
 def _no_checkpoint(run: RunDirectory, config: Config) -> UserError:

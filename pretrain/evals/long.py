@@ -19,7 +19,7 @@ from data_pipeline.stream import load_tokenizer
 from data_pipeline.synthetic import random_numbers
 from parallel.mesh import join_ranks
 from pretrain.answer import answer
-from pretrain.checkpoint.trained import newest_config
+from pretrain.checkpoint.trained import newest_trained
 from pretrain.evals.by_position import Bucket, loss_by_position
 from pretrain.evals.forms import Form, form_of
 from pretrain.evals.request import Request, prepared
@@ -70,25 +70,29 @@ class LongEvaluation:
 
 
 def evaluate(run: RunDirectory, request: Request, overrides: list[str]) -> LongEvaluation:
-    """Ask a run's newest checkpoint, and write down what it said. Collective."""
+    """Ask a run's newest whole checkpoint, and write down what it said. Collective."""
     device = join_ranks(TIMEOUT)
-    config = prepared(newest_config(run), overrides, request.lengths, dist.get_world_size())
+    step, trained = newest_trained(run)
+    request = request.completed(trained)
+    config = prepared(trained, overrides, request.lengths, dist.get_world_size())
     form_name, form = form_of(request.form, load_tokenizer(run.tokenizer))
     for name in request.tasks:
         for length in request.lengths:
             form.check(request.task(name), length)
-    model = ShardedModel(config, run, device)
+    model = ShardedModel(config, run, step, device)
+    # First, for it may find that the shards will not do.
+    buckets = loss_by_position(model, run, request) if request.shards else ()
     result = LongEvaluation(
-        step=model.step,
+        step=step,
         layout=str(model.layout),
         form=form_name,
         chance=form.chance,
         request=request,
         cells=tuple(_cells(model, form, request)),
-        loss_by_position=loss_by_position(model, run, request) if request.shards else (),
+        loss_by_position=buckets,
     )
     if dist.get_rank() == 0:
-        path = run.evaluation("long", model.step)
+        path = run.evaluation("long", step)
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, json.dumps(asdict(result), indent=1) + "\n")
     return result

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from data_pipeline.synthetic import TASKS, Task
 from pretrain.config import Config, overridden
@@ -20,7 +20,7 @@ class Request:
     """A long-context evaluation.
 
     Attributes:
-        lengths: of the documents, in tokens.
+        lengths: of the documents, in tokens; empty is the length of the training.
         tasks: names in TASKS.
         samples: documents of each task and length; of a needle, at each depth.
         seed: of the documents.
@@ -30,7 +30,7 @@ class Request:
         shards: whose loss is taken by position; None leaves that out.
     """
 
-    lengths: tuple[int, ...]
+    lengths: tuple[int, ...] = ()
     tasks: tuple[str, ...] = tuple(TASKS)
     samples: int = 8
     seed: int = 0
@@ -42,12 +42,14 @@ class Request:
     def __post_init__(self) -> None:
         if self.form not in FORMS:
             raise UserError(f"--form {self.form} is not known; allowed: {', '.join(FORMS)}")
-        if not self.lengths:
-            raise UserError("--lengths is empty: give at least one, as in 8k,32k")
         if not self.tasks and self.shards is None:
             raise UserError("--tasks is empty, and there are no --shards: nothing is asked for")
         for name in self.tasks:
             self.task(name)
+
+    def completed(self, trained: Config) -> "Request":
+        """With the length that a checkpoint of this configuration was trained with, if none."""
+        return replace(self, lengths=self.lengths or (trained.data.seq_len,))
 
     def task(self, name: str) -> Task:
         """Raises DataError, with the nearest name, if there is none."""
@@ -69,6 +71,8 @@ def parse_lengths(text: str) -> tuple[int, ...]:
                 "(k is 1024, m is 1048576)"
             )
         lengths.add(int(found[1]) * UNITS[found[2]])
+    if not lengths:
+        raise UserError("--lengths is empty: give at least one, as in 8k,32k")
     return tuple(sorted(lengths))
 
 

@@ -43,18 +43,20 @@ class Scores:
 
 
 class ShardedModel:
-    """The model of a run's newest checkpoint, on the ranks of this job. Collective.
+    """The model of a run's checkpoint, on the ranks of this job. Collective.
 
     Each rank keeps the part of a row that it would keep in training, and logits exist only at
     labels. What ranks exchange of the results are a token and a number for each label.
     """
 
-    def __init__(self, config: Config, run: RunDirectory, device: torch.device) -> None:
+    def __init__(self, config: Config, run: RunDirectory, step: int, device: torch.device) -> None:
         """
         Args:
-            config: of the run, with the layout to use; `resolve_layout` accepts it.
+            config: that the checkpoint was trained with, and the layout to use; `resolve_layout`
+                accepts it.
+            step: of the checkpoint, the same on all ranks.
         """
-        self.config, self.device = config, device
+        self.config, self.step, self.device = config, step, device
         self.layout = resolve_layout(config, dist.get_world_size())
         self.mesh = build_mesh(config, self.layout, device)
         self._recorder = _Recorder(config.train.loss_chunk)
@@ -65,7 +67,7 @@ class ShardedModel:
             stage.to_empty(device=device)
             stage.eval()
         routers = RouterState(config.model.n_layers, config.model.moe)
-        self.step = load_sharded(run, config, parallelised.weights, routers)
+        load_sharded(run, config, step, parallelised.weights, routers)
         parallelised.replicas.refresh()
         for stage in self._stages.values():
             routers.copy_to(stage.model.layers)

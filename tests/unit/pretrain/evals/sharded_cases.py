@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.mesh import join_ranks
-from pretrain.checkpoint.trained import load_trained, newest_config
+from pretrain.checkpoint.trained import load_trained, newest_config, newest_trained
 from pretrain.evals.by_position import loss_by_position
 from pretrain.evals.forms import TokenForm
 from pretrain.evals.long import ask
@@ -67,8 +67,9 @@ def save(run: RunDirectory, device: torch.device) -> dict[str, Any]:
 
 
 def answers(run: RunDirectory, overrides: list[str], device: torch.device) -> dict[str, Any]:
-    config = prepared(newest_config(run), overrides, LENGTHS, dist.get_world_size())
-    model = ShardedModel(config, run, device)
+    step, trained = newest_trained(run)
+    config = prepared(trained, overrides, LENGTHS, dist.get_world_size())
+    model = ShardedModel(config, run, step, device)
     asked = inputs()
     whole = model.score(asked["tokens"], asked["labels"])
     packed = model.score(**asked)

@@ -24,11 +24,15 @@ def test_what_is_no_length_is_refused(text: str) -> None:
         parse_lengths(f"64,{text}")
 
 
+def test_no_length_at_all_is_refused() -> None:
+    with pytest.raises(UserError, match="--lengths is empty: give at least one"):
+        parse_lengths(" , ")
+
+
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
         ({"tasks": ("needles",)}, DataError, "'needles' is not known, did you mean needle"),
-        ({"lengths": ()}, UserError, "--lengths is empty"),
         ({"tasks": ()}, UserError, "--tasks is empty, and there are no --shards"),
         ({"form": "words"}, UserError, "--form words is not known; allowed: auto, tokens, text"),
         ({"pairs": 0}, DataError, "pairs = 0: must be at least 1"),
