@@ -16,7 +16,7 @@ from torch.distributed.pipelining import schedules
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel.apply import Parallelised
-from parallel.expert.dispatch import AllToAllDispatch
+from parallel.expert.dispatch import AllToAllDispatch, Route
 from parallel.offload import Handle, Store
 from pretrain.config import Config
 from pretrain.layouts import Layout
@@ -46,7 +46,7 @@ def fake_tensors(config: Config, layout: Layout, on_gpus: bool = True) -> Iterat
         if on_gpus:
             stack.enter_context(gpu_kernels())
         for owner, name, stand_in in (
-            (AllToAllDispatch, "counts_on_host", _even_counts(config, layout)),
+            (AllToAllDispatch, "route", _even_routes(config, layout)),
             # All blocks of its loop need the same memory.
             (short_convolution, "_blocks", _first_and_last(short_convolution._blocks)),
         ):
@@ -125,17 +125,20 @@ def _grouped_product(a: Tensor, b: Tensor, offs: Tensor, *_: Any) -> Tensor:
     return a.new_empty(offs.shape[0], a.shape[0], b.shape[1])
 
 
-def _even_counts(config: Config, layout: Layout) -> Callable[..., Any]:
-    """What `AllToAllDispatch.counts_on_host` expects: a token goes once to each of its ranks."""
-    moe, ep = config.model.moe, layout.ep
-    tokens = config.train.microbatch * config.data.seq_len // (layout.cp * layout.tp)
+def _even_routes(config: Config, layout: Layout) -> Callable[..., Any]:
+    """`AllToAllDispatch.route` for even routing: a token goes once to each of its ranks."""
+    moe, ep, route = config.model.moe, layout.ep, AllToAllDispatch.route
+    elsewhere = math.comb(moe.n_experts - moe.n_experts // ep, moe.top_k)
+    share = 1 - elsewhere / math.comb(moe.n_experts, moe.top_k)
 
-    def counts_on_host(*_: Any) -> tuple[list[int], list[int], list[int]]:
-        elsewhere = math.comb(moe.n_experts - moe.n_experts // ep, moe.top_k)
-        rows = round(tokens * (1 - elsewhere / math.comb(moe.n_experts, moe.top_k)))
-        return [rows] * ep, [rows] * ep, [tokens * moe.top_k // ep] * ep
+    def even_route(dispatch: AllToAllDispatch, expert_indices: Tensor) -> Route:
+        # Of a microbatch, a segment or a tile, and of as many on each rank.
+        rows = round(len(expert_indices) * share)
+        counts = [rows] * ep, [rows] * ep, [expert_indices.numel() // ep] * ep
+        with patch.object(dispatch, "counts_on_host", lambda *_: counts):
+            return route(dispatch, expert_indices)
 
-    return counts_on_host
+    return even_route
 
 
 def _first_and_last(blocks: Callable[[Tensor], Iterator[Any]]) -> Callable[[Tensor], list[Any]]:

@@ -19,6 +19,8 @@ CASES = {
     "hsdp": f"{TWO_LAYERS} parallel.dp_replicate=2 train.dtype=bfloat16 parallel.recompute=full",
     "tp": f"{TWO_LAYERS} parallel.tp=2 parallel.recompute=selective train.global_batch=16",
     "ep-tp": f"{TWO_LAYERS} parallel.ep=4 parallel.tp=2",
+    "ep-tiles": f"{TWO_LAYERS} parallel.ep=2 parallel.feed_forward_tile=100",
+    "ep-segments": "model.n_layers=2 model.layer_pattern=[linear] parallel.ep=2 context.segments=2",
     "cp": f"{TWO_LAYERS} parallel.cp=4 parallel.recompute=selective train.global_batch=4",
     "ulysses": f"{TWO_LAYERS} parallel.cp=2 parallel.ulysses=2 parallel.tp=2 train.global_batch=4",
     "pp-ep": f"{TWO_LAYERS} parallel.pp=2 parallel.ep=2 train.global_batch=24",
