@@ -17,6 +17,7 @@ from parallel.pipeline.schedule import Pipeline
 from pretrain.config import Config
 from pretrain.dry_run.tracker import (
     BACKWARD,
+    COMMUNICATION,
     EMBEDDING,
     GATHERED,
     GRADIENTS,
@@ -188,10 +189,14 @@ class Step:
             # What earlier microbatches have left.
             self.tracker.attribute_all(BACKWARD, GRADIENTS)
         self.tracker.part = EMBEDDING
-        self.activations[stage.index] = self.tracker.gathered - self.tracker.live
+        # The first layer frees the buffer that FSDP has gathered the stage's own weights in.
+        self.activations[stage.index] = self.tracker.parts[COMMUNICATION]
+        self.activations[stage.index] += self.tracker.gathered - self.tracker.live
 
     def _after_forward(self, stage: Any, *_: Any) -> None:
         self.activations[stage.index] += self.tracker.live - self.tracker.gathered
+        # FSDP's buffers are gone: what else was sent or received is kept by layers.
+        self.tracker.attribute_all(COMMUNICATION, BACKWARD)
         self.tracker.part = BACKWARD
 
     def _before_layer(self, number: str, *_: Any) -> None:

@@ -75,6 +75,19 @@ def test_few_segments_tell_what_many_need(gradient: str) -> None:
     assert few.memory.peak == sum(few.memory.parts.values())
 
 
+def plan_sharded(ranks: int) -> Plan:
+    """With weights that are larger than what a forward pass keeps."""
+    settings = ["model.n_layers=1", "model.layer_pattern=[linear]", "parallel.recompute=full"]
+    settings += ["model.vocab_size=65536", "model.d_model=512", f"train.global_batch={2 * ranks}"]
+    return plan_rank(load_config("tiny-hybrid-moe", settings), ranks, rank=0)
+
+
+def test_gathered_weights_are_no_activations() -> None:
+    with get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        alone, sharded = pool.map(plan_sharded, [1, 8], chunksize=1)
+    assert sharded.memory.activations == alone.memory.activations > 0
+
+
 def test_each_phase_of_a_run_is_planned() -> None:
     second = "{from_step: 10, data.seq_len: 1024, train.global_batch: 4, parallel.cp: 2}"
     settings = ["train.global_batch=32", "train.microbatch=1", f"phases=[{second}]"]
