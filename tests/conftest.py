@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,19 +14,35 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 
-@pytest.hookimpl(tryfirst=True)
+# Their tests share nothing that is slow to make.
+LAYOUTS = {
+    f"tests/parity/test_{name}.py"
+    for name in ("any_layout", "broken_collectives", "layouts", "long_runs", "offload", "optimizer")
+}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Layouts last: one by one, they keep all workers busy to the end."""
+    items.sort(key=lambda item: _file(item.nodeid) in LAYOUTS)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With several workers, one of them gets all tests of a file, which may share what is slow to
-    make; layouts share nothing and come last, one by one, for whichever worker is free.
+    make; whichever is free gets the next layout.
     """
-    items.sort(key=_is_layout)
-    for item in items:
-        if not _is_layout(item):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = _file(nodeid)
+            return nodeid if file in LAYOUTS else file
+
+    return ByFile(config, log)
 
 
-def _is_layout(item: pytest.Item) -> bool:
-    return "ranks" in getattr(item, "fixturenames", ())
+def _file(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
