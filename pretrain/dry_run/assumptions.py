@@ -129,7 +129,8 @@ def _even_routes(config: Config, layout: Layout) -> Callable[..., Any]:
     """`AllToAllDispatch.route` for even routing: a token goes once to each of its ranks."""
     moe, ep, route = config.model.moe, layout.ep, AllToAllDispatch.route
     elsewhere = math.comb(moe.n_experts - moe.n_experts // ep, moe.top_k)
-    share = 1 - elsewhere / math.comb(moe.n_experts, moe.top_k)
+    # A dense model routes nothing.
+    share = 1 - elsewhere / max(1, math.comb(moe.n_experts, moe.top_k))
 
     def even_route(dispatch: AllToAllDispatch, expert_indices: Tensor) -> Route:
         # Of a microbatch, a segment or a tile, and of as many on each rank.
