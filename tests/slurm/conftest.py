@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,8 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
         pytest.skip(f"no {SANDBOX} to start a cluster with")
     if not all(map(shutil.which, NEEDS)):
         pytest.skip(f"Slurm is not installed ({', '.join(NEEDS)})")
-    folder = tmp_path / "cluster"
+    # Sockets of Slurm lie in it, whose paths may have 108 characters; that of a test is long.
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     script = tmp_path / "slurm_sandbox"
     shutil.copy(SANDBOX, script)
     start = ["bash", str(script), "start", str(folder), "--nodes", "2", "--cpus", "1"]
@@ -35,3 +37,4 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
         }
     finally:
         subprocess.run(["bash", str(script), "stop", str(folder)], check=True, timeout=TIMEOUT_S)
+        shutil.rmtree(folder, ignore_errors=True)

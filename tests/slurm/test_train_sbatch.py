@@ -152,7 +152,8 @@ def test_a_job_whose_node_fails_starts_again_and_goes_on(
     job.wait_until(lambda: len(job.losses()) >= 5)
     # The second one: the script runs on the first.
     for command in ("kill-node", "start-node"):
-        node = ["bash", str(tmp_path / "slurm_sandbox"), command, str(tmp_path / "cluster"), "2"]
+        folder = str(Path(cluster["SLURM_CONF"]).parent)
+        node = ["bash", str(tmp_path / "slurm_sandbox"), command, folder, "2"]
         subprocess.run(node, check=True, timeout=TIMEOUT_S)
     job.wait_until(job.run.done.exists)
     assert job.losses() == whole
