@@ -19,6 +19,8 @@ from data_pipeline.workers import WorkerDiedError, do_each
 # In a row, without a task done in between.
 MOST_FAILURES = 3
 CONNECT_S = 10
+# By a file whose name begins so workers tell whether they see the folder.
+MARK = ".seen-by-all-"
 # Daft's runner draws bars, and would do so from the cluster's processes.
 ENVIRONMENT = {"DAFT_PROGRESS_BAR": "0"}
 
@@ -73,7 +75,10 @@ class RayEngine:
         prepare: Callable[[], None] | None = None,
     ) -> Iterator[None]:
         """See `engine.Engine`. Daft gives the task of a lost worker to another one."""
-        with NamedTemporaryFile(dir=folder, prefix=".seen-by-all-") as mark:
+        for left_behind in folder.glob(f"{MARK}*"):
+            # By a command that was killed; the folder's lock is ours now.
+            left_behind.unlink(missing_ok=True)
+        with NamedTemporaryFile(dir=folder, prefix=MARK) as mark:
             left = {
                 number: pickle.dumps((number, Path(mark.name), prepare, task, one))
                 for number, one in enumerate(arguments)
