@@ -4,9 +4,9 @@
 
 `needle` and `overwrite` train the recipe `recall` in segments of 64 tokens and ask it in documents
 of 16 and of 4 times that length; `carry=false` asks the same model without what segments hand on,
-`trained without` one that never had it. `gradient` trains on documents whose statements stand
-before the last segment, where all questions are, with exact and with detached gradients. Exit code
-1: what is required is not reached, or is reached without carrying over.
+and a second one is trained so. `gradient` trains with exact and with detached gradients on
+documents of eight segments whose only question stands at the end. Exit code 1: what is required is
+not reached, or is reached without carrying over or without the gradient of earlier segments.
 """
 
 import argparse
@@ -28,7 +28,8 @@ class Study(NamedTuple):
     """What is trained on, and what is asked.
 
     Attributes:
-        data: options of `farspan data synthetic`.
+        trained_on: options of `farspan data synthetic`.
+        drawn: more of them, which are also those of what is asked.
         length: tokens of a document to train on.
         settings: further ones of the recipe.
         asked: tokens of a document to ask about.
@@ -36,7 +37,8 @@ class Study(NamedTuple):
     """
 
     task: str
-    data: list[str]
+    trained_on: list[str]
+    drawn: list[str]
     length: int
     settings: list[str]
     asked: int
@@ -48,7 +50,8 @@ DETACHED = ["context.gradient=detach"]
 STUDIES = {
     "needle": Study(
         "needle",
-        ["--task", "multi_key", "--pairs", "8", "--spread"],
+        ["--task", "multi_key", "--spread"],
+        ["--pairs", "8"],
         256,
         [],
         16 * SEGMENT,
@@ -56,7 +59,8 @@ STUDIES = {
     ),
     "overwrite": Study(
         "overwrite",
-        ["--task", "overwrite", "--pairs", "4", "--values", "2", "--spread"],
+        ["--task", "overwrite", "--spread"],
+        ["--pairs", "4", "--values", "2"],
         128,
         ["train.steps=500", "train.global_batch=64", "train.microbatch=64"],
         4 * SEGMENT,
@@ -65,6 +69,7 @@ STUDIES = {
     "gradient": Study(
         "needle",
         ["--task", "needle", "--at-end"],
+        [],
         512,
         ["train.steps=400"],
         512,
@@ -92,7 +97,8 @@ def shows(study: Study) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
         documents = ["--length", str(study.length), "--documents", "30000", "--vocab-size", "64"]
-        farspan("data", "synthetic", *study.data, *documents, "--out", str(data))
+        options = [*study.trained_on, *study.drawn, *documents]
+        farspan("data", "synthetic", *options, "--out", str(data))
         for number, mode in enumerate(study.modes):
             run = str(Path(folder) / str(number))
             segments = f"context.segments={study.length // SEGMENT}"
@@ -119,7 +125,7 @@ def share_right(run: str, study: Study, settings: list[str]) -> float:
     """Of the questions about documents of the length that is asked about."""
     printed = farspan(
         *("eval", run, "--suite", "long", "--tasks", study.task, "--samples", str(SAMPLES)),
-        *("--lengths", str(study.asked), "--json", *settings),
+        *("--lengths", str(study.asked), "--json", *study.drawn, *settings),
     )
     found = json.loads(printed[printed.index("{") :])
     return sum(c["right"] for c in found["cells"]) / sum(c["questions"] for c in found["cells"])

@@ -37,7 +37,7 @@ class SegmentDocuments(SplitDocuments):
         groups = replace(self, layouts=self.rows_seen).groups()
         return groups, (self.number - self.first_seen) * size
 
-    def goes_on(self, device: torch.device) -> torch.Tensor:
+    def rows_in_the_middle(self, device: torch.device) -> torch.Tensor:
         """[B] bool: whether the row begins in the middle of a document."""
         earlier = [layout.earlier > 0 for layout in self.layouts]
         return torch.tensor(earlier).to(device, non_blocking=True)

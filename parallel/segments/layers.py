@@ -56,7 +56,7 @@ class SegmentAttention:
         """q [B, H, t, D], k and v [B, Hkv, t, D], of this rank's tokens -> [B, H, t, D]."""
         memory, number = documents.memory, documents.number
         earlier: dict[str, list[Tensor]] = {"k": [], "v": []}
-        complete = partial(sum_over_ranks, self.cp) if window is not None else _unchanged
+        complete = None if window is None else partial(sum_over_ranks, self.cp)
         if documents.go_on:
             sources = range(documents.first_seen if window is None else number - 1, number)
             for name, tensors in earlier.items():
@@ -96,8 +96,8 @@ class SegmentScan:
         memory, number, state = documents.memory, documents.number, None
         if documents.go_on:
             state = memory.receive(self.name, number - 1, number)
-            goes_on = documents.goes_on(state.device)
-            state = state * goes_on.to(state.dtype)[:, None, None, None]
+            in_the_middle = documents.rows_in_the_middle(state.device)
+            state = state * in_the_middle.to(state.dtype)[:, None, None, None]
         out, final = self.scan(q, k, v, g, beta, documents=documents, initial_state=state)
         if not documents.is_last_seen:
             out = memory.hand_on(self.name, number, out, final)
@@ -180,7 +180,3 @@ def sum_over_ranks(cp: Communicator, gradient: Tensor) -> Tensor:
     if cp.size == 1:
         return gradient
     return cp.all_reduce(gradient.clone(memory_format=torch.contiguous_format))
-
-
-def _unchanged(gradient: Tensor) -> Tensor:
-    return gradient

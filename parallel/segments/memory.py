@@ -35,12 +35,12 @@ class SegmentMemory:
         name: str,
         source: int,
         segment: int,
-        complete: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+        complete: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """What segment `source` has handed on under a name, for `segment` to compute with.
 
         Args:
-            complete: makes the whole gradient of what this rank has found.
+            complete: makes the whole gradient of what this rank has found; None where it is that.
         """
         handed = self._handed[name]
         leaf = handed.values[source].detach()
@@ -71,10 +71,12 @@ class Handed:
     values: dict[int, Tensor] = field(default_factory=dict)
     gradients: dict[int, Tensor] = field(default_factory=dict)
 
-    def take(self, segment: int, complete: Callable[[Tensor], Tensor], leaf: Tensor) -> None:
+    def take(self, segment: int, complete: Callable[[Tensor], Tensor] | None, leaf: Tensor) -> None:
         """Add the gradient that a later segment has found; float32 or wider, as many may."""
-        assert leaf.grad is not None
-        gradient, leaf.grad = complete(leaf.grad), None
+        gradient, leaf.grad = leaf.grad, None
+        assert gradient is not None
+        if complete is not None:
+            gradient = complete(gradient)
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         known = self.gradients.get(segment)
         self.gradients[segment] = gradient if known is None else known.add_(gradient)
