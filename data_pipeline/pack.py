@@ -20,10 +20,15 @@ class BatchPlan:
     Attributes:
         pieces: [n, 4] int64: source, document, start, stop (in tokens of the document).
         row_starts: [rows + 1] int64: row i holds the pieces [row_starts[i], row_starts[i + 1]).
+        continues: [rows] bool: whether row i begins with the rest of the document that row i of the
+            batch before has ended with; None: no row does.
+        is_continued: [rows] bool: whether row i of the next batch will.
     """
 
     pieces: NDArray[np.int64]
     row_starts: NDArray[np.int64]
+    continues: NDArray[np.bool_] | None = None
+    is_continued: NDArray[np.bool_] | None = None
 
     @property
     def checksum(self) -> int:
@@ -41,11 +46,14 @@ class Batch:
             token that its source never predicts. The label of a row's last token is the token that
             the next row starts with, if the document goes on.
         position: the distance from the start of the document's piece in this row.
+        continues, is_continued: [n], as in `BatchPlan`.
     """
 
     tokens: NDArray[np.int64]
     labels: NDArray[np.int64]
     position: NDArray[np.int64]
+    continues: NDArray[np.bool_] | None = None
+    is_continued: NDArray[np.bool_] | None = None
 
 
 def plan_rows(mixture: Mixture, rows: int, seq_len: int) -> BatchPlan:
@@ -91,7 +99,11 @@ def read_rows(
             for piece in mine:
                 of_piece = labels.ravel()[starts[piece] : starts[piece] + lengths[piece]]
                 of_piece[of_piece < predicted_from] = IGNORED_LABEL
-    return Batch(tokens, labels, position)
+    joints = (
+        None if of_plan is None else of_plan[np.asarray(rows, np.int64)]
+        for of_plan in (plan.continues, plan.is_continued)
+    )
+    return Batch(tokens, labels, position, *joints)
 
 
 def _by_shard(shard: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:

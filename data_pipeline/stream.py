@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.errors import DataError
+from data_pipeline.lanes import Lanes
 from data_pipeline.mixture import DEFAULT_SHUFFLE_SHARDS, Mixture
-from data_pipeline.pack import Batch, BatchPlan, plan_rows, read_rows
+from data_pipeline.pack import Batch, BatchPlan, read_rows
 from data_pipeline.shards import Cache, Manifest, TokenReader, load_manifest
 from data_pipeline.sources import Phase, Source
 from data_pipeline.tokenize import Tokenizer, load_tokenizer
@@ -62,6 +63,7 @@ class TokenStream:
     Args:
         shuffle_shards: so many shards of a source are shuffled together.
         curriculum: weights that change at a token of the stream.
+        lane_rows: rows of consecutive batches that follow each other, see `data_pipeline.lanes`.
         cache: for what is fetched from https:// and s3://; see `load_manifest`.
 
     Attributes:
@@ -79,6 +81,7 @@ class TokenStream:
         *,
         shuffle_shards: int = DEFAULT_SHUFFLE_SHARDS,
         curriculum: Sequence[Phase] = (),
+        lane_rows: int = 1,
         cache: Cache | None = None,
     ) -> None:
         if not sources:
@@ -101,12 +104,13 @@ class TokenStream:
         self._mixture = Mixture(
             self._readers, sources, seed, shuffle_shards=shuffle_shards, curriculum=curriculum
         )
+        self._lanes = Lanes(self._mixture, lane_rows)
         self._prefetched: list[tuple[int, int]] = [(-1, -1)] * len(sources)
 
     @property
     def tokens(self) -> int:
         """How many were delivered since the start, in all epochs of all sources."""
-        return self._mixture.tokens
+        return self._lanes.tokens
 
     def next_batch(self, sequences: int, beat: Callable[[], None] = lambda: None) -> BatchPlan:
         """Plan the next global batch of `sequences` rows and move on past it.
@@ -119,7 +123,7 @@ class TokenStream:
             DataError: the sources are used up.
         """
         self._mixture.beat = beat
-        plan = plan_rows(self._mixture, sequences, self.seq_len)
+        plan = self._lanes.next(sequences, self.seq_len)
         for source, (epoch, window, shards) in enumerate(self._mixture.shards_needed()):
             if self._prefetched[source] != (epoch, window):
                 self._prefetched[source] = epoch, window
@@ -155,11 +159,13 @@ class TokenStream:
                 for reader, begun in zip(self._readers, shards, strict=True)
             ],
             "shards": shards,
-            "cursors": self._mixture.state_dict(),
+            **self._lanes.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to where `state` was taken; weights and the length of rows may have changed since."""
+        """Go to where `state` was taken; weights may have changed since, and the length of rows
+        unless it is within lanes.
+        """
         if state.get("order") != ORDER_VERSION:
             raise DataError(
                 "the checkpoint was made by an older farspan, which put the documents in another "
@@ -177,7 +183,7 @@ class TokenStream:
                 f"the checkpoint was trained on (sha256 {data} instead of {state['data']}): "
                 "restore them in the same order, or start a new run"
             )
-        self._mixture.load_state_dict(state["cursors"])
+        self._lanes.load_state_dict(state, self.seq_len)
         self._prefetched = [(-1, -1)] * len(self._readers)
 
     def _hashes_of(self, shards: Sequence[int]) -> list[str | None]:
