@@ -132,6 +132,10 @@ def evaluate(
     values: Annotated[
         int, typer.Option(help="Of each key, or variables of each chain, where there are several.")
     ] = 3,
+    gap: Annotated[
+        int,
+        typer.Option(help="Fewest tokens between the questions and what they ask for."),
+    ] = 0,
     form: Annotated[
         str,
         typer.Option(help="tokens, text, or auto: tokens for models of `farspan data synthetic`."),
@@ -175,6 +179,7 @@ def evaluate(
         seed=seed,
         pairs=pairs,
         values=values,
+        gap=gap,
         form=form,
         shards=shards,
     )

@@ -38,6 +38,13 @@ def synthetic(
             "--spread/--at-end", help="Ask anywhere, to learn from all distances, or at the end."
         ),
     ] = False,
+    gap: Annotated[
+        int,
+        typer.Option(
+            help="Fewest tokens between a question and what it asks for; with those of a segment "
+            "none is answered by its own."
+        ),
+    ] = 0,
 ) -> None:
     """Make token shards of a synthetic task, to train on from scratch.
 
@@ -47,7 +54,7 @@ def synthetic(
     from data_pipeline.synthetic import Task
     from data_pipeline.synthetic.shards import make_synthetic
 
-    chosen = Task(name=task, pairs=pairs, values=values, spread=spread)
+    chosen = Task(name=task, pairs=pairs, values=values, spread=spread, gap=gap)
     with stoppable(console), show_progress(console) as progress:
         made = make_synthetic(
             chosen,

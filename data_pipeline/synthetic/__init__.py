@@ -12,7 +12,6 @@ from data_pipeline.synthetic.stories import (
     Question,
     Statement,
     Task,
-    placed_at_end,
     random_numbers,
     tell,
 )
@@ -27,7 +26,6 @@ __all__ = [
     "Statement",
     "Task",
     "is_synthetic",
-    "placed_at_end",
     "random_numbers",
     "tell",
     "write_document",

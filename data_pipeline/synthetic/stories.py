@@ -55,12 +55,15 @@ class Task:
             `variable_tracking`.
         spread: questions stand anywhere after what they ask for, not at the end only: a signal at
             all distances to learn from. None is asked twice, as its answer would stand there.
+        gap: the fewest tokens between a question and the last statement that it asks for. With as
+            many as a segment has, no question stands in the segment of its answer.
     """
 
     name: str
     pairs: int = 4
     values: int = 3
     spread: bool = False
+    gap: int = 0
 
     def __post_init__(self) -> None:
         if self.name not in TASKS:
@@ -72,6 +75,8 @@ class Task:
         for name in ("pairs", "values"):
             if getattr(self, name) < 1:
                 raise DataError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if self.gap < 0:
+            raise DataError(f"gap = {self.gap}: must be 0 or more tokens")
 
     @property
     def symbols(self) -> int:
@@ -93,6 +98,11 @@ class Task:
         return 1 if self.name == "needle" else self.pairs
 
     @property
+    def gaps(self) -> int:
+        """How many gaps a document has one after the other."""
+        return self.values if self.name == "overwrite" and self.spread else 1
+
+    @property
     def answers(self) -> int:
         """Tokens that answer a question."""
         return self.values if self.name in ("multi_value", "variable_tracking") else 1
@@ -108,13 +118,19 @@ def random_numbers(seed: int, purpose: str, task: Task, *numbers: int) -> np.ran
 
 
 def tell(
-    task: Task, symbols: int, rng: np.random.Generator, depth: float | None = None
+    task: Task,
+    symbols: int,
+    rng: np.random.Generator,
+    depth: float | None = None,
+    apart: float = 0.0,
 ) -> list[Event]:
     """A story in order; questions at the end have places of 1 and more.
 
     Args:
         symbols: keys and values are numbers below this, at least `task.symbols`.
         depth: the place of a needle, 0 to 1; None draws it.
+        apart: the least share of the document between a statement and a question that is not at
+            the end, at most 1 / `task.gaps`.
     """
     threads = TASKS[task.name](task, symbols, rng)
     events: list[Event] = []
@@ -122,33 +138,39 @@ def tell(
         places = np.sort(rng.random(len(thread)))
         if depth is not None:
             places[:] = depth
-        events += _place(thread, places, task.spread, rng)
+        if task.spread:
+            events += _ask_anywhere(thread, places, apart, rng)
+        else:
+            events += _ask_at_end(thread, places, rng)
     return sorted(events, key=lambda event: event.place)
 
 
-def _place(
-    thread: Thread, places: NDArray[np.float64], spread: bool, rng: np.random.Generator
+def _ask_at_end(
+    thread: Thread, places: NDArray[np.float64], rng: np.random.Generator
 ) -> list[Event]:
-    events = [
-        Event(float(place), statement) for place, (statement, _) in zip(places, thread, strict=True)
-    ]
-    if not spread:
-        question = thread[-1][1]
-        assert question is not None, "the last statement of a thread is asked for"
-        return [*events, Event(1 + rng.random(), question)]
-    # Before the next statement of the thread, which may change the answer.
+    question = thread[-1][1]
+    assert question is not None, "the last statement of a thread is asked for"
+    stated = [Event(float(place), what) for place, (what, _) in zip(places, thread, strict=True)]
+    return [*stated, Event(1 + rng.random(), question)]
+
+
+def _ask_anywhere(
+    thread: Thread, places: NDArray[np.float64], apart: float, rng: np.random.Generator
+) -> list[Event]:
+    """Before the next statement of the thread, which may change the answer."""
     ends = np.append(places[1:], 1.0)
     asked = places + (ends - places) * rng.random(len(thread))
-    return events + [
-        Event(float(place), question)
-        for place, (_, question) in zip(asked, thread, strict=True)
-        if question is not None
-    ]
-
-
-def placed_at_end(events: Sequence[Event]) -> int:
-    """How many of a story's events are questions after all of its text."""
-    return sum(event.place >= 1 and isinstance(event.what, Question) for event in events)
+    # What is drawn is the text without gaps, and a gap goes before each question.
+    gaps = np.cumsum([question is not None for _, question in thread])
+    without = 1 - apart * gaps[-1]
+    asked = without * asked + apart * gaps
+    places = without * places + apart * np.append(0, gaps[:-1])
+    events = []
+    for place, when, (statement, question) in zip(places, asked, thread, strict=True):
+        events.append(Event(float(place), statement))
+        if question is not None:
+            events.append(Event(float(when), question))
+    return events
 
 
 def _needle(task: Task, symbols: int, rng: np.random.Generator) -> list[Thread]:

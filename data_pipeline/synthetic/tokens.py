@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tokenizers import models, pre_tokenizers
 
 from data_pipeline.errors import DataError
-from data_pipeline.synthetic.stories import Event, Question, Task, placed_at_end, tell
+from data_pipeline.synthetic.stories import Event, Question, Task, tell
 from data_pipeline.tokenize import END_OF_DOCUMENT, Tokenizer
 
 # What a statement and a question begin with, after the end-of-document token 0.
@@ -87,12 +87,13 @@ class Alphabet:
                 f"and {task.name} with {task.pairs} pairs of {task.values} values needs "
                 f"{task.symbols}: take a vocabulary of {least} or more, or fewer pairs or values"
             )
-        least = _slot_tokens(task) * (task.statements + task.questions) + 1
+        least = _slot_tokens(task) * (task.statements + task.questions + _slots_of_gaps(task)) + 1
         if length < least:
+            apart = f" {task.gap} tokens apart" if task.gap else ""
             raise DataError(
                 f"{length} tokens have no room for the {task.statements} statements and "
-                f"{task.questions} questions of {task.name}: take {least} or more, or fewer pairs "
-                "or values"
+                f"{task.questions} questions of {task.name}{apart}: take {least} or more, or fewer "
+                f"pairs or values{', or a smaller gap' if task.gap else ''}"
             )
 
 
@@ -128,18 +129,20 @@ def write_document(
     It is cut into slots as wide as its longest event. Those that no event takes are filler.
 
     Args:
-        depth: the place of a needle among the slots, 0 to 1; None draws it.
+        depth: the place of a needle among the slots before the gap, 0 to 1; None draws it.
     """
-    events = tell(task, alphabet.symbols, rng, depth)
     filler = alphabet.filler
-    tokens = rng.integers(filler.start, filler.stop, length)
-    tokens[-1] = 0
-    question = np.full(length, -1)
     width = _slot_tokens(task)
     slots = (length - 1) // width
     first = length - 1 - slots * width
+    empty = slots - task.statements - task.questions
+    apart = _slots_of_gaps(task) / task.gaps / empty if task.spread and task.gap else 0.0
+    events = tell(task, alphabet.symbols, rng, depth, apart)
+    tokens = rng.integers(filler.start, filler.stop, length)
+    tokens[-1] = 0
+    question = np.full(length, -1)
     asked = 0
-    for slot, event in zip(_choose_slots(events, slots, depth, rng), events, strict=True):
+    for slot, event in zip(_choose_slots(events, slots, task), events, strict=True):
         start = first + int(slot) * width
         ids = _spell(event, task, alphabet)
         if isinstance(event.what, Question):
@@ -155,18 +158,23 @@ def _slot_tokens(task: Task) -> int:
     return max(STATEMENT_TOKENS, 2 + task.answers)
 
 
-def _choose_slots(
-    events: list[Event], slots: int, depth: float | None, rng: np.random.Generator
-) -> NDArray[np.int64]:
-    """Of each event, in order."""
-    at_end = placed_at_end(events)
+def _slots_of_gaps(task: Task) -> int:
+    """How many of the slots that no event takes are needed to keep events apart."""
+    if not task.gap:
+        return 0
+    whole = -(-task.gap // _slot_tokens(task))
+    # Places anywhere are rounded to slots, and two may come one closer.
+    return task.gaps * (whole + 1) if task.spread else whole
+
+
+def _choose_slots(events: list[Event], slots: int, task: Task) -> NDArray[np.int64]:
+    """Of each event, in order: its share of the slots that no event takes lies before it."""
+    at_end = 0 if task.spread else task.questions
     before = len(events) - at_end
-    room = slots - at_end
-    if depth is None:
-        chosen = np.sort(rng.choice(room, before, replace=False, shuffle=False))
-    else:
-        chosen = np.array([round(depth * (room - 1))])
-    return np.concatenate([chosen, np.arange(room, slots)])
+    empty = slots - len(events) - (0 if task.spread else _slots_of_gaps(task))
+    places = np.array([event.place for event in events[:before]])
+    skipped = np.rint(places * empty).astype(np.int64)
+    return np.concatenate([skipped + np.arange(before), np.arange(slots - at_end, slots)])
 
 
 def _spell(event: Event, task: Task, alphabet: Alphabet) -> list[int]:

@@ -113,6 +113,8 @@ class TextForm:
         events, said = self._tell(task, length, rng, depth)
         tokens_said = sum(len(piece.tokens) for pieces in said for piece in pieces)
         haystack, ends = self._haystack(length - 1 - tokens_said, rng)
+        # Statements come before the gap, which ends where the questions begin.
+        ends = ends[ends <= len(haystack) - task.gap]
         parts: list[NDArray[np.int64]] = []
         answers: list[NDArray[np.int64]] = []
 
@@ -122,8 +124,10 @@ class TextForm:
 
         begun, asked = 0, 0
         for event, pieces in zip(events, said, strict=True):
-            # Between two sentences.
-            end = int(ends[np.abs(ends - event.place * len(haystack)).argmin()])
+            end = len(haystack)
+            if isinstance(event.what, Statement):
+                # Between two sentences.
+                end = int(ends[np.abs(ends - event.place * (end - task.gap)).argmin()])
             add(haystack[begun:end], -1)
             begun = max(begun, end)
             for piece in pieces:
@@ -139,12 +143,13 @@ class TextForm:
         """A story, and each of its events in words. Raises UserError if it does not fit."""
         events = tell(task, SYMBOLS, rng, depth)
         said = [list(self._say(event, task)) for event in events]
-        least = 1 + sum(len(piece.tokens) for pieces in said for piece in pieces)
+        least = 1 + task.gap + sum(len(piece.tokens) for pieces in said for piece in pieces)
         if length < least:
+            apart = f", {task.gap} tokens apart," if task.gap else ""
             raise UserError(
                 f"--lengths {length}: {task.statements} statements and {task.questions} questions "
-                f"of {task.name} take {least} of this tokenizer's tokens: take more, or fewer "
-                "pairs or values"
+                f"of {task.name}{apart} take {least} of this tokenizer's tokens: take more, or "
+                "fewer pairs or values"
             )
         return events, said
 

@@ -24,7 +24,7 @@ class Request:
         tasks: names in TASKS.
         samples: documents of each task and length; of a needle, at each depth.
         seed: of the documents.
-        pairs, values: as in `Task`.
+        pairs, values, gap: as in `Task`.
         form: `tokens` for models trained on reserved tokens, `text` for others; `auto` finds out
             from the tokenizer.
         shards: whose loss is taken by position; None leaves that out.
@@ -36,6 +36,7 @@ class Request:
     seed: int = 0
     pairs: int = 4
     values: int = 3
+    gap: int = 0
     form: str = "auto"
     shards: str | None = None
 
@@ -53,7 +54,7 @@ class Request:
 
     def task(self, name: str) -> Task:
         """Raises DataError, with the nearest name, if there is none."""
-        return Task(name=name, pairs=self.pairs, values=self.values)
+        return Task(name=name, pairs=self.pairs, values=self.values, gap=self.gap)
 
     def depths(self, name: str) -> tuple[float | None, ...]:
         """Places of a needle, each with as many documents; other tasks draw theirs."""

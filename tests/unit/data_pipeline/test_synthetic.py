@@ -103,6 +103,45 @@ def test_questions_at_the_end_are_asked_in_any_order_and_spread_ones_everywhere(
     assert 0.1 < np.mean(places[1] < 100) < 0.5, "what is asked for comes before"
 
 
+@pytest.mark.parametrize("spread", [False, True], ids=["at-end", "spread"])
+@pytest.mark.parametrize("name", TASKS)
+def test_a_gap_lies_between_questions_and_what_they_ask_for(name: str, spread: bool) -> None:
+    task = Task(name=name, pairs=3, values=3, spread=spread, gap=64)
+    alphabet = Alphabet(80)
+    with pytest.raises(
+        DataError, match=r"questions of \w+ 64 tokens apart: take \d+ or more"
+    ) as told:
+        alphabet.check(task, 1)
+    least = int(re.findall(r"take (\d+)", str(told.value))[0])
+    distances = []
+    for number in range(100):
+        length = least + number * (number % 3)
+        alphabet.check(task, length)
+        document = write_document(task, length, alphabet, random_numbers(0, "test", task, number))
+        words = [alphabet.names[token] for token in document.tokens]
+        asked = read(words, name)
+        assert len(asked) == task.questions
+        assert all(given == expected for given, expected in asked)
+        distances += distances_of(words, name)
+    assert 64 <= min(distances) < 64 + 2 * 5, "no more than is asked for"
+    assert max(distances) > 128
+
+
+def distances_of(words: list[str], task: str) -> list[int]:
+    """How many tokens lie between each question and the last statement on its subject."""
+    chain: dict[str, str] = {}
+    last: dict[str, int] = {}
+    found = []
+    for at, word in enumerate(words):
+        if word in ("set", "copy"):
+            key, value = words[at + 1 : at + 3]
+            chain[key] = chain.get(value, value)
+            last[chain[key] if task == "variable_tracking" else key] = at + 2
+        if word == "ask":
+            found.append(at - last[words[at + 1]] - 1)
+    return found
+
+
 def test_the_stream_predicts_the_answers_alone(tmp_path: Path) -> None:
     made = make_synthetic(
         Task(name="multi_value", pairs=2, values=2),
@@ -179,6 +218,8 @@ def test_a_killed_call_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
         ({"name": "overwrite", "values": 0}, "values = 0: must be at least 1"),
         ({"name": "multi_key", "pairs": 16}, "has 15 keys.*needs 16: take a vocabulary of 68"),
         ({"name": "multi_key", "pairs": 12}, "64 tokens have no room .*: take 73 or more"),
+        ({"name": "needle", "gap": 60}, "needle 60 tokens apart: take 67 .*or a smaller gap"),
+        ({"name": "needle", "gap": -1}, "gap = -1: must be 0 or more tokens"),
     ],
 )
 def test_what_cannot_be_written_is_refused(

@@ -64,10 +64,27 @@ def test_a_needle_lies_between_sentences_at_its_depth(tokenizer: Tokenizer) -> N
         assert after == "" or any(after.startswith(sentence) for sentence in sentences)
 
 
+def test_no_statement_stands_in_the_gap_before_the_questions(tokenizer: Tokenizer) -> None:
+    task, form = Task(name="multi_key", pairs=3, gap=400), TextForm(tokenizer)
+    gaps = []
+    for number in range(20):
+        document = form.write(task, 1200, random_numbers(0, "test", task, number), None)
+        haystack, question, _ = tokenizer.decode(document.tokens.tolist()).partition("\nQuestion: ")
+        assert question
+        gap = re.split(r"The number of \w+ is \d+\.", haystack)[-1]
+        gaps.append(len(tokenizer.encode(gap)))
+    # Decoding and encoding again may join two tokens where a sentence is cut.
+    assert 398 <= min(gaps) < 440
+
+
 def test_documents_too_short_for_their_sentences_are_refused(tokenizer: Tokenizer) -> None:
     form, task = TextForm(tokenizer), Task(name="multi_key", pairs=8)
     with pytest.raises(UserError, match=r"--lengths 100: 8 statements and 8 questions .* take \d+"):
         form.check(task, 100)
+    apart = Task(name="needle", gap=200)
+    form.check(Task(name="needle"), 200)
+    with pytest.raises(UserError, match=r"of needle, 200 tokens apart, take 2\d\d of"):
+        form.check(apart, 200)
 
 
 def test_the_form_follows_from_the_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
