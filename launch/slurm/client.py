@@ -1,0 +1,448 @@
+"""Slurm's own commands, called with lists of arguments and read from their plain text.
+
+JSON needs a plugin, and sacct a database, that not every site has: neither is needed here.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from uuid import uuid4
+
+from pretrain.errors import UserError
+
+TIMEOUT_S = 60.0
+# Seconds before a controller that is busy is asked again.
+PATIENCE_S = (1.0, 3.0, 9.0)
+IS_BUSY = re.compile(
+    r"Unable to contact slurm controller|Socket timed out|Zero Bytes were transmitted|"
+    r"Resource temporarily unavailable|Slurm temporarily unable|slurmctld is (?:busy|unavailable)|"
+    r"Slurm controller not responding|connect failure",
+    re.IGNORECASE,
+)
+# A variable of the job that this process is in would say of the new one what is not true of it.
+OF_A_JOB = re.compile(
+    r"SLURM_(?!CONF$|CLUSTERS$)|SLURMD_|SRUN_|PMI|SBATCH_(?:EXPORT|OUTPUT|ERROR)$"
+)
+# Fields of free text, which have the rest of their line to themselves.
+FREE_TEXT = (
+    *("JobName", "Command", "WorkDir", "StdErr", "StdIn", "StdOut", "Reason", "OS", "Extra"),
+    *("Comment", "AdminComment", "SystemComment", "MailUser"),
+)
+OVER = (
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL"),
+    *("DEADLINE", "OUT_OF_MEMORY", "REVOKED"),
+)
+
+
+class SlurmError(Exception):
+    """Slurm has refused something, or does not answer: told without a traceback."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobInfo:
+    """What Slurm says of a job, or of a task of an array.
+
+    Attributes:
+        id: by which it is asked for; of a task ARRAY_TASK.
+        state: such as PENDING, RUNNING, COMPLETING or those of `OVER`.
+        reason: why it waits, in Slurm's word.
+        nodes: where it runs or has run.
+        excluded: where it must not run.
+        restarts: how often it was requeued.
+        time_limit_s: None without one.
+    """
+
+    id: str
+    name: str = ""
+    user: str = ""
+    partition: str = ""
+    state: str = ""
+    reason: str = ""
+    dependency: str = ""
+    nodes: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
+    restarts: int = 0
+    exit_code: int = 0
+    signal: int = 0
+    time_limit_s: int | None = None
+    submitted: datetime | None = None
+    started: datetime | None = None
+    ended: datetime | None = None
+    array: str | None = None
+    task: int | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self.state in OVER
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeInfo:
+    """What Slurm says of a node.
+
+    Attributes:
+        state: the first word, such as IDLE, MIXED, ALLOCATED or DOWN.
+        flags: the others, such as DRAIN or NOT_RESPONDING.
+        address: how Slurm reaches it.
+        cpus: as Slurm counts them: threads, at most sites.
+        gpu_types: of its GPUs, as in h100; empty where Slurm does not tell them apart.
+        started: when its slurmd did.
+    """
+
+    name: str
+    state: str = ""
+    flags: tuple[str, ...] = ()
+    address: str = ""
+    host: str = ""
+    cpus: int = 0
+    memory_mb: int = 0
+    gpus: int = 0
+    gpu_types: tuple[str, ...] = ()
+    partitions: tuple[str, ...] = ()
+    reason: str = ""
+    version: str = ""
+    booted: datetime | None = None
+    started: datetime | None = None
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether a job could start there, now or when others have ended."""
+        ruled_out = {"DRAIN", "NOT_RESPONDING", "FAIL", "INVALID_REG", "MAINTENANCE"}
+        return self.state in ("IDLE", "MIXED", "ALLOCATED") and not ruled_out & set(self.flags)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionInfo:
+    """What Slurm says of a partition; None and empty: no restriction."""
+
+    name: str
+    is_default: bool = False
+    state: str = ""
+    nodes: tuple[str, ...] = ()
+    max_nodes: int | None = None
+    max_time_s: int | None = None
+    default_time_s: int | None = None
+    allowed_accounts: tuple[str, ...] = ()
+    denied_accounts: tuple[str, ...] = ()
+    allowed_qos: tuple[str, ...] = ()
+    denied_qos: tuple[str, ...] = ()
+    preempt_mode: str = ""
+    fields: Mapping[str, str]
+
+
+class Slurm:
+    """The Slurm that this machine's commands talk to."""
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        """
+        Args:
+            environment: of the commands (None: of this process).
+
+        Raises:
+            UserError: this machine has none.
+        """
+        self._environment = dict(os.environ if environment is None else environment)
+        path = self._environment.get("PATH")
+        missing = [name for name in ("sbatch", "scontrol") if not shutil.which(name, path=path)]
+        if missing:
+            raise UserError(
+                f"no Slurm on this machine: {' and '.join(missing)} not found on PATH. Log in to "
+                "the cluster's login node (or `module load slurm`), or train on this machine with "
+                "`farspan launch local RECIPE --nproc N`"
+            )
+
+    def submit(
+        self,
+        script: Path,
+        options: Sequence[str],
+        arguments: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> str:
+        """Submit a batch script and return the number of the job.
+
+        Args:
+            environment: variables that the job gets besides those of this process.
+
+        Raises:
+            SlurmError: Slurm refuses it, in its own words.
+        """
+        # By it a job is found that was taken although the answer was lost.
+        token = f"farspan-{uuid4().hex}"
+        command = ["sbatch", "--parsable", "--export=ALL", f"--comment={token}", *options]
+        added = dict(environment or {})
+        for patience in (*PATIENCE_S, None):
+            try:
+                answer = self._call([*command, str(script), *arguments], added, patience=())
+            except SlurmError as error:
+                if job := self._with_comment(token) if IS_BUSY.search(str(error)) else None:
+                    return job
+                if patience is None or not IS_BUSY.search(str(error)):
+                    raise
+                time.sleep(patience)
+            else:
+                return answer.strip().partition(";")[0]
+        raise AssertionError
+
+    def job(self, job: str) -> JobInfo | None:
+        """What Slurm knows of a job; None where it has forgotten, or never heard of it."""
+        return next(iter(self.jobs([job])), None)
+
+    def jobs(self, jobs: Iterable[str]) -> list[JobInfo]:
+        """What Slurm knows of these jobs, each task of an array by itself."""
+        found: list[JobInfo] = []
+        for job in jobs:
+            try:
+                text = self._call(["scontrol", "show", "job", job])
+            except SlurmError as error:
+                if "Invalid job id" not in str(error):
+                    raise
+                found += self._remembered(job)
+            else:
+                found += [self._job(fields) for fields in records(text, "JobId")]
+        return found
+
+    def cancel(self, job: str, signal: str | None = None) -> None:
+        """End a job, or send its ranks a signal. One that is over already is no error."""
+        command = ["scancel", *([f"--signal={signal}"] if signal else []), job]
+        try:
+            self._call(command)
+        except SlurmError as error:
+            if not re.search("Invalid job id|already completing or completed", str(error)):
+                raise
+
+    def requeue(self, job: str) -> None:
+        """End a running job and let it wait for another start."""
+        self._call(["scontrol", "requeue", job])
+
+    def nodes(self, names: str | None = None) -> list[NodeInfo]:
+        """All nodes, or those of a list such as node[1-3]."""
+        text = self._call(["scontrol", "show", "node", *([names] if names else [])])
+        return [_node(fields) for fields in records(text, "NodeName")]
+
+    def partitions(self) -> list[PartitionInfo]:
+        """All partitions that this user may see."""
+        text = self._call(["scontrol", "show", "partition"])
+        return [self._partition(fields) for fields in records(text, "PartitionName")]
+
+    def config(self) -> dict[str, str]:
+        """The settings of the cluster, as in SlurmdTimeout."""
+        text = self._call(["scontrol", "show", "config"])
+        lines = (line.partition("=") for line in text.splitlines() if "=" in line)
+        return {name.strip(): value.strip() for name, _, value in lines}
+
+    def hostnames(self, nodes: str) -> tuple[str, ...]:
+        """The names in a list such as node[1-3,7], in its order."""
+        if not nodes or nodes == "(null)":
+            return ()
+        if "[" not in nodes:
+            return tuple(nodes.split(","))
+        return tuple(self._call(["scontrol", "show", "hostnames", nodes]).split())
+
+    def call(self, *command: str) -> str:
+        """Another command of Slurm's: what it prints. Raises SlurmError."""
+        return self._call(command)
+
+    def _job(self, fields: Mapping[str, str]) -> JobInfo:
+        code, _, signal = fields.get("ExitCode", "0:0").partition(":")
+        array, task = fields.get("ArrayJobId"), fields.get("ArrayTaskId", "")
+        is_task = array is not None and task.isdigit()
+        return JobInfo(
+            id=f"{array}_{task}" if is_task else fields["JobId"],
+            name=fields.get("JobName", ""),
+            user=fields.get("UserId", "").partition("(")[0],
+            partition=fields.get("Partition", ""),
+            state=fields.get("JobState", ""),
+            reason=_given(fields.get("Reason")),
+            dependency=_given(fields.get("Dependency")),
+            nodes=self.hostnames(fields.get("NodeList", "")),
+            excluded=self.hostnames(fields.get("ExcNodeList", "")),
+            restarts=int(fields.get("Restarts", 0)),
+            exit_code=int(code),
+            signal=int(signal or 0),
+            time_limit_s=limit_s(fields.get("TimeLimit")),
+            submitted=_moment(fields.get("SubmitTime")),
+            started=_moment(fields.get("StartTime")),
+            ended=_moment(fields.get("EndTime")),
+            array=array,
+            task=int(task) if is_task else None,
+        )
+
+    def _partition(self, fields: Mapping[str, str]) -> PartitionInfo:
+        most = fields.get("MaxNodes", "UNLIMITED")
+        return PartitionInfo(
+            name=fields["PartitionName"],
+            is_default=fields.get("Default") == "YES",
+            state=fields.get("State", ""),
+            nodes=self.hostnames(_given(fields.get("Nodes"))),
+            max_nodes=int(most) if most.isdigit() else None,
+            max_time_s=limit_s(fields.get("MaxTime")),
+            default_time_s=limit_s(fields.get("DefaultTime")),
+            allowed_accounts=_names(fields.get("AllowAccounts")),
+            denied_accounts=_names(fields.get("DenyAccounts")),
+            allowed_qos=_names(fields.get("AllowQos")),
+            denied_qos=_names(fields.get("DenyQos")),
+            preempt_mode=_given(fields.get("PreemptMode")),
+            fields=fields,
+        )
+
+    def _remembered(self, job: str) -> list[JobInfo]:
+        """From the accounts, where the site keeps some."""
+        names = "JobID,JobName,User,Partition,State,NodeList,ExitCode,Submit,Start,End"
+        command = ["sacct", "--parsable2", "--noheader", "--allocations", f"--jobs={job}"]
+        try:
+            text = self._call([*command, f"--format={names}"], patience=())
+        except SlurmError:
+            return []
+        return [self._remembered_job(line) for line in text.splitlines() if line.count("|") >= 9]
+
+    def _remembered_job(self, line: str) -> JobInfo:
+        # A name may have the separator in it.
+        number, *name, user, partition, state, nodes, code, submitted, started, ended = line.split(
+            "|"
+        )
+        exit_code, _, signal = code.partition(":")
+        array, _, task = number.partition("_")
+        return JobInfo(
+            id=number,
+            name="|".join(name),
+            user=user,
+            partition=partition,
+            state=state.split()[0] if state else "",
+            nodes=() if nodes == "None assigned" else self.hostnames(nodes),
+            exit_code=int(exit_code or 0),
+            signal=int(signal or 0),
+            submitted=_moment(submitted),
+            started=_moment(started),
+            ended=_moment(ended),
+            array=array if task else None,
+            task=int(task) if task.isdigit() else None,
+        )
+
+    def _with_comment(self, comment: str) -> str | None:
+        try:
+            lines = self._call(["squeue", "--noheader", "--me", "--format=%A %k"]).splitlines()
+        except SlurmError:
+            return None
+        return next((line.split()[0] for line in lines if line.split()[1:] == [comment]), None)
+
+    def _call(
+        self,
+        command: Sequence[str],
+        added: Mapping[str, str] | None = None,
+        patience: Sequence[float] = PATIENCE_S,
+    ) -> str:
+        environment = {
+            name: value for name, value in self._environment.items() if not OF_A_JOB.match(name)
+        }
+        for wait in (*patience, None):
+            try:
+                done = subprocess.run(
+                    command,
+                    env=environment | {"SLURM_TIME_FORMAT": "standard"} | dict(added or {}),
+                    capture_output=True,
+                    text=True,
+                    errors="replace",
+                    timeout=TIMEOUT_S,
+                    check=False,
+                )
+            except FileNotFoundError:
+                raise SlurmError(f"{command[0]} is not installed on this machine") from None
+            except subprocess.TimeoutExpired:
+                problem = f"Socket timed out: no answer within {TIMEOUT_S:g} s"
+            else:
+                if not done.returncode:
+                    return done.stdout
+                problem = _said(done.stderr) or f"exit code {done.returncode}"
+            if wait is None or not IS_BUSY.search(problem):
+                raise SlurmError(f"{command[0]}: {problem}")
+            time.sleep(wait)
+        raise AssertionError
+
+
+def records(text: str, first: str) -> list[dict[str, str]]:
+    """The records that scontrol prints, each of which begins with the field `first`.
+
+    Printed over several lines, as it is by default: a field of free text, such as a job's name,
+    ends its line, so that nothing in it is taken for another field.
+    """
+    found: list[dict[str, str]] = []
+    for line in text.splitlines():
+        if line.startswith(f"{first}="):
+            found.append({})
+        if found and line.startswith((f"{first}=", " ")):
+            found[-1] |= _fields(line)
+    return found
+
+
+def _fields(line: str) -> dict[str, str]:
+    fields: dict[str, str] = {}
+    line = line.strip()
+    while match := re.match(r"([A-Za-z][\w:/]*)=", line):
+        name, rest = match[1], line[match.end() :]
+        # The Reason of a job is a word, the Reason of a node a sentence, alone on its line.
+        if name in FREE_TEXT and not (name == "Reason" and " Dependency=" in rest):
+            return fields | {name: rest}
+        value, _, line = rest.partition(" ")
+        fields[name] = value
+        line = line.lstrip()
+    return fields
+
+
+def limit_s(text: str | None) -> int | None:
+    """Seconds of days-hours:minutes:seconds, as Slurm prints them; None: no limit."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text or "")
+    if not match:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _node(fields: Mapping[str, str]) -> NodeInfo:
+    state, *flags = fields.get("State", "").rstrip("*~#!%$@^-").split("+")
+    gpus = re.findall(r"(?:^|,)gpu(?::([^:,(]+))?:(\d+)", _given(fields.get("Gres")))
+    return NodeInfo(
+        name=fields["NodeName"],
+        state=state,
+        flags=(*flags, *(["NOT_RESPONDING"] if "*" in fields.get("State", "") else [])),
+        address=fields.get("NodeAddr", ""),
+        host=fields.get("NodeHostName", ""),
+        cpus=int(fields.get("CPUTot", 0)),
+        memory_mb=int(fields.get("RealMemory", 0)),
+        gpus=sum(int(number) for _, number in gpus),
+        gpu_types=tuple(dict.fromkeys(kind for kind, _ in gpus if kind)),
+        partitions=_names(fields.get("Partitions")),
+        reason=fields.get("Reason", ""),
+        version=fields.get("Version", ""),
+        booted=_moment(fields.get("BootTime")),
+        started=_moment(fields.get("SlurmdStartTime")),
+    )
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    given = _given(text)
+    return () if given in ("", "ALL") else tuple(given.split(","))
+
+
+def _given(text: str | None) -> str:
+    return "" if text in (None, "(null)", "None", "N/A") else str(text)
+
+
+def _moment(text: str | None) -> datetime | None:
+    try:
+        return datetime.fromisoformat(text or "").astimezone()
+    except ValueError:
+        return None
+
+
+def _said(text: str) -> str:
+    """What went wrong, of what a command printed to standard error."""
+    lines = (re.sub(r"^\w+: (?:error: |fatal: )?", "", line) for line in text.splitlines())
+    return "; ".join(dict.fromkeys(line.strip() for line in lines if line.strip()))
