@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SubprocessContext
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
+from launch.causes import find_cause, rank_to_blame
+from launch.failures import judge, note_failure
 from launch.local import (
     Rank,
     StopSignals,
@@ -33,8 +36,7 @@ from launch.local import (
     rank_environment,
     stop_signals_blocked,
 )
-from launch.restarts import furthest_step
-from pretrain.errors import CANNOT_GO_ON, LOST_RANK, STOPPED_ON_REQUEST, UserError
+from pretrain.errors import CANNOT_GO_ON, LOST_RANK, STOPPED_ON_REQUEST, TrainingError
 from pretrain.run_dir import ATTEMPT_VARIABLE, RunDirectory
 
 POLL_S = 0.1
@@ -51,7 +53,6 @@ KILL_S = 30.0
 RENDEZVOUS_S = 60
 # The agent would end the ranks at these.
 HANDLED_BY_TORCH = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-NOT_RESTARTED = (STOPPED_ON_REQUEST, UserError.exit_code, CANNOT_GO_ON)
 
 
 def run_ranks(
@@ -59,10 +60,9 @@ def run_ranks(
 ) -> tuple[int, int]:
     """Run `command` on `nproc` ranks to its end; rank 0's log is shown as it grows.
 
-    When a rank fails, the others are ended, the failed one's log is named, and a new attempt
-    begins, unless the failure is one that would come again: a mistake of the user's, one that a
-    person has to look at, or `max_restarts` restarts in a row after which no attempt got further
-    than the run had been before. A run that was asked to stop is not restarted.
+    When a rank fails, the others are ended, the failed one's log is named, what it died of is
+    noted, and a new attempt begins, unless the failure is one that would come again (see
+    launch.failures). A run that was asked to stop is not restarted.
 
     Returns:
         The exit code, 0 or that of the rank to blame for the last failure (1 if it was killed),
@@ -139,7 +139,8 @@ class _Agent(LocalElasticAgent):
         self._screen = _Screen()
         self._failed_at: float | None = None
         self._not_ended: list[int] = []
-        self._furthest = 0
+        # Another command counts failures anew.
+        self._chain = f"process {os.getpid()} on {socket.gethostname()}, {time.time():.0f}"
         self.exit_code = 0
 
     @property
@@ -167,8 +168,6 @@ class _Agent(LocalElasticAgent):
             note_pids(self._logs.logs[0].parent, [rank.pid for rank in self._ranks])
             self._screen.show(self._logs.logs[0])
             self._stop.pass_on_to(self._ranks)
-        if not is_restart:
-            self._furthest = furthest_step(self._run)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self._screen.refresh()
@@ -208,7 +207,7 @@ class _Agent(LocalElasticAgent):
         """End what is left of a failed attempt, tell why it failed, and decide on another one."""
         self._not_ended = end_ranks(self._ranks, KILL_S)
         self._screen.close()
-        failed = _to_blame(codes)
+        failed = rank_to_blame(dict(enumerate(codes)))
         code = codes[failed]
         assert code
         self.exit_code = 1 if code < 0 or code in (LOST_RANK, CANNOT_GO_ON) else code
@@ -225,30 +224,33 @@ class _Agent(LocalElasticAgent):
                 "its end the same command goes on from the newest checkpoint",
                 file=sys.stderr,
             )
-        is_over = code in NOT_RESTARTED or self._stop.requested or not self._is_ours()
-        if is_over or self._not_ended:
-            self._remaining_restarts = 0
-        else:
-            self._count_progress()
+        self._remaining_restarts = 0
+        if code != STOPPED_ON_REQUEST and not self._stop.at_once and self._is_ours():
+            self._decide(codes)
 
     def _is_ours(self) -> bool:
         """Whether the run directory is still there, and no other attempt has taken over."""
         is_there = self._run.folder_of(self.attempt).is_dir()
         return is_there and self._run.current_attempt() <= self.attempt
 
-    def _count_progress(self) -> None:
-        """Give a run that has got further all its restarts back."""
-        furthest = furthest_step(self._run)
-        if furthest > self._furthest:
-            self._furthest = furthest
-            self._remaining_restarts = self._max_restarts
-        elif self._max_restarts and not self._remaining_restarts:
-            print(
-                f"gave up: {self._max_restarts} restarts did not get beyond step {self._furthest}. "
-                f"The logs of all attempts: {self._run.attempts}. Once the cause is mended, the "
-                "same command goes on from the newest checkpoint",
-                file=sys.stderr,
-            )
+    def _decide(self, codes: Sequence[int | None]) -> None:
+        """Note what the attempt died of; give the run another one, or say why not."""
+        by_rank = dict(enumerate(codes))
+        host = [socket.gethostname()] * len(codes)
+        cause = find_cause(self._run.folder_of(self.attempt), by_rank, nodes=host)
+        try:
+            note_failure(self._run, self.attempt, self._chain, cause)
+        except (OSError, TrainingError) as error:
+            print(f"not restarted: {error}", file=sys.stderr)
+            return
+        verdict = judge(self._run, self._chain, self._max_restarts)
+        if self._stop.requested or self._not_ended:
+            return
+        if verdict.goes_on:
+            # The agent takes one for the restart itself.
+            self._remaining_restarts = verdict.starts_left + 1
+        elif self._max_restarts and cause.kind not in ("mistake", "final"):
+            print(verdict.text, file=sys.stderr)
 
 
 class _Screen:
@@ -284,23 +286,6 @@ class _Screen:
 
 def _named(pids: Sequence[int]) -> str:
     return f"process{'es' if len(pids) > 1 else ''} {', '.join(map(str, pids))}"
-
-
-def _to_blame(codes: Sequence[int | None]) -> int:
-    """The rank whose failure explains the others': killed, else mistaken, else failed."""
-
-    def rank_order(rank: int) -> int:
-        code = codes[rank]
-        if not code:
-            return 5
-        if code == LOST_RANK:
-            return 4
-        # NCCL's watchdog aborts a rank that misses another.
-        if code == -signal.SIGABRT:
-            return 3
-        return 0 if code < 0 else 2 if code == STOPPED_ON_REQUEST else 1
-
-    return min(range(len(codes)), key=rank_order)
 
 
 def _explain(failed: int, codes: Sequence[int | None], logs: Sequence[Path]) -> None:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from launch.restarts import furthest_step
+from launch.failures import furthest_step
 from pretrain.run_dir import RunDirectory, write_atomically
 
 

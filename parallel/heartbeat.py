@@ -3,6 +3,8 @@
 import time
 from dataclasses import dataclass
 
+# In the folder of an attempt: where all its ranks are (parallel.job_status).
+HEARTBEATS = "heartbeats.json"
 # A phase that has never ended may compile; a slow one waits for storage. Nothing may take longer.
 PATIENCE_AT_MOST = 4
 # A phase that has taken long before may do so again.

@@ -13,10 +13,8 @@ import torch
 import torch.distributed as dist
 
 from parallel.flight_recorder import CollectiveTime
-from parallel.heartbeat import Heartbeat, Work
+from parallel.heartbeat import HEARTBEATS, Heartbeat, Work
 from parallel.stragglers import Slowest, StragglerDetector
-
-HEARTBEATS = "heartbeats.json"
 
 
 class JobStatus:

@@ -162,6 +162,26 @@ class RunDirectory:
         return self.root / "requeues.json"
 
     @property
+    def cancelled(self) -> Path:
+        """Marks a run that a person has cancelled; gone once it is started by one again."""
+        return self.root / "cancelled.json"
+
+    @property
+    def launcher_lock(self) -> Path:
+        """Held by whoever starts attempts; it says which process on which host held it last."""
+        return self.root / "launcher.lock"
+
+    @property
+    def job(self) -> Path:
+        """What was submitted to Slurm, and which jobs have come of it."""
+        return self.root / "job.json"
+
+    @property
+    def excluded(self) -> Path:
+        """The nodes that jobs of the run avoid, until when and why."""
+        return self.root / "excluded.json"
+
+    @property
     def attempt(self) -> Path:
         """The number of the attempt that may change the run directory."""
         return self.root / "attempt.json"
@@ -189,6 +209,18 @@ class RunDirectory:
         """The resolved configuration that an attempt had."""
         return self.folder_of(attempt) / "config.yaml"
 
+    def failure_of(self, attempt: int) -> Path:
+        """What an attempt died of."""
+        return self.folder_of(attempt) / "failure.json"
+
+    def environment_of(self, attempt: int) -> Path:
+        """The variables that an attempt's ranks were given, and why."""
+        return self.folder_of(attempt) / "environment.json"
+
+    def allocation_of(self, attempt: int) -> Path:
+        """The job and the nodes that an attempt had under Slurm."""
+        return self.folder_of(attempt) / "allocation.json"
+
     def ranks_of(self, attempt: int) -> Path:
         """How many ranks an attempt had, and their layout."""
         return self.folder_of(attempt) / "ranks.json"
@@ -204,16 +236,16 @@ class RunDirectory:
             UserError: another process holds it, and the message says which; or it is read-only.
             WriteError: there is no room to note who holds it.
         """
-        return self._hold("lock")
+        return self._hold(self.root / "lock")
 
     def launching(self) -> AbstractContextManager[None]:
         """Hold the right to start attempts, also between two of them; raises as `exclusive`."""
-        return self._hold("launcher.lock")
+        return self._hold(self.launcher_lock)
 
     @contextmanager
-    def _hold(self, name: str) -> Iterator[None]:
+    def _hold(self, path: Path) -> Iterator[None]:
         try:
-            file = (self.root / name).open("a+b", buffering=0)
+            file = path.open("a+b", buffering=0)
         except OSError as error:
             raise UserError(self.explain(error)) from None
         with file:
@@ -235,15 +267,21 @@ class RunDirectory:
                     file=sys.stderr,
                     flush=True,
                 )
-            with writing(self.root / name):
+            with writing(path):
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             yield
 
+    def all_attempts(self) -> list[int]:
+        """The numbers of the attempts that have been made, the newest last."""
+        if not self.attempts.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.attempts.iterdir() if path.name.isdigit())
+
     def new_attempt(self) -> int:
         """Make the folder of the next attempt, for its logs; it has not begun yet."""
         self.attempts.mkdir(exist_ok=True)
-        number = 1 + max((int(path.name) for path in self.attempts.iterdir()), default=0)
+        number = 1 + max(self.all_attempts(), default=0)
         while True:
             try:
                 self.folder_of(number).mkdir()

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -119,6 +120,19 @@ def test_a_run_whose_directory_has_vanished_is_not_restarted(
     with StopSignals() as stop:
         assert run_ranks(run, command, 1, 3, stop) == (1, 1)
     assert not run.root.exists()
+
+
+def test_a_crash_loop_ends_with_a_diagnosis_before_the_restarts_are_used_up(
+    run: RunDirectory, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_plan(run, [[1, 0, 1], *[[4, 0, KILLED]] * 9], max_restarts=8) == 1
+    err = capfd.readouterr().err
+    assert len(attempts(run)) == 4
+    assert "gave up: attempts 2, 3 and 4 died of the same error after step 4, and another" in err
+    assert f"rank 1 on {socket.gethostname()}: killed by signal 9 (SIGKILL)" in err
+    failure = json.loads(run.failure_of(4).read_text())
+    assert (failure["attempt"], failure["step"], failure["rank"]) == (4, 4, 1)
+    assert (failure["kind"], failure["node"]) == ("killed", socket.gethostname())
 
 
 def test_without_restarts_a_failure_is_the_end(
