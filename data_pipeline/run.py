@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any, Protocol
-from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,15 +31,23 @@ from data_pipeline.errors import DataError, file_errors
 from data_pipeline.kept import kept_files, read_sizes, read_texts
 from data_pipeline.meter import Meter
 from data_pipeline.recipe import Recipe
-from data_pipeline.run_folder import UNKNOWN, exclusive, record_plan, shared
+from data_pipeline.run_folder import exclusive, record_plan
 from data_pipeline.shards import Manifest, load_manifest
 from data_pipeline.shards.manifest import GROWING
-from data_pipeline.shards.planned import bytes_of_tokens, plan_shards, write_planned_shards
+from data_pipeline.shards.planned import (
+    Plan,
+    bytes_of_tokens,
+    load_plans,
+    plan_shards,
+    save_plans,
+    write_planned_shards,
+)
 from data_pipeline.shards.writer import TOKENS_PER_SHARD
 from data_pipeline.stage import is_made, make_stage
 from data_pipeline.tokenize import load_tokenizer, require_vocab_size, train_tokenizer
 
 TOKENIZER = "tokenizer.json"
+PLANS = "plans.json"
 TICK_S = 0.5
 ROWS_AT_ONCE = 1 << 16
 
@@ -55,7 +62,7 @@ class Progress(Protocol):
         """
 
 
-def _no_progress(stage: str, done: int, total: int, detail: str = "") -> None:
+def no_progress(stage: str, done: int, total: int, detail: str = "") -> None:
     pass
 
 
@@ -102,7 +109,7 @@ def run(
     tokenizer: Path | None = None,
     vocab_size: int = 8192,
     crawl_url: str = CRAWL_URL,
-    progress: Progress = _no_progress,
+    progress: Progress = no_progress,
 ) -> RunResult:
     """Clean, deduplicate, tokenize and shard the documents of web archives.
 
@@ -124,73 +131,19 @@ def run(
     """
     with file_errors():
         check_memory(memory, recipe.dedup.exact)
-        sources, vocab_size = _asked_for(inputs, crawl_url, tokenizer, vocab_size)
+        sources, vocab_size = asked_for(inputs, crawl_url, tokenizer, vocab_size)
         with exclusive(out):
             # For a large crawl on this machine that takes a while: it is read once more.
             sources = identify(sources, lambda done, total: progress("inputs", done, total))
             identities = {source.name: source.identity for source in sources}
-            record_plan(out, _plan(identities, recipe, id_header, tokenizer, vocab_size))
+            record_plan(out, plan_of(identities, recipe, id_header, tokenizer, vocab_size))
             for number, source in enumerate(sources):
-                _refuse_changed(source, _identity_file(out / "work", number))
+                refuse_changed(source, identity_file(out / "work", number))
             resources = Resources(workers, engine, memory)
             return _run(sources, out, recipe, id_header, tokenizer, vocab_size, resources, progress)
 
 
-@dataclass(frozen=True)
-class Part:
-    """Of the archives of a run the ones number, number + of, number + 2 of, ..., from 1 on."""
-
-    number: int
-    of: int
-
-
-def clean_part(
-    inputs: Sequence[str],
-    out: Path,
-    recipe: Recipe,
-    part: Part,
-    *,
-    workers: int = 1,
-    id_header: str = "WARC-Record-ID",
-    tokenizer: Path | None = None,
-    vocab_size: int = 8192,
-    crawl_url: str = CRAWL_URL,
-    progress: Progress = _no_progress,
-) -> int:
-    """Clean a part of the archives that `run` is given, and leave the rest to it.
-
-    Parts of one run may be cleaned at a time, on machines that share the folder, and again.
-
-    Returns:
-        How many archives the part has.
-
-    Raises:
-        DataError: as `run` does.
-    """
-    with file_errors():
-        sources, vocab_size = _asked_for(inputs, crawl_url, tokenizer, vocab_size)
-        numbers = range(part.number - 1, len(sources), part.of)
-        with shared(out):
-            # The content of the other parts is not looked at here.
-            identities = dict.fromkeys([source.name for source in sources], UNKNOWN)
-            record_plan(out, _plan(identities, recipe, id_header, tokenizer, vocab_size))
-            if (out / "manifest.json").exists():
-                return len(numbers)
-            mine = identify(
-                [sources[number] for number in numbers],
-                lambda done, total: progress("inputs", done, total),
-            )
-            work = out / "work"
-            (work / "identities").mkdir(parents=True, exist_ok=True)
-            for number, source in zip(numbers, mine, strict=True):
-                _record_identity(source, _identity_file(work, number))
-            pieces = [_piece(work, number) for number in numbers]
-            meter = work / f"meter-{part.number}-{part.of}"
-            _clean(mine, pieces, meter, recipe, id_header, Native(workers), progress)
-    return len(numbers)
-
-
-def _asked_for(
+def asked_for(
     inputs: Sequence[str], crawl_url: str, tokenizer: Path | None, vocab_size: int
 ) -> tuple[list[Source], int]:
     """The archives, and the size of the vocabulary."""
@@ -202,7 +155,7 @@ def _asked_for(
     return sources, vocab_size
 
 
-def _plan(
+def plan_of(
     identities: dict[str, Any],
     recipe: Recipe,
     id_header: str,
@@ -218,23 +171,16 @@ def _plan(
     }
 
 
-def _piece(work: Path, number: int) -> Piece:
+def piece_of(work: Path, number: int) -> Piece:
     return Piece(work / "pieces" / f"{number:05d}")
 
 
-def _identity_file(work: Path, number: int) -> Path:
+def identity_file(work: Path, number: int) -> Path:
     """Where a part of a run says which content of an archive it cleans."""
     return work / "identities" / f"{number:05d}.json"
 
 
-def _record_identity(source: Source, path: Path) -> None:
-    _refuse_changed(source, path)
-    aside = path.with_name(f".{path.name}.{uuid4().hex}")
-    aside.write_text(json.dumps(source.identity))
-    aside.rename(path)
-
-
-def _refuse_changed(source: Source, path: Path) -> None:
+def refuse_changed(source: Source, path: Path) -> None:
     if path.exists() and json.loads(path.read_text()) != source.identity:
         raise DataError(
             f"{source.name}: has changed since a part of this run cleaned it; restore the file or "
@@ -259,15 +205,24 @@ def _run(
         return _result(load_manifest(out), out, is_new=False)
     pieces, documents = clean_and_deduplicate(sources, work, recipe, id_header, resources, progress)
     _write_audit(pieces, work / "dedup" / "clusters.parquet", out / "audit")
-    if tokenizer is None:
-        tokenizer = _train_tokenizer(documents, work / "tokenizer", vocab_size, progress)
+    tokenizer = tokenizer or train_tokenizer_on(documents, work, vocab_size, progress)
     funnel = ledger.funnel(out / "audit")
     extra = {
         "recipe": recipe.model_dump(mode="json"),
         "inputs": [json.loads(piece.summary.read_text()) for piece in pieces],
         "funnel": funnel,
     }
-    manifest = _write_shards(kept_files(documents), tokenizer, out, extra, resources, progress)
+    plans = planned_shards(documents, tokenizer, work)
+    manifest = write_planned_shards(
+        plans,
+        read_texts,
+        tokenizer,
+        out,
+        shards_of(work),
+        open_engine(resources.engine, resources.workers),
+        extra=extra,
+        progress=lambda done: progress("shards", done, len(plans)),
+    )
     shutil.rmtree(work)
     return _result(manifest, out, is_new=True)
 
@@ -278,17 +233,17 @@ def clean_and_deduplicate(
     recipe: Recipe,
     id_header: str,
     resources: Resources,
-    progress: Progress = _no_progress,
+    progress: Progress = no_progress,
 ) -> tuple[list[Piece], Path]:
     """The cleaned form of each archive, and the folder of the documents that are kept of all.
 
     What is finished in `work` already is not done again.
     """
     work.mkdir(parents=True, exist_ok=True)
-    pieces = [_piece(work, number) for number in range(len(sources))]
+    pieces = [piece_of(work, number) for number in range(len(sources))]
     cleaners = open_engine(resources.engine, resources.workers)
-    _clean(sources, pieces, work / "meter", recipe, id_header, cleaners, progress)
-    return pieces, _deduplicate(pieces, work, recipe, resources, progress)
+    clean(sources, pieces, work / "meter", recipe, id_header, cleaners, progress)
+    return pieces, deduplicate_pieces(pieces, work, recipe, resources, progress)
 
 
 def _result(manifest: Manifest, out: Path, is_new: bool) -> RunResult:
@@ -323,7 +278,7 @@ def _ticking(tick: Callable[[], None]) -> Iterator[Callable[[], None]]:
         thread.join()
 
 
-def _clean(
+def clean(
     sources: Sequence[Source],
     pieces: Sequence[Piece],
     meter_file: Path,
@@ -352,7 +307,7 @@ def _clean(
             tick()
 
 
-def _deduplicate(
+def deduplicate_pieces(
     pieces: Sequence[Piece], work: Path, recipe: Recipe, resources: Resources, progress: Progress
 ) -> Path:
     """Deduplicate over all pieces; return the folder of the kept documents."""
@@ -402,7 +357,9 @@ class _Rows:
         return taken
 
 
-def _train_tokenizer(documents: Path, stage: Path, vocab_size: int, progress: Progress) -> Path:
+def train_tokenizer_on(documents: Path, work: Path, vocab_size: int, progress: Progress) -> Path:
+    """The tokenizer that is trained on the kept documents."""
+    stage = work / "tokenizer"
     progress("tokenizer", 0, 1)
     if not is_made(stage):
         texts = _texts(kept_files(documents))
@@ -415,23 +372,17 @@ def _texts(files: Sequence[Path]) -> Iterator[str]:
     return (text for file in files for _, text in read_texts(file))
 
 
-def _write_shards(
-    files: Sequence[Path],
-    tokenizer: Path,
-    out: Path,
-    extra: dict[str, Any],
-    resources: Resources,
-    progress: Progress,
-) -> Manifest:
-    size = bytes_of_tokens(TOKENS_PER_SHARD, _texts(files), tokenizer)
-    plans = plan_shards(files, read_sizes, size)
-    return write_planned_shards(
-        plans,
-        read_texts,
-        tokenizer,
-        out,
-        out / "work" / "shards",
-        open_engine(resources.engine, resources.workers),
-        extra=extra,
-        progress=lambda done: progress("shards", done, len(plans)),
-    )
+def planned_shards(documents: Path, tokenizer: Path, work: Path) -> list[Plan]:
+    """Which of the kept documents each shard gets; kept in a file, so that others know it, too."""
+    stage = work / "plans"
+    if not is_made(stage):
+        files = kept_files(documents)
+        size = bytes_of_tokens(TOKENS_PER_SHARD, _texts(files), tokenizer)
+        plans = plan_shards(files, read_sizes, size)
+        make_stage(stage, lambda out: save_plans(plans, out / PLANS))
+    return load_plans(stage / PLANS, documents)
+
+
+def shards_of(work: Path) -> Path:
+    """The folder with a stage for each shard that is written."""
+    return work / "shards"

@@ -44,13 +44,7 @@ def shared(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _held(folder: Path, kind: int) -> Iterator[None]:
-    # In this order: another process may be making the plan and, after it, the rest.
-    foreign = [name for name in OUTPUTS if (folder / name).exists()]
-    if foreign and not (folder / PLAN).exists():
-        raise DataError(
-            f"{folder}: holds {', '.join(foreign)} but no {PLAN}, so not a run that can be "
-            "continued, and a new one would replace them; choose another --out"
-        )
+    _refuse_foreign(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+") as file:
         try:
@@ -70,6 +64,27 @@ def _held(folder: Path, kind: int) -> Iterator[None]:
                 file.truncate(0)
 
 
+def _refuse_foreign(folder: Path) -> None:
+    # In this order: another process may be making the plan and, after it, the rest.
+    foreign = [name for name in OUTPUTS if (folder / name).exists()]
+    if foreign and not (folder / PLAN).exists():
+        raise DataError(
+            f"{folder}: holds {', '.join(foreign)} but no {PLAN}, so not a run that can be "
+            "continued, and a new one would replace them; choose another --out"
+        )
+
+
+def check_plan(folder: Path, plan: dict[str, Any]) -> None:
+    """Refuse what `shared` and `record_plan` would refuse of the folder, and change nothing.
+
+    Raises:
+        DataError: as they do.
+    """
+    _refuse_foreign(folder)
+    if (folder / PLAN).exists():
+        _checked(folder, json.loads(json.dumps(plan)))
+
+
 def record_plan(folder: Path, plan: dict[str, Any]) -> None:
     """Write the plan, or check that it is the one the folder was made by.
 
@@ -82,15 +97,22 @@ def record_plan(folder: Path, plan: dict[str, Any]) -> None:
     now = json.loads(json.dumps(plan))
     if _write_if_first(path, now):
         return
+    before, known = _checked(folder, now)
+    if known != before:
+        with _aside(path, known) as written:
+            written.rename(path)
+
+
+def _checked(folder: Path, now: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The folder's plan, which does not differ, and the same with what is known now."""
+    path = folder / PLAN
     try:
         before = json.loads(path.read_text())
     except ValueError as error:
         raise DataError(f"{path}: not the plan of a run ({error}); choose another --out") from error
     known = _fill_in(before, now)
     _refuse_changes(folder, dict(_leaves(known)), dict(_leaves(_fill_in(now, before))))
-    if known != before:
-        with _aside(path, known) as written:
-            written.rename(path)
+    return before, known
 
 
 def _write_if_first(path: Path, plan: dict[str, Any]) -> bool:

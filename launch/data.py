@@ -2,11 +2,10 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from launch.data_audit import audit
 from launch.data_classifier import train_classifier
@@ -14,16 +13,18 @@ from launch.data_formats import export, import_megatron, tokenize
 from launch.data_index import app as index_app
 from launch.data_index import dedup_with_index
 from launch.data_mixture import mixture
+from launch.data_run import DataRun, report
 from launch.data_synthetic import synthetic
 from launch.progress import show_progress
 from launch.stoppable import stoppable
+from pretrain.errors import UserError
 
 if TYPE_CHECKING:
-    from data_pipeline.run import Part, RunResult
+    from data_pipeline.parts import Part
 
 app = typer.Typer(no_args_is_help=True, help="Make token shards from web archives.")
 console = Console()
-DAMAGE_LINES = 10
+SLURM = "slurm"
 
 
 class Mode(StrEnum):
@@ -71,6 +72,10 @@ Memory = Annotated[
 Engine = Annotated[
     str, typer.Option(help="What reads texts: native (--workers), ray, or ray=ADDRESS.")
 ]
+RunEngine = Annotated[
+    str,
+    typer.Option(help="What reads texts: native (--workers), ray, ray=ADDRESS; slurm: jobs."),
+]
 IdHeader = Annotated[str, typer.Option(help="WARC header that holds a document's id.")]
 
 
@@ -80,7 +85,7 @@ def run(
     out: Annotated[Path, typer.Option(help="Folder to fill; a killed run continues there.")],
     recipe: Annotated[str, typer.Option(help="A shipped recipe or a .yaml file.")] = "c4-gopher",
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
-    engine: Engine = "native",
+    engine: RunEngine = "native",
     memory: Memory = None,
     task: Annotated[
         str | None,
@@ -90,6 +95,30 @@ def run(
             "same command without --task does the rest.",
         ),
     ] = None,
+    tasks: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --engine slurm: jobs that clean, and that write shards."),
+    ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(help="With --engine slurm: the site, by name or .yaml file (generic)."),
+    ] = None,
+    time: Annotated[
+        str | None,
+        typer.Option(help="With --engine slurm: limit of a job, as in 12:00:00 (the profile's)."),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="With --engine slurm: print what is left and would be submitted."
+        ),
+    ] = False,
+    prepare_only: Annotated[
+        bool,
+        typer.Option(
+            "--prepare-only", help="With --engine slurm: leave it to you to submit the jobs."
+        ),
+    ] = False,
     id_header: IdHeader = "WARC-Record-ID",
     tokenizer: Annotated[
         Path | None, typer.Option(help="A tokenizer.json (default: train one).")
@@ -105,45 +134,42 @@ def run(
     crawl_url: CrawlUrl = "https://data.commoncrawl.org",
 ) -> None:
     """Clean, deduplicate, tokenize and shard; audit what became of every document."""
-    from data_pipeline.dedup.index import parse_memory
-    from data_pipeline.recipe import load_recipe
-    from data_pipeline.run import clean_part
-    from data_pipeline.run import run as run_pipeline
-
-    chosen = load_recipe(recipe).override(
+    asked = DataRun(
+        inputs=tuple(inputs),
+        recipe=recipe,
         mode=mode.value if mode else None,
-        languages=None if languages is None else tuple(languages.split(",")),
-        classifier=classifier,
+        languages=languages,
+        classifier=None if classifier is None else str(classifier),
+        tokenizer=None if tokenizer is None else str(tokenizer),
+        vocab_size=vocab_size,
+        id_header=id_header,
+        crawl_url=crawl_url,
+        memory=memory,
     )
     part = _parse_part(task, engine)
-    options: dict[str, Any] = {
-        "workers": workers,
-        "id_header": id_header,
-        "tokenizer": tokenizer,
-        "vocab_size": vocab_size,
-        "crawl_url": crawl_url,
-    }
+    if engine == SLURM:
+        from launch.slurm.data import Request, submit_data_run
+
+        request = Request(tasks, workers, profile, time, dry_run, prepare_only)
+        submit_data_run(asked, out, request, console)
+        return
+    if not (tasks is profile is time is None) or dry_run or prepare_only:
+        raise UserError(
+            "--tasks, --profile, --time, --dry-run and --prepare-only belong to --engine slurm"
+        )
     with stoppable(console), show_progress(console) as progress:
         if part is not None:
-            archives = clean_part(inputs, out, chosen, part, progress=progress, **options)
+            archives = asked.parted(out).clean(part, workers, progress)
             _say(f"{out}: cleaned part {task}, {archives} archives")
             return
-        result = run_pipeline(
-            inputs,
-            out,
-            chosen,
-            engine=engine,
-            memory=None if memory is None else parse_memory(memory),
-            progress=progress,
-            **options,
-        )
-    _report(result, out)
+        result = asked.run(out, workers, engine, progress)
+    report(result, out, console)
 
 
 def _parse_part(task: str | None, engine: str) -> "Part | None":
     from data_pipeline.engine import NATIVE
     from data_pipeline.errors import DataError
-    from data_pipeline.run import Part
+    from data_pipeline.parts import Part
 
     if task is None:
         return None
@@ -272,33 +298,3 @@ app.command()(synthetic)
 
 def _say(line: str) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _report(result: "RunResult", out: Path) -> None:
-    from data_pipeline.errors import DataError
-
-    if not result.is_new:
-        _say(f"{out} is finished already: same inputs, same options")
-    table = Table("stage", "reason")
-    table.add_column("documents", justify="right")
-    for row in result.funnel:
-        table.add_row(row["stage"], row["reason"], str(row["documents"]))
-    if result.funnel:
-        console.print(table)
-    for archive in result.manifest.extra["inputs"]:
-        if not archive["documents"]:
-            _say(f"{archive['path']}: no documents")
-    for line in result.damage[:DAMAGE_LINES]:
-        _say(line)
-    if len(result.damage) > DAMAGE_LINES:
-        _say(f"... and {len(result.damage) - DAMAGE_LINES} more damaged records: {out / 'audit'}")
-    manifest = result.manifest
-    if not manifest.documents:
-        raise DataError(
-            f"no document is left to train on: {out / 'audit'} says why of each. Change the recipe "
-            "or the inputs, and choose another --out"
-        )
-    _say(
-        f"{manifest.documents} documents, {manifest.tokens} tokens in {len(manifest.shards)} "
-        f"shards: {out / 'manifest.json'}"
-    )

@@ -105,6 +105,26 @@ def plan_shards(
     return plans
 
 
+def save_plans(plans: Sequence[Plan], path: Path) -> None:
+    """Write a file from which `load_plans` has the plans, wherever the folder of the texts is."""
+    listed = [[(rows.file.name, rows.start, rows.stop) for rows in plan.rows] for plan in plans]
+    path.write_text(json.dumps(listed))
+
+
+def load_plans(path: Path, folder: Path) -> list[Plan]:
+    """
+    Args:
+        folder: where the files of the texts lie.
+    """
+    plans: list[Plan] = []
+    documents = 0
+    for number, listed in enumerate(json.loads(path.read_text())):
+        rows = tuple(Rows(folder / name, start, stop) for name, start, stop in listed)
+        plans.append(Plan(number, documents, rows))
+        documents += plans[-1].documents
+    return plans
+
+
 def _first_with(totals: NDArray[np.int64], total: int) -> int:
     return int(np.searchsorted(totals, total))
 

@@ -5,13 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from data_pipeline.errors import DataError
+from data_pipeline.parts import Part, PartedRun
 from data_pipeline.recipe import load_recipe
-from data_pipeline.run import Part, clean_part, run
+from data_pipeline.run import run
 from data_pipeline.run_folder import UNKNOWN, exclusive, record_plan, shared
 from data_pipeline.sample import make_sample_crawl
 from tests.files import contents
@@ -80,11 +82,12 @@ def test_a_run_does_what_parts_have_left(
 ) -> None:
     out = tmp_path / "data"
     recipe = load_recipe("demo")
-    assert clean_part([str(crawl)], out, recipe, Part(2, 3), vocab_size=600) == 2
+    parted = PartedRun([str(crawl)], out, recipe, vocab_size=600)
+    assert parted.clean(Part(2, 3)) == 2
     assert len(list((out / "work" / "pieces").iterdir())) == 2
     run([str(crawl)], out, recipe, vocab_size=600)
     assert contents(out) == whole
-    assert clean_part([str(crawl)], out, recipe, Part(1, 3), vocab_size=600) == 2
+    assert parted.clean(Part(1, 3)) == 2
     assert not (out / "work").exists()
 
 
@@ -95,13 +98,14 @@ def test_parts_of_other_options_and_of_changed_archives_are_refused(
     source.mkdir()
     for path in crawl.iterdir():
         (source / path.name).write_bytes(path.read_bytes())
-    clean_part([str(source)], out, recipe, Part(1, 5), vocab_size=600)
+    parted = PartedRun([str(source)], out, recipe, vocab_size=600)
+    parted.clean(Part(1, 5))
     with pytest.raises(DataError, match="vocab_size: 600 -> 700"):
-        clean_part([str(source)], out, recipe, Part(2, 5), vocab_size=700)
+        replace(parted, vocab_size=700).clean(Part(2, 5))
     changed = min(source.iterdir())
     changed.write_bytes(changed.read_bytes() + b"\n")
     for again in (
-        lambda: clean_part([str(source)], out, recipe, Part(1, 5), vocab_size=600),
+        lambda: parted.clean(Part(1, 5)),
         lambda: run([str(source)], out, recipe, vocab_size=600),
     ):
         with pytest.raises(DataError, match=rf"{changed}: has changed since a part of this run"):
@@ -115,7 +119,7 @@ def test_the_rest_of_a_run_waits_for_its_parts(crawl: Path, tmp_path: Path) -> N
             run([str(crawl)], out, load_recipe("demo"), vocab_size=600)
         record_plan(out, {"inputs": {}})
     with exclusive(out), pytest.raises(DataError, match=r"in use by process \d+ on"):
-        clean_part([str(crawl)], out, load_recipe("demo"), Part(1, 2), vocab_size=600)
+        PartedRun([str(crawl)], out, load_recipe("demo"), vocab_size=600).clean(Part(1, 2))
 
 
 def test_a_plan_takes_what_it_did_not_know(tmp_path: Path) -> None:
