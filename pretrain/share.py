@@ -42,7 +42,8 @@ def share_of_rank(config: Config, documents: Documents, rank: int) -> RankShare:
         if not context.carry:
             size = documents.position.shape[1] // context.segments
             rows = tuple(tuple(cut_apart(row, size)) for row in rows)
-        segments = cut_rows(rows, context.segments, SegmentMemory(context.reach), rank, ranks, cost)
+        memory = SegmentMemory(context.segments, context.reach)
+        segments = cut_rows(rows, context.segments, memory, rank, ranks, cost)
         return RankShare(segments, tokens_of(segments))
     if ranks == 1:
         return RankShare(documents, None)

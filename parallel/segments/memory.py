@@ -20,13 +20,15 @@ class SegmentMemory:
     """The memory of one microbatch.
 
     Attributes:
-        reach: gradients flow among so many segments, the first of which has a number that `reach`
-            divides.
+        segments: how many there are.
+        reach: gradients flow among so many of them, the first of which has a number that `reach`
+            divides; by default among all.
         is_kept: whether what segments hand on is kept; otherwise it has been kept before.
     """
 
-    def __init__(self, reach: int) -> None:
-        self.reach = reach
+    def __init__(self, segments: int, reach: int | None = None) -> None:
+        self.segments = segments
+        self.reach = reach or segments
         self.is_kept = True
         self._handed: defaultdict[str, Handed] = defaultdict(Handed)
 
@@ -53,7 +55,7 @@ class SegmentMemory:
         """Keep `value`, and return `out`, whose backward also goes through `value`."""
         handed = self._handed[name]
         if self.is_kept:
-            handed.values[segment] = value.detach()
+            handed.keep(segment, self.segments, value.detach())
         if not torch.is_grad_enabled():
             return out
         result: Tensor = _HandOn.apply(out, value, handed, segment)
@@ -66,10 +68,22 @@ class SegmentMemory:
 
 @dataclass
 class Handed:
-    """What segments have handed on under one name, and the gradients of it, by segment."""
+    """What segments have handed on under one name, and the gradients of it, by segment.
+
+    Attributes:
+        block: the memory of all values. By themselves, small tensors that stay among large ones
+            that come and go would leave holes in the heap, many times their size.
+    """
 
     values: dict[int, Tensor] = field(default_factory=dict)
     gradients: dict[int, Tensor] = field(default_factory=dict)
+    block: Tensor | None = None
+
+    def keep(self, segment: int, segments: int, value: Tensor) -> None:
+        if self.block is None:
+            self.block = value.new_empty(segments, *value.shape)
+        # `data`, as a graph that holds another value must not take this one for a change of it.
+        self.values[segment] = self.block.data[segment].copy_(value)
 
     def take(self, segment: int, complete: Callable[[Tensor], Tensor] | None, leaf: Tensor) -> None:
         """Add the gradient that a later segment has found; float32 or wider, as many may."""

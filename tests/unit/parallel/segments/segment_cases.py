@@ -135,7 +135,7 @@ def in_segments(
 ) -> tuple[Tensor, Tensor, list[list[SegmentDocuments]]]:
     """The same in segments."""
     rank, ranks = mesh.cp.get_local_rank(), mesh.cp.size()
-    cut = cut_rows(rows, segments, SegmentMemory(reach), rank, ranks)
+    cut = cut_rows(rows, segments, SegmentMemory(segments, reach), rank, ranks)
     tokens, labels = (x.gather(1, tokens_of(cut)) for x in batch())
     return tokens, labels, [cut]
 
