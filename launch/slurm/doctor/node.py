@@ -1,0 +1,200 @@
+"""What the doctor's job runs on each node: it measures, and judges nothing.
+
+`python -m launch.slurm.doctor.node FOLDER`, a process for each rank. Each writes what it has seen
+of the GPUs to FOLDER/ranks/RANK.json; the first of a node all else that a node can find out.
+"""
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+
+from launch.slurm.doctor import disk, gpus, names, network, shared_folder, versions
+from launch.slurm.doctor.shared_folder import ARRIVE_S, Board, Seen
+from pretrain.run_dir import write_atomically
+from pretrain.settings import Section
+
+# The stages of a node, by which the others wait for it.
+LISTENS, REPLACED, CONNECTED = 1, 2, 3
+SIGNAL_S = 60.0
+
+
+class Request(Section):
+    """What the doctor asks of the nodes.
+
+    Attributes:
+        addresses: NodeAddr of all nodes the job can get, by name.
+        interface: of the profile.
+        folders: in which there has to be room.
+    """
+
+    addresses: dict[str, str]
+    interface: str | None
+    folders: tuple[disk.Folder, ...]
+
+
+class OfNode(Section):
+    """What the first rank of a node has found out.
+
+    Attributes:
+        taken: why it could not listen where ranks meet; None if it did, or need not.
+        signalled: whether the request to stop has arrived.
+    """
+
+    names: names.Names
+    versions: dict[str, str]
+    disks: tuple[disk.Disk, ...]
+    reached: tuple[network.Reached, ...]
+    taken: str | None
+    seen: Seen
+    signalled: bool
+
+
+class OfRank(Section):
+    rank: int
+    node: str
+    gpus: gpus.Gpus
+    of_node: OfNode | None
+
+
+class Folder:
+    """Where the doctor and its job write."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @property
+    def request(self) -> Path:
+        return self.root / "request.json"
+
+    @property
+    def nodes(self) -> Path:
+        """The names of the job's nodes, a line each."""
+        return self.root / "nodes"
+
+    @property
+    def ready(self) -> Path:
+        """There once the ranks can be sent the signal that asks to stop."""
+        return self.root / "ready"
+
+    @property
+    def ranks(self) -> Path:
+        return self.root / "ranks"
+
+    @property
+    def board(self) -> Path:
+        return self.root / "board"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / "lock"
+
+    @property
+    def bandwidth(self) -> Path:
+        return self.root / "bandwidth.json"
+
+    def log(self, step: str) -> Path:
+        """What the ranks of a step have printed: "job", "node" or "bandwidth"."""
+        return self.root / f"{step}.log"
+
+    def measured(self) -> list[OfRank]:
+        """In the order of the ranks."""
+        found = [OfRank.model_validate_json(path.read_text()) for path in self.ranks.glob("*.json")]
+        return sorted(found, key=lambda one: one.rank)
+
+
+def main() -> None:
+    told = threading.Event()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        told.set()
+
+    # Before anything that takes long: it comes again until the step has ended.
+    signal.signal(signal.SIGUSR2, note)
+    folder = Folder(Path(sys.argv[1]))
+    request = Request.model_validate_json(folder.request.read_text())
+    rank, node = int(os.environ["RANK"]), os.environ["SLURMD_NODENAME"]
+    is_first = os.environ["LOCAL_RANK"] == "0"
+    measured = OfRank(
+        rank=rank,
+        node=node,
+        gpus=gpus.measure(),
+        of_node=_measure_node(folder, request, node, told) if is_first else None,
+    )
+    folder.ranks.mkdir(exist_ok=True)
+    write_atomically(folder.ranks / f"{rank}.json", measured.model_dump_json() + "\n")
+
+
+def _measure_node(folder: Folder, request: Request, node: str, told: threading.Event) -> OfNode:
+    nodes = folder.nodes.read_text().split()
+    found = names.measure({name: request.addresses[name] for name in nodes})
+    reached, seen, taken = _meet(folder, nodes, node, names.announced(found, request.interface))
+    if node == nodes[0]:
+        write_atomically(folder.ready, "")
+    return OfNode(
+        names=found,
+        versions=versions.measure(),
+        disks=tuple(map(disk.measure, request.folders)),
+        reached=reached,
+        taken=taken,
+        seen=seen,
+        signalled=told.wait(SIGNAL_S),
+    )
+
+
+def _meet(
+    folder: Folder, nodes: list[str], node: str, address: str
+) -> tuple[tuple[network.Reached, ...], Seen, str | None]:
+    """Connect to other nodes, and see what they have written to the folder meanwhile.
+
+    Returns:
+        What became of each connection, of the folder, and why the port on which ranks meet could
+        not be had.
+    """
+    is_first = node == nodes[0]
+    meeting_at = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    board = Board(folder.board, node)
+    held = shared_folder.hold(folder.lock) if is_first else None
+    meeting, taken = _listen_where_ranks_meet(meeting_at[1]) if is_first else (None, None)
+    listener = network.Listener()
+    board.write(LISTENS, address=address, port=listener.port)
+    missing = board.wait(nodes, LISTENS, ARRIVE_S)
+    board.write(REPLACED, address=address, port=listener.port)
+    for one in filter(None, (listener, meeting)):
+        one.stage = REPLACED
+
+    reached, lags = [], {}
+    for peer in (nodes[number] for number in network.peers_of(nodes.index(node), len(nodes))):
+        if peer in missing:
+            continue
+        known = board.read(peer)
+        result = network.connect(peer, str(known["address"]), int(str(known["port"])), REPLACED)
+        reached.append(result)
+        if not result.error:
+            lags[peer] = board.lag(peer, REPLACED)
+        if peer == nodes[0]:
+            reached.append(network.connect(peer, *meeting_at, REPLACED))
+    lock = None if is_first else shared_folder.try_lock(folder.lock)
+
+    board.write(CONNECTED, address=address, port=listener.port)
+    # Until the others have connected, and tried the lock.
+    board.wait([name for name in nodes if name not in missing], CONNECTED, ARRIVE_S)
+    listener.close()
+    if meeting:
+        meeting.close()
+    if held:
+        held.close()
+    return tuple(reached), Seen(missing=tuple(missing), lags=lags, lock=lock), taken
+
+
+def _listen_where_ranks_meet(port: int) -> tuple[network.Listener | None, str | None]:
+    try:
+        return network.Listener(port), None
+    except OSError as error:
+        return None, f"port {port}, on which ranks meet, cannot be had: {error.strerror}"
+
+
+if __name__ == "__main__":
+    main()
