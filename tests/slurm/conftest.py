@@ -1,40 +1,59 @@
-"""A real Slurm of two nodes."""
+"""A real Slurm of four nodes, which the tests of a file share."""
 
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.ranks import ROOT, TIMEOUT_S
+from slurm.sandbox import programs
+from slurm.sandbox.cluster import Cluster
+from slurm.sandbox.settings import Settings
 
-SANDBOX = ROOT.parent / "shared" / "tools" / "slurm_sandbox"
-NEEDS = ("sbatch", "slurmctld", "slurmd", "munged")
+# On every node: two ranks of one core each.
+SETTINGS = Settings(nodes=4, cpus=2, gpus=2)
+
+
+@contextmanager
+def started_cluster(settings: Settings = SETTINGS) -> Iterator[Cluster]:
+    """A cluster for as long as the context lasts; its processes find the environment's farspan.
+
+    The test is skipped where there is no Slurm, or fails if this is CI, which installs it.
+    """
+    if missing := programs.missing():
+        lacks(f"Slurm is not installed: no {', '.join(missing)} ({programs.INSTALL})")
+    # Sockets of Slurm lie in it, whose paths may have 107 characters; that of a test is long.
+    cluster = Cluster(Path(tempfile.mkdtemp(prefix="slurm-")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        cluster.start(settings)
+        try:
+            yield cluster
+        finally:
+            cluster.stop()
+            shutil.rmtree(cluster.folder)
+
+
+def lacks(what: str) -> None:
+    """Skip the test for what this machine lacks; in CI that is a failure."""
+    if os.environ.get("FARSPAN_CI") == "1":
+        pytest.fail(what)
+    pytest.skip(what)
+
+
+@pytest.fixture(scope="module")
+def shared_cluster() -> Iterator[Cluster]:
+    with started_cluster() as cluster:
+        yield cluster
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """The environment in which sbatch reaches a cluster of two nodes."""
-    if not SANDBOX.exists():
-        pytest.skip(f"no {SANDBOX} to start a cluster with")
-    if not all(map(shutil.which, NEEDS)):
-        pytest.skip(f"Slurm is not installed ({', '.join(NEEDS)})")
-    # Sockets of Slurm lie in it, whose paths may have 108 characters; that of a test is long.
-    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
-    script = tmp_path / "slurm_sandbox"
-    shutil.copy(SANDBOX, script)
-    start = ["bash", str(script), "start", str(folder), "--nodes", "2", "--cpus", "1"]
-    subprocess.run(start, check=True, timeout=TIMEOUT_S)
-    try:
-        yield os.environ | {
-            "SLURM_CONF": str(folder / "slurm.conf"),
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "OMP_NUM_THREADS": "1",
-        }
-    finally:
-        subprocess.run(["bash", str(script), "stop", str(folder)], check=True, timeout=TIMEOUT_S)
-        shutil.rmtree(folder, ignore_errors=True)
+def cluster(shared_cluster: Cluster) -> Iterator[Cluster]:
+    """A cluster on which nothing runs yet, and whose nodes are all there."""
+    yield shared_cluster
+    shared_cluster.reset()

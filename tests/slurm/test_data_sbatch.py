@@ -11,6 +11,7 @@ import pytest
 from data_pipeline.recipe import load_recipe
 from data_pipeline.run import run
 from data_pipeline.sample import make_sample_crawl
+from slurm.sandbox.cluster import Cluster
 from tests.files import contents
 from tests.ranks import ROOT, TIMEOUT_S
 
@@ -28,14 +29,14 @@ def _wait_until(condition: Callable[[], bool], logs: Path) -> None:
 
 
 def test_an_array_one_part_of_which_is_stopped_and_the_job_behind_it(
-    cluster: dict[str, str], tmp_path: Path
+    cluster: Cluster, tmp_path: Path
 ) -> None:
     make_sample_crawl(tmp_path / "crawl", pages=160, files=6, seed=5)
     run([str(tmp_path / "crawl")], tmp_path / "whole", load_recipe("demo"), vocab_size=600)
 
     def call(*command: str) -> str:
         return subprocess.check_output(
-            command, env=cluster, text=True, cwd=tmp_path, timeout=TIMEOUT_S
+            command, env=cluster.environment(), text=True, cwd=tmp_path, timeout=TIMEOUT_S
         )
 
     def field(job: str, name: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.run_dir import RunDirectory
+from slurm.sandbox.cluster import Cluster
 from tests.ranks import ROOT, TIMEOUT_S
 
 pytestmark = pytest.mark.slow
@@ -23,7 +24,7 @@ class Job:
     """A run of 30 steps on two nodes, one rank each."""
 
     def __init__(
-        self, cluster: dict[str, str], shards: Path, folder: Path, python: str | None = None
+        self, cluster: Cluster, shards: Path, folder: Path, python: str | None = None
     ) -> None:
         """
         Args:
@@ -31,13 +32,13 @@ class Job:
         """
         self.run = RunDirectory(folder / "run")
         self.settings = [f"data.shards={shards}", "train.steps=30", "parallel.ep=2"]
-        self._environment = cluster
+        self._environment = cluster.environment()
         if python:
             shim = folder / "bin" / "python"
             shim.parent.mkdir()
             shim.write_text(f"#!/bin/bash\nREAL={sys.executable}\n{python}\n")
             shim.chmod(0o755)
-            self._environment = cluster | {"PATH": f"{shim.parent}:{cluster['PATH']}"}
+            self._environment["PATH"] = f"{shim.parent}:{self._environment['PATH']}"
         submit = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", f"--chdir={folder}"]
         script = [str(ROOT / "slurm" / "train.sbatch"), "tiny-hybrid-moe", str(self.run.root)]
         self.number = self._call(*submit, *script, *self.settings).strip()
@@ -97,7 +98,7 @@ def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]
 
 
 def test_a_job_stopped_in_time_requeues_itself_and_ends_with_the_losses_of_a_local_run(
-    cluster: dict[str, str], shards: Path, tmp_path: Path, whole: list[float]
+    cluster: Cluster, shards: Path, tmp_path: Path, whole: list[float]
 ) -> None:
     job = Job(cluster, shards, tmp_path)
     job.wait_until(lambda: len(job.losses()) >= 5)
@@ -116,7 +117,7 @@ exec "$REAL" "$@"
 
 
 def test_a_request_that_comes_while_the_ranks_still_import_is_kept(
-    cluster: dict[str, str], shards: Path, tmp_path: Path, whole: list[float]
+    cluster: Cluster, shards: Path, tmp_path: Path, whole: list[float]
 ) -> None:
     job = Job(cluster, shards, tmp_path, IMPORTS_UNTIL_TOLD)
     job.wait_until(lambda: len(job.ranks()) >= 2)
@@ -132,7 +133,7 @@ def test_a_request_that_comes_while_the_ranks_still_import_is_kept(
 
 
 def test_a_job_whose_rank_is_killed_names_it_requeues_itself_and_goes_on(
-    cluster: dict[str, str], shards: Path, tmp_path: Path, whole: list[float]
+    cluster: Cluster, shards: Path, tmp_path: Path, whole: list[float]
 ) -> None:
     job = Job(cluster, shards, tmp_path)
     job.wait_until(lambda: len(job.losses()) >= 5)
@@ -146,21 +147,19 @@ def test_a_job_whose_rank_is_killed_names_it_requeues_itself_and_goes_on(
 
 
 def test_a_job_whose_node_fails_starts_again_and_goes_on(
-    cluster: dict[str, str], shards: Path, tmp_path: Path, whole: list[float]
+    cluster: Cluster, shards: Path, tmp_path: Path, whole: list[float]
 ) -> None:
     job = Job(cluster, shards, tmp_path)
     job.wait_until(lambda: len(job.losses()) >= 5)
     # The second one: the script runs on the first.
-    for command in ("kill-node", "start-node"):
-        folder = str(Path(cluster["SLURM_CONF"]).parent)
-        node = ["bash", str(tmp_path / "slurm_sandbox"), command, folder, "2"]
-        subprocess.run(node, check=True, timeout=TIMEOUT_S)
+    cluster.kill_node(2)
+    cluster.start_node(2)
     job.wait_until(job.run.done.exists)
     assert job.losses() == whole
     assert job.requeues() >= 1
 
 
-def test_a_mistake_is_not_made_again(cluster: dict[str, str], shards: Path, tmp_path: Path) -> None:
+def test_a_mistake_is_not_made_again(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
     job = Job(cluster, shards, tmp_path, IMPORTS_UNTIL_TOLD)
     job.wait_until(lambda: len(job.ranks()) >= 2)
     # Rank 0 alone finds out; that the other one has lost it is no reason to start again.
@@ -172,7 +171,7 @@ def test_a_mistake_is_not_made_again(cluster: dict[str, str], shards: Path, tmp_
 
 
 def test_a_job_that_gets_nowhere_is_given_up(
-    cluster: dict[str, str], shards: Path, tmp_path: Path
+    cluster: Cluster, shards: Path, tmp_path: Path
 ) -> None:
     dies = 'if [[ $* == *launch.rank* ]]; then exit 70; fi; exec "$REAL" "$@"'
     job = Job(cluster, shards, tmp_path, dies)
