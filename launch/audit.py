@@ -51,6 +51,8 @@ class Audit:
         steps: the last step.
         undone_by_restarts: trained, and trained again by a later attempt.
         undone_by_rollbacks: trained, and given up.
+        unfinished_tokens: of lanes (context.lane_rows) that have not ended, of which the order alone
+            is checked.
         late_records: of attempts that had been replaced; they do not count.
         goodput: share of all trained tokens that were not undone.
     """
@@ -61,6 +63,7 @@ class Audit:
     skipped_tokens: int
     undone_by_restarts: Undone
     undone_by_rollbacks: Undone
+    unfinished_tokens: int
     late_records: int
     goodput: float
     sources: tuple[SourceUse, ...]
@@ -140,6 +143,7 @@ def audit_run(run: RunDirectory, progress: Progress = lambda done, total: None) 
         skipped_tokens=sum(sum(source.skipped_tokens.values()) for source in uses),
         undone_by_restarts=lineage.undone_by_restarts,
         undone_by_rollbacks=lineage.undone_by_rollbacks,
+        unfinished_tokens=use.unfinished_tokens,
         late_records=lineage.late,
         goodput=trained / max(1, trained + sum(each.tokens for each in undone)),
         sources=uses,
@@ -198,6 +202,11 @@ def _print(audit: Audit) -> None:
         ("rollbacks", audit.undone_by_rollbacks),
     ):
         console.print(f"undone by {cause}: {undone.steps:,} steps, {undone.tokens:,} tokens")
+    if audit.unfinished_tokens:
+        console.print(
+            f"checked in their order alone: {audit.unfinished_tokens:,} tokens of lanes that have "
+            "not ended"
+        )
     if audit.late_records:
         console.print(f"ignored: {audit.late_records:,} records of attempts that had been replaced")
     console.print(f"goodput: {audit.goodput:.2%} of the tokens trained\n")

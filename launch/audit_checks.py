@@ -5,7 +5,7 @@ Each check sees all batches that count, and then tells what does not hold.
 
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.lanes import Lanes, in_stream_order
 from data_pipeline.mixture import Mixture
 from data_pipeline.order import Documents, Visits
-from data_pipeline.pack import plan_rows
 from data_pipeline.shards import Manifest
 from data_pipeline.stream import ORDER_VERSION, BatchPlan, Phase, Source
 from pretrain.ledger import AttemptBegun, Skipped, Trained
@@ -121,7 +121,7 @@ class OrderCheck:
     def __init__(self, paths: Sequence[str], documents: Sequence[Documents]) -> None:
         self._paths = paths
         self._documents = documents
-        self._mixture: Mixture | None = None
+        self._lanes: Lanes | None = None
         self._attempt: AttemptBegun | None = None
         self._tokens = 0
         self._difference: str | None = None
@@ -140,21 +140,21 @@ class OrderCheck:
                 )
             )
             return
-        expected = plan_rows(self._mixture_of(attempt), batch.rows, batch.seq_len)
-        self._difference = self._compare(batch.step, expected, pieces)
+        lanes = self._lanes_of(attempt, batch)
+        self._difference = self._compare(batch.step, lanes.next(batch.rows, batch.seq_len), pieces)
         self._tokens = batch.stop_token
 
     def problems(self) -> list[str]:
         return [self._difference] if self._difference else []
 
-    def _mixture_of(self, attempt: AttemptBegun) -> Mixture:
-        if attempt is not self._attempt:
-            mixture = mixture_of(attempt, self._paths, self._documents)
-            if self._mixture:
-                mixture.load_state_dict(self._mixture.state_dict())
-            self._mixture, self._attempt = mixture, attempt
-        assert self._mixture
-        return self._mixture
+    def _lanes_of(self, attempt: AttemptBegun, batch: Batch) -> Lanes:
+        rows = attempt.lane_rows(batch.step)
+        if attempt is not self._attempt or not self._lanes or rows != self._lanes.rows:
+            lanes = Lanes(mixture_of(attempt, self._paths, self._documents), rows)
+            if self._lanes:
+                lanes.load_state_dict(self._lanes.state_dict(), batch.seq_len)
+            self._lanes, self._attempt = lanes, attempt
+        return self._lanes
 
     def _compare(self, step: int, expected: BatchPlan, found: Ints) -> str | None:
         if np.array_equal(expected.pieces, found):
@@ -175,6 +175,23 @@ class OrderCheck:
         known = 0 <= source < len(self._paths)
         path = self._paths[source] if known else f"number {source}, which is not there"
         return f"tokens {start} to {stop} of document {document} of source {path}"
+
+
+class _Blocks:
+    """Puts the batches of lanes together, and their pieces into the order of the stream."""
+
+    def __init__(self) -> None:
+        self._batches: list[Ints] = []
+        self.tokens = 0
+
+    def add(self, attempt: AttemptBegun, batch: Batch, pieces: Ints) -> Ints | None:
+        """The pieces of all batches since lanes began, if they end with this one."""
+        self._batches.append(pieces)
+        self.tokens += batch.tokens
+        if len(self._batches) < attempt.lane_rows(batch.step):
+            return None
+        block, self._batches, self.tokens = self._batches, [], 0
+        return block[0] if len(block) == 1 else in_stream_order(block, batch.seq_len)
 
 
 @dataclass(frozen=True)
@@ -207,20 +224,36 @@ class UseCheck:
     mixture's order.
 
     Within its document, a piece has to begin where the last one ended. So a document's tokens were
-    used as often as it was finished, and those before its last piece's end once more.
+    used as often as it was finished, and those before its last piece's end once more. Lanes are
+    looked at when they have ended.
+
+    Attributes:
+        unfinished_tokens: of lanes that have not ended.
     """
 
     def __init__(
         self, paths: Sequence[str], lengths: Sequence[Ints], visits: Sequence[Visits]
     ) -> None:
         self._sources = [_Use(*each) for each in zip(paths, lengths, visits, strict=True)]
+        self._blocks = _Blocks()
 
     def see(self, attempt: AttemptBegun, batch: Batch, pieces: Ints) -> None:
         reason = batch.reason if isinstance(batch, Skipped) else None
+        for use, mine in self._by_source(pieces):
+            use.count(batch.step, reason, *mine[:, 1:].T)
+        if (block := self._blocks.add(attempt, batch, pieces)) is not None:
+            for use, mine in self._by_source(block):
+                use.follow(batch.step, *mine[:, 1:].T)
+
+    def _by_source(self, pieces: Ints) -> Iterator[tuple["_Use", Ints]]:
         for number, use in enumerate(self._sources):
             mine = pieces[pieces[:, 0] == number]
             if len(mine):
-                use.add(batch.step, reason, *mine[:, 1:].T)
+                yield use, mine
+
+    @property
+    def unfinished_tokens(self) -> int:
+        return self._blocks.tokens
 
     @property
     def delivered(self) -> int:
@@ -256,6 +289,7 @@ class _Use:
         self.path = path
         self._visits = visits
         self.size = int(lengths.sum())
+        self.followed = 0
         self.trained = 0
         self.skipped: Counter[str] = Counter()
         self.begun = 0
@@ -276,28 +310,34 @@ class _Use:
     def most(self) -> int:
         return int((self._finished + (self._offset > 0)).max())
 
-    def add(self, step: int, reason: str | None, document: Ints, start: Ints, stop: Ints) -> None:
+    def count(self, step: int, reason: str | None, document: Ints, start: Ints, stop: Ints) -> None:
         """Add pieces of this source, [n] each."""
-        possible = (document >= 0) & (document < len(self._lengths)) & (start < stop)
-        possible[possible] = stop[possible] <= self._lengths[document[possible]]
+        possible = self._are_possible(document, start, stop)
         if not possible.all():
             at = int(possible.argmin())
             self._wrong.append(
                 f"step {step}: source {self.path} has no tokens {start[at]} to {stop[at]} of "
                 f"document {document[at]}"
             )
-            document, start, stop = document[possible], start[possible], stop[possible]
-            if not len(document):
-                return
-        tokens = int((stop - start).sum())
+        tokens = int((stop - start)[possible].sum())
         if reason is None:
             self.trained += tokens
         else:
             self.skipped[reason] += tokens
-        self.begun += int((start == 0).sum())
-        self._follow(step, document, start, stop)
+        self.begun += int((start == 0)[possible].sum())
 
-    def _follow(self, step: int, document: Ints, start: Ints, stop: Ints) -> None:
+    def _are_possible(self, document: Ints, start: Ints, stop: Ints) -> NDArray[np.bool_]:
+        possible = (document >= 0) & (document < len(self._lengths)) & (start < stop)
+        possible[possible] = stop[possible] <= self._lengths[document[possible]]
+        return possible
+
+    def follow(self, step: int, document: Ints, start: Ints, stop: Ints) -> None:
+        """Pieces in the order of the stream."""
+        possible = self._are_possible(document, start, stop)
+        document, start, stop = document[possible], start[possible], stop[possible]
+        if not len(document):
+            return
+        self.followed += int((stop - start).sum())
         by_document = np.argsort(document, kind="stable")
         document, start, stop = document[by_document], start[by_document], stop[by_document]
         is_first = np.append(True, document[1:] != document[:-1])
@@ -320,7 +360,7 @@ class _Use:
         if (self._finished < least).any() or (begun > most).any():
             self._wrong.append(
                 f"source {self.path}: tokens were used between {self.least} and {self.most} times; "
-                f"in {self.delivered / self.size:.3f} epochs it should be {least.min()} to "
+                f"in {self.followed / self.size:.3f} epochs it should be {least.min()} to "
                 f"{most.max()}"
             )
         return _first(self._wrong)
@@ -328,14 +368,14 @@ class _Use:
     def _visits_by_now(self) -> tuple[Ints, Ints]:
         """To each document: in the whole epochs delivered, and with the one that has begun."""
         nothing = np.zeros_like(self._visits.count(self._lengths[:0]))
-        epochs = self.delivered // self.size if self._visits.is_plain else 0
+        epochs = self.followed // self.size if self._visits.is_plain else 0
         before = self._visits.of(self._lengths, nothing, 0, epochs)
         while True:
             after = self._visits.of(self._lengths, nothing, 0, epochs + 1)
             tokens = int((after * self._lengths).sum())
-            if tokens > self.delivered:
+            if tokens > self.followed:
                 return before, after
-            if tokens == self.delivered:
+            if tokens == self.followed:
                 return after, after
             epochs, before = epochs + 1, after
 
@@ -351,11 +391,13 @@ class SharesCheck:
         self._documents = documents
         self._delivered = np.zeros(len(paths), np.int64)
         self._attempts: list[AttemptBegun] = []
+        self._blocks = _Blocks()
 
     def see(self, attempt: AttemptBegun, batch: Batch, pieces: Ints) -> None:
-        source, tokens = pieces[:, 0], pieces[:, 3] - pieces[:, 2]
-        known = (source >= 0) & (source < len(self._paths))
-        np.add.at(self._delivered, source[known], tokens[known])
+        if (block := self._blocks.add(attempt, batch, pieces)) is not None:
+            source, tokens = block[:, 0], block[:, 3] - block[:, 2]
+            known = (source >= 0) & (source < len(self._paths))
+            np.add.at(self._delivered, source[known], tokens[known])
         if not any(attempt is seen for seen in self._attempts):
             self._attempts.append(attempt)
 
@@ -396,8 +438,10 @@ class CheckpointCheck:
         self._tokens = 0
         self._is_found = progress is None or progress["step"] == 0
         if progress:
-            cursors = progress["stream"]["cursors"]
-            self._cursors = np.array([cursor["tokens"] for cursor in cursors], np.int64)
+            stream = progress["stream"]
+            self._cursors = np.array([cursor["tokens"] for cursor in stream["cursors"]], np.int64)
+            if lanes := stream.get("lanes"):
+                self._cursors += np.array(lanes["delivered"], np.int64)
 
     def see(self, attempt: AttemptBegun, batch: Batch, pieces: Ints) -> None:
         self._last = batch.step - isinstance(batch, Skipped)

@@ -73,6 +73,7 @@ class AttemptBegun:
         seed, shuffle_shards: of the order of documents.
         curriculum: (first token, weights by the names of sources).
         order: by which rule documents follow each other.
+        lanes: (first step, rows of a lane) as `context.lane_rows` has it from that step on.
     """
 
     attempt: int
@@ -83,6 +84,11 @@ class AttemptBegun:
     shuffle_shards: int = 0
     curriculum: tuple[tuple[int, Mapping[str, float]], ...] = ()
     order: int = 1
+    lanes: tuple[tuple[int, int], ...] = ((1, 1),)
+
+    def lane_rows(self, step: int) -> int:
+        """Rows of a lane in a batch that is tried as `step`."""
+        return next(rows for first, rows in reversed(self.lanes) if first <= step)
 
 
 @dataclass(frozen=True)
@@ -200,6 +206,7 @@ class Ledger:
         sources: Sequence[LedgerSource],
         shuffle_shards: int = DEFAULT_SHUFFLE_SHARDS,
         curriculum: Sequence[tuple[int, Mapping[str, float]]] = (),
+        lanes: Sequence[tuple[int, int]] = ((1, 1),),
         fence: Callable[[], None],
     ) -> "Ledger":
         """Cut off a torn last record, and record that `attempt` goes on after `step` steps.
@@ -217,7 +224,7 @@ class Ledger:
         if ledger._end == 0:
             ledger._write(MAGIC)
             sync_folder(path.parent)
-        mixture = tuple(sources), shuffle_shards, tuple(curriculum), ORDER_VERSION
+        mixture = tuple(sources), shuffle_shards, tuple(curriculum), ORDER_VERSION, tuple(lanes)
         begun = AttemptBegun(attempt, step, first_token, seed, *mixture)
         ledger._append(_json_payload(_ATTEMPT_BEGUN, begun))
         return ledger
@@ -410,7 +417,8 @@ def _decode(payload: bytes) -> Record:
         fields = json.loads(payload[1:])
         sources = tuple(LedgerSource(**source) for source in fields.pop("sources"))
         curriculum = tuple((first, weights) for first, weights in fields.pop("curriculum", ()))
-        return AttemptBegun(**fields, sources=sources, curriculum=curriculum)
+        lanes = tuple((first, rows) for first, rows in fields.pop("lanes", ((1, 1),)))
+        return AttemptBegun(**fields, sources=sources, curriculum=curriculum, lanes=lanes)
     if kind == _ROLLBACK_BEGUN:
         return RollbackBegun(**json.loads(payload[1:]))
     if kind == _ROLLED_BACK:

@@ -62,6 +62,7 @@ class Simulated:
         settings = [f"data.shards={json.dumps(sources)}", f"data.seq_len={SEQ_LEN}"]
         self.run = prepare_run(load_config("tiny-hybrid-moe", settings), root)
         self.rows, self.seq_len, self.attempt = ROWS, SEQ_LEN, 0
+        self.lanes = [(1, 1)]
         self.saved: dict[int, dict] = {}
         self.losses = (1 / n for n in count(1))
         self.go_on_from(0)
@@ -80,6 +81,7 @@ class Simulated:
                 LedgerSource(load_manifest(path).sha256, weight)
                 for path, weight in zip(self.paths, self.weights, strict=True)
             ],
+            lanes=self.lanes,
             fence=lambda: None,
         )
 
@@ -91,7 +93,8 @@ class Simulated:
 
     def _load(self, step: int) -> None:
         sources = [Source(*each) for each in zip(self.paths, self.weights, strict=True)]
-        self.stream, self.step = TokenStream(sources, self.seq_len, 0), step
+        lane_rows = self.lanes[-1][1] if step + 1 >= self.lanes[-1][0] else 1
+        self.stream, self.step = TokenStream(sources, self.seq_len, 0, lane_rows=lane_rows), step
         if step:
             self.stream.load_state_dict(self.saved[step])
 
@@ -207,6 +210,38 @@ def test_a_run_with_all_that_can_happen_holds_and_is_counted(simulated: Simulate
     )
 
 
+def test_lanes_hold_whatever_happens_within_them(simulated: Simulated) -> None:
+    simulated.train(2)
+    simulated.lanes = [(1, 1), (3, 4)]
+    simulated.rows, simulated.seq_len = 2, 32
+    simulated.go_on_from(2)
+    simulated.train(6)
+    simulated.go_on_from(5)
+    simulated.train(2)
+    simulated.skip()
+    simulated.train(3)
+    simulated.roll_back(7)
+    simulated.skip()
+    simulated.train(24)
+    audit = simulated.end()
+    assert audit.problems == ()
+    # 31 batches in lanes of 4.
+    assert audit.unfinished_tokens == 3 * 2 * 32
+    assert audit.sources[1].least_used >= 1
+    simulated.train(1)
+    assert simulated.end().unfinished_tokens == 0
+
+
+def test_lanes_that_were_dealt_out_in_another_way_are_named(simulated: Simulated) -> None:
+    simulated.lanes = [(1, 4)]
+    simulated.go_on_from(0)
+    simulated.train(8)
+    simulated.end()
+    other = in_attempts(2, lanes=lambda record: ((1, 2),))
+    rebuild(simulated.run, other(list(read_ledger(simulated.run.ledger))))
+    assert any("step 1, row 1: the mixture has" in p for p in audit_run(simulated.run).problems)
+
+
 def test_weights_may_change_between_attempts_and_are_then_followed(simulated: Simulated) -> None:
     simulated.train(10)
     simulated.weights = [1.0, 9.0]
@@ -230,6 +265,7 @@ def rebuild(run: RunDirectory, records: Iterable[Record]) -> None:
                 record.first_token,
                 seed=record.seed,
                 sources=record.sources,
+                lanes=record.lanes,
                 fence=lambda: None,
             )
         elif isinstance(record, RollbackBegun):
