@@ -76,6 +76,9 @@ class Network(Section):
     hcas: Line | None = Field(
         None, description="The InfiniBand adapters of NCCL, as in mlx5_0,mlx5_1 [all]."
     )
+    all_reduce_gb_per_s: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="The bus bandwidth below which `farspan launch doctor` complains [none]."
+    )
 
 
 class Container(Section):
