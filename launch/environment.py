@@ -117,5 +117,4 @@ def _caches(scratch: str | None) -> list[Variable]:
     return [
         Variable("TORCHINDUCTOR_CACHE_DIR", f"{scratch}/inductor", why),
         Variable("TRITON_CACHE_DIR", f"{scratch}/triton", why),
-        Variable("CUDA_CACHE_PATH", f"{scratch}/cuda", why),
     ]

@@ -64,11 +64,12 @@ def _train_locally(run: RunDirectory, nproc: int, max_restarts: int) -> int:
         command = [sys.executable, "-m", "launch.rank", str(run.root), str(os.getpid())]
         code, attempt = run_ranks(run, command, nproc, max_restarts, stop)
         if run.current_attempt() == attempt and run.metrics.exists():
-            _report(run)
+            try_to_report(run)
     return code
 
 
-def _report(run: RunDirectory) -> None:
+def try_to_report(run: RunDirectory) -> None:
+    """Write the report of a run, or say why it cannot be written."""
     # What became of the run does not depend on it.
     try:
         print(f"report: {write_run_report(run.root)}")

@@ -17,8 +17,10 @@ from uuid import uuid4
 from pretrain.errors import UserError
 
 TIMEOUT_S = 60.0
-# Seconds before a controller that is busy is asked again.
+# Seconds before a controller that is busy is asked again: by a person, and by a job, to which it is
+# worth minutes not to end because a controller was restarted.
 PATIENCE_S = (1.0, 3.0, 9.0)
+PATIENCE_OF_JOBS_S = (*PATIENCE_S, 30.0, 60.0, 120.0, 240.0)
 IS_BUSY = re.compile(
     r"Unable to contact slurm controller|Socket timed out|Zero Bytes were transmitted|"
     r"Resource temporarily unavailable|Slurm temporarily unable|slurmctld is (?:busy|unavailable)|"
@@ -58,6 +60,7 @@ class JobInfo:
         excluded: where it must not run.
         restarts: how often it was requeued.
         time_limit_s: None without one.
+        preempted: when a job of more importance has claimed its nodes.
     """
 
     id: str
@@ -76,6 +79,7 @@ class JobInfo:
     submitted: datetime | None = None
     started: datetime | None = None
     ended: datetime | None = None
+    preempted: datetime | None = None
     array: str | None = None
     task: int | None = None
 
@@ -107,10 +111,17 @@ class NodeInfo:
     gpus: int = 0
     gpu_types: tuple[str, ...] = ()
     partitions: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
     reason: str = ""
     version: str = ""
     booted: datetime | None = None
     started: datetime | None = None
+
+    @property
+    def has_failed(self) -> bool:
+        return self.state in ("DOWN", "ERROR") or bool(
+            {"NOT_RESPONDING", "FAIL", "INVALID_REG"} & set(self.flags)
+        )
 
     @property
     def is_usable(self) -> bool:
@@ -141,15 +152,21 @@ class PartitionInfo:
 class Slurm:
     """The Slurm that this machine's commands talk to."""
 
-    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        environment: Mapping[str, str] | None = None,
+        patience_s: Sequence[float] = PATIENCE_S,
+    ) -> None:
         """
         Args:
             environment: of the commands (None: of this process).
+            patience_s: seconds before a controller that is busy is asked again.
 
         Raises:
             UserError: this machine has none.
         """
         self._environment = dict(os.environ if environment is None else environment)
+        self._patience_s = patience_s
         path = self._environment.get("PATH")
         missing = [name for name in ("sbatch", "scontrol") if not shutil.which(name, path=path)]
         if missing:
@@ -178,18 +195,26 @@ class Slurm:
         token = f"farspan-{uuid4().hex}"
         command = ["sbatch", "--parsable", "--export=ALL", f"--comment={token}", *options]
         added = dict(environment or {})
-        for patience in (*PATIENCE_S, None):
+        for wait in (*self._patience_s, None):
             try:
-                answer = self._call([*command, str(script), *arguments], added, patience=())
+                answer = self._call([*command, str(script), *arguments], added, patience_s=())
             except SlurmError as error:
                 if job := self._with_comment(token) if IS_BUSY.search(str(error)) else None:
                     return job
-                if patience is None or not IS_BUSY.search(str(error)):
+                if wait is None or not IS_BUSY.search(str(error)):
                     raise
-                time.sleep(patience)
+                time.sleep(wait)
             else:
                 return answer.strip().partition(";")[0]
         raise AssertionError
+
+    def when_it_would_start(self, script: Path, options: Sequence[str]) -> str:
+        """When and where Slurm would start a script, in its own words; nothing is submitted.
+
+        Raises:
+            SlurmError: it would refuse it.
+        """
+        return _said(self._run(["sbatch", "--test-only", *options, str(script)]).stderr)
 
     def job(self, job: str) -> JobInfo | None:
         """What Slurm knows of a job; None where it has forgotten, or never heard of it."""
@@ -221,6 +246,10 @@ class Slurm:
     def requeue(self, job: str) -> None:
         """End a running job and let it wait for another start."""
         self._call(["scontrol", "requeue", job])
+
+    def avoid(self, job: str, nodes: Sequence[str]) -> None:
+        """Keep a job that waits, or has just been requeued, from these nodes and no others."""
+        self._call(["scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}"])
 
     def nodes(self, names: str | None = None) -> list[NodeInfo]:
         """All nodes, or those of a list such as node[1-3]."""
@@ -271,6 +300,7 @@ class Slurm:
             submitted=_moment(fields.get("SubmitTime")),
             started=_moment(fields.get("StartTime")),
             ended=_moment(fields.get("EndTime")),
+            preempted=_moment(fields.get("PreemptTime")),
             array=array,
             task=int(task) if is_task else None,
         )
@@ -298,7 +328,7 @@ class Slurm:
         names = "JobID,JobName,User,Partition,State,NodeList,ExitCode,Submit,Start,End"
         command = ["sacct", "--parsable2", "--noheader", "--allocations", f"--jobs={job}"]
         try:
-            text = self._call([*command, f"--format={names}"], patience=())
+            text = self._call([*command, f"--format={names}"], patience_s=())
         except SlurmError:
             return []
         return [self._remembered_job(line) for line in text.splitlines() if line.count("|") >= 9]
@@ -337,12 +367,20 @@ class Slurm:
         self,
         command: Sequence[str],
         added: Mapping[str, str] | None = None,
-        patience: Sequence[float] = PATIENCE_S,
+        patience_s: Sequence[float] | None = None,
     ) -> str:
+        return self._run(command, added, patience_s).stdout
+
+    def _run(
+        self,
+        command: Sequence[str],
+        added: Mapping[str, str] | None = None,
+        patience_s: Sequence[float] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
         environment = {
             name: value for name, value in self._environment.items() if not OF_A_JOB.match(name)
         }
-        for wait in (*patience, None):
+        for wait in (*(self._patience_s if patience_s is None else patience_s), None):
             try:
                 done = subprocess.run(
                     command,
@@ -359,7 +397,7 @@ class Slurm:
                 problem = f"Socket timed out: no answer within {TIMEOUT_S:g} s"
             else:
                 if not done.returncode:
-                    return done.stdout
+                    return done
                 problem = _said(done.stderr) or f"exit code {done.returncode}"
             if wait is None or not IS_BUSY.search(problem):
                 raise SlurmError(f"{command[0]}: {problem}")
@@ -378,7 +416,7 @@ def records(text: str, first: str) -> list[dict[str, str]]:
         if line.startswith(f"{first}="):
             found.append({})
         if found and line.startswith((f"{first}=", " ")):
-            found[-1] |= _fields(line)
+            found[-1] = _fields(line) | found[-1]
     return found
 
 
@@ -419,6 +457,7 @@ def _node(fields: Mapping[str, str]) -> NodeInfo:
         gpus=sum(int(number) for _, number in gpus),
         gpu_types=tuple(dict.fromkeys(kind for kind, _ in gpus if kind)),
         partitions=_names(fields.get("Partitions")),
+        features=_names(fields.get("ActiveFeatures")),
         reason=fields.get("Reason", ""),
         version=fields.get("Version", ""),
         booted=_moment(fields.get("BootTime")),

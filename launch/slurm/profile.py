@@ -15,6 +15,13 @@ from pretrain.settings import NonNegative, Positive, Section
 PROFILES = Path(__file__).parents[2] / "slurm" / "profiles"
 # Profiles may extend one another; more than that is a circle.
 EXTENDS_AT_MOST = 8
+# Options of sbatch that a job would not be itself with.
+NOT_FOR_SITES = (
+    *("array", "begin", "chdir", "comment", "cpus-per-task", "dependency", "error", "export"),
+    *("gpus-per-node", "gpus-per-task", "input", "job-name", "kill-on-invalid-dep", "no-requeue"),
+    *("nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "parsable", "requeue", "signal"),
+    *("test-only", "time", "wait", "wrap"),
+)
 TIME_LIMIT = re.compile(
     r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?"
 )
@@ -33,8 +40,11 @@ def _variable_name(name: str) -> str:
 
 
 def _long_option(option: str) -> str:
-    if not re.match(r"--[a-z]", option) or "\0" in option:
+    match = re.match(r"--([a-z][a-z-]*)(=|$)", option)
+    if not match:
         raise ValueError("must be a long option with its value, as in --switches=1")
+    if match[1] in NOT_FOR_SITES:
+        raise ValueError(f"--{match[1]} is set by farspan, from the other settings")
     return option
 
 

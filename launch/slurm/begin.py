@@ -1,0 +1,212 @@
+"""What a start of a job does before its ranks: `python -m launch.slurm.begin RUN_DIR WORDS_DIR`.
+
+It makes an attempt, prints and keeps the environment of its ranks, and leaves three files for the
+batch script in WORDS_DIR, of words that end with a zero byte: `modules` to load, `options` of srun,
+and the `command` of each rank. Without a command nothing is to be started: an earlier start, which
+could not do so itself, turns out to have been the last; or the job was given a node that it avoids,
+and has been put back into the queue.
+
+Exit codes: 0, or 2 for a mistake, or 1 for anything else; after these two the job ends.
+"""
+
+import getpass
+import os
+import socket
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from datetime import datetime
+from ipaddress import ip_address
+from pathlib import Path
+
+from launch.causes import Cause
+from launch.environment import Variable, describe, environment_of_ranks, note_environment
+from launch.failures import judge, note_failure, read_failure
+from launch.slurm.client import PATIENCE_OF_JOBS_S, Slurm, SlurmError
+from launch.slurm.container import in_container, options_of_srun
+from launch.slurm.excludes import avoidable, excluded_now, learn
+from launch.slurm.job import read_job
+from launch.slurm.profile import Profile
+from launch.slurm.requeue import MAX_RESTARTS, requeue_elsewhere
+from launch.slurm.start import Start, start_of
+from pretrain.config import Config, read_run_config
+from pretrain.errors import UserError
+from pretrain.run_dir import RunDirectory
+
+RANK = Path(__file__).parents[2] / "slurm" / "rank.sh"
+# Below the ports that Linux gives to connections (32768 to 60999).
+PORTS = range(20000, 32768)
+PORTS_TRIED = 100
+
+
+def begin(run: RunDirectory, words: Path, slurm: Slurm) -> None:
+    """Prepare an attempt, or leave the words out where there is to be none.
+
+    Raises:
+        UserError: the run directory or its job is not what it should be.
+        SlurmError: Slurm does not answer.
+    """
+    config, start, job = read_run_config(run), Start.of_this_job(slurm), read_job(run)
+    profile = job.profile if job else Profile()
+    catch_up(run, start, slurm, profile)
+    verdict = judge(run, start.job, MAX_RESTARTS)
+    if not verdict.goes_on:
+        print(f"not started: {verdict.text}", flush=True)
+        return
+    if avoided := _avoided(run, start, slurm, profile):
+        print(f"not started on {', '.join(avoided)}, which this run avoids", flush=True)
+        requeue_elsewhere(run, slurm, start, profile)
+        return
+    attempt = run.new_attempt()
+    start.note(run, attempt)
+    variables = _environment(start, profile, attempt, slurm)
+    note_environment(run, attempt, variables)
+    print(
+        f"attempt {attempt} of {run.root}: job {start.job}, start {start.restart + 1}, "
+        f"{start.ranks} ranks on {', '.join(start.nodes)}\n{describe(variables)}",
+        flush=True,
+    )
+    python = os.environ.get("FARSPAN_PYTHON", "python")
+    if profile.container.runtime != "none":
+        python = profile.container.python
+    command = [
+        *("env", *(f"{one.name}={one.value}" for one in variables)),
+        *("bash", "-c", RANK.read_text(), "rank", python),
+        *(str(run.root), str(run.folder_of(attempt))),
+    ]
+    folders = _folders(run, config)
+    write_words(words / "modules", profile.modules)
+    write_words(words / "options", options_of_srun(profile.container, folders))
+    command = in_container(profile, folders, command)
+    write_words(words / "command", command)
+
+
+def catch_up(run: RunDirectory, start: Start, slurm: Slurm, profile: Profile) -> None:
+    """Note why the start before this one ended, if it could not: its node may be gone."""
+    attempts = run.all_attempts()
+    before = start_of(run, attempts[-1]) if attempts else None
+    if before is None or before.job != start.job or read_failure(run, attempts[-1]):
+        return
+    for node in slurm.nodes(",".join(before.nodes)):
+        began = datetime.fromisoformat(before.began)
+        comings_back = [moment for moment in (node.booted, node.started) if moment]
+        if node.has_failed or any(moment > began for moment in comings_back):
+            why = node.reason or (node.state if node.has_failed else "it was started again")
+            cause = Cause("node", None, node.name, f"the node has failed: {why}")
+            learn(run, note_failure(run, attempts[-1], start.job, cause), profile.exclude_for_s)
+
+
+def rendezvous(start: Start, slurm: Slurm) -> tuple[str, int]:
+    """Where rank 0 is found: this machine, the first of the job, and a port that is free on it.
+
+    Another port in each attempt, or ranks of two could meet.
+    """
+    first = (int(start.job) * 7 + start.restart) % len(PORTS)
+    ports = (PORTS[(first + more) % len(PORTS)] for more in range(PORTS_TRIED))
+    return _address(start, slurm), next(filter(_is_free, ports), PORTS[first])
+
+
+def _address(start: Start, slurm: Slurm) -> str:
+    """The name of the first node, or where Slurm reaches it if the name does not lead there."""
+    if len(start.nodes) == 1:
+        return "127.0.0.1"
+    name = start.nodes[0]
+    if _leads_away(name):
+        return name
+    address = slurm.nodes(name)[0].address
+    if _is_number(address) or _leads_away(address):
+        return address
+    # It is known as itself here, to others by the address with which it reaches them.
+    for other in start.nodes[1:]:
+        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((other, PORTS[0]))
+            found: str = probe.getsockname()[0]
+            return found
+    raise UserError(
+        f"rank 0 would not be found: neither the name of its node, {name}, nor its NodeAddr, "
+        f"{address}, has an address that others could use. The site has to mend its DNS or "
+        "/etc/hosts; `farspan launch doctor` tells which nodes have the problem"
+    )
+
+
+def _leads_away(name: str) -> bool:
+    """Whether a name has an address that is not this machine's own loopback."""
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(name, None)}
+    except OSError:
+        return False
+    return not any(ip_address(address.partition("%")[0]).is_loopback for address in found)
+
+
+def _is_number(address: str) -> bool:
+    with suppress(ValueError):
+        ip_address(address)
+        return True
+    return False
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def _avoided(run: RunDirectory, start: Start, slurm: Slurm, profile: Profile) -> list[str]:
+    """Nodes of this start that the run avoids, if there are enough others."""
+    met = [entry for entry in excluded_now(run) if entry.node in start.nodes]
+    if not met:
+        return []
+    kept = avoidable(
+        excluded_now(run), slurm.nodes(), len(start.nodes), start.partition, profile.constraint
+    )
+    for entry in met:
+        if entry not in kept:
+            print(f"{entry.node} is used again, there are too few others: {entry.why}", flush=True)
+    return [entry.node for entry in met if entry in kept]
+
+
+def _environment(start: Start, profile: Profile, attempt: int, slurm: Slurm) -> list[Variable]:
+    address, port = rendezvous(start, slurm)
+    scratch = profile.scratch
+    if scratch:
+        scratch = scratch.replace("{user}", getpass.getuser()).replace("{job}", start.job)
+    return environment_of_ranks(
+        ranks=start.ranks,
+        ranks_here=max(start.tasks),
+        address=address,
+        port=port,
+        cpus=int(os.environ.get("SLURM_CPUS_PER_TASK") or 1),
+        attempt=attempt,
+        profile=profile,
+        scratch=scratch,
+    )
+
+
+def _folders(run: RunDirectory, config: Config) -> list[str]:
+    """What the ranks read and write, besides what the image has."""
+    folders = [source.path for source in config.data.sources()]
+    folders += [config.checkpoint.dir] if config.checkpoint.dir else []
+    folders += [config.data.cache_dir] if config.data.cache_dir else []
+    return [str(run.root), *(folder for folder in folders if "://" not in folder)]
+
+
+def write_words(path: Path, words: Iterable[str]) -> None:
+    path.write_bytes(b"".join(os.fsencode(word) + b"\0" for word in words))
+
+
+def main(arguments: Sequence[str]) -> int:
+    root, words = map(Path, arguments)
+    try:
+        begin(RunDirectory(root.resolve()), words, Slurm(patience_s=PATIENCE_OF_JOBS_S))
+    except (UserError, SlurmError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

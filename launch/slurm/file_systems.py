@@ -1,0 +1,54 @@
+"""Whether other machines see a path: by the kind of file system that it is on."""
+
+import re
+from pathlib import Path
+
+from launch.slurm.profile import Profile
+from pretrain.errors import UserError
+
+# Of one machine alone. What is not known is taken for one of many: there are dozens of those.
+LOCAL = (
+    *("bcachefs", "btrfs", "devtmpfs", "exfat", "ext2", "ext3", "ext4", "f2fs", "jfs", "ntfs"),
+    *("overlay", "ramfs", "reiserfs", "rootfs", "squashfs", "tmpfs", "vfat", "xfs", "zfs"),
+)
+
+
+def require_shared(what: str, path: Path, profile: Profile, mounts: str | None = None) -> str:
+    """The kind of file system that `path` is, or would be, on.
+
+    Args:
+        mounts: what /proc/self/mountinfo says.
+
+    Raises:
+        UserError: it is one of this machine, and the profile does not say otherwise.
+    """
+    path = path.resolve()
+    if mounts is None:
+        mounts = Path("/proc/self/mountinfo").read_text()
+    kind, mount = file_system_of(path, mounts)
+    is_named = any(path.is_relative_to(shared) for shared in profile.shared_paths)
+    if kind not in LOCAL or is_named:
+        return kind
+    raise UserError(
+        f"{what} is not on a shared file system: {path} is on {kind} (mounted at {mount}), which "
+        "the nodes do not see. Choose a folder on the cluster's NFS, Lustre or GPFS, as in --run-dir; "
+        f"or, if all nodes do see it, name it in the profile: `shared_paths: [{mount}]`"
+    )
+
+
+def file_system_of(path: Path, mounts: str) -> tuple[str, str]:
+    """The kind and the mount point of what `path` is on (proc(5), mountinfo)."""
+    found = ("unknown", "/")
+    deepest = -1
+    for line in mounts.splitlines():
+        mount_part, _, source_part = line.partition(" - ")
+        mount = _unescaped(mount_part.split()[4])
+        # Of two mounts in one place the later one is seen.
+        if path.is_relative_to(mount) and len(Path(mount).parts) >= deepest:
+            deepest = len(Path(mount).parts)
+            found = (source_part.split()[0], mount)
+    return found
+
+
+def _unescaped(text: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)

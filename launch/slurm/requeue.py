@@ -1,0 +1,40 @@
+"""Put a job back into the queue, away from the nodes that its run avoids."""
+
+from launch.slurm.client import Slurm, SlurmError
+from launch.slurm.excludes import avoidable, excluded_now, nodes_to_avoid, read_excluded
+from launch.slurm.profile import Profile
+from launch.slurm.start import Start
+from pretrain.run_dir import RunDirectory
+
+# In a row, after failures without progress.
+MAX_RESTARTS = 3
+
+
+def requeue_elsewhere(run: RunDirectory, slurm: Slurm, start: Start, profile: Profile) -> None:
+    """Let the job that this process is in wait for another start. Raises SlurmError."""
+    slurm.requeue(start.job)
+    avoid_excluded(run, slurm, start, profile)
+
+
+def avoid_excluded(run: RunDirectory, slurm: Slurm, start: Start, profile: Profile) -> None:
+    """Exclude nodes of a job that has been requeued.
+
+    Slurm lets its owner do so from that moment on, while its processes still end, and not before.
+    """
+    entries = avoidable(
+        excluded_now(run), slurm.nodes(), len(start.nodes), start.partition, profile.constraint
+    )
+    job = slurm.job(start.job)
+    if job is None:
+        return
+    wanted = nodes_to_avoid(job, read_excluded(run), entries)
+    if set(wanted) == set(job.excluded):
+        return
+    try:
+        slurm.avoid(start.job, wanted)
+    except SlurmError as error:
+        # It has been started already: that start looks for itself.
+        print(f"warning: the nodes of job {start.job} cannot be chosen: {error}", flush=True)
+        return
+    for entry in entries:
+        print(f"avoided until {entry.until}: {entry.node}, {entry.why}", flush=True)

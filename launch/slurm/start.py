@@ -1,0 +1,89 @@
+"""A start of a job, as the batch script sees it: its number, nodes and ranks."""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from typing import Self
+
+from launch.slurm.client import Slurm
+from pretrain.errors import UserError
+from pretrain.run_dir import RunDirectory, write_atomically
+
+
+@dataclass(frozen=True)
+class Start:
+    """A start of a job; kept with the attempt that it makes.
+
+    Attributes:
+        job: its number, the same over all requeues.
+        restart: how often it had been requeued before.
+        partition: where it runs.
+        nodes: of the job, in Slurm's order; rank 0 is on the first.
+        tasks: how many ranks each node has.
+        began: in UTC.
+    """
+
+    job: str
+    restart: int
+    partition: str
+    nodes: tuple[str, ...]
+    tasks: tuple[int, ...]
+    began: str
+
+    @classmethod
+    def of_this_job(cls, slurm: Slurm, environment: Mapping[str, str] = os.environ) -> Self:
+        """From what Slurm tells a batch script. Raises UserError outside of one."""
+        job = environment.get("SLURM_JOB_ID")
+        if not job or "SLURM_TASKS_PER_NODE" not in environment:
+            raise UserError(
+                "this is no job of Slurm: submit the script with sbatch, or start the run with "
+                "`farspan launch slurm`"
+            )
+        return cls(
+            job,
+            int(environment.get("SLURM_RESTART_COUNT") or 0),
+            environment.get("SLURM_JOB_PARTITION", ""),
+            slurm.hostnames(environment["SLURM_JOB_NODELIST"]),
+            tasks_per_node(environment["SLURM_TASKS_PER_NODE"]),
+            datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+    @property
+    def ranks(self) -> int:
+        return sum(self.tasks)
+
+    @property
+    def nodes_of_ranks(self) -> list[str]:
+        """The node of each rank: consecutive ones share a node (srun --distribution=block)."""
+        pairs = zip(self.nodes, self.tasks, strict=True)
+        return [node for node, tasks in pairs for _ in range(tasks)]
+
+    def note(self, run: RunDirectory, attempt: int) -> None:
+        write_atomically(run.allocation_of(attempt), json.dumps(asdict(self), indent=1) + "\n")
+
+
+def tasks_per_node(text: str) -> tuple[int, ...]:
+    """Slurm's short form of one number for each node: 2(x3),1 is 2, 2, 2, 1."""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return tuple(int(tasks) for tasks, times in found for _ in range(int(times or 1)))
+
+
+def start_of(run: RunDirectory, attempt: int) -> Start | None:
+    """The start of a job that made an attempt; None where no job did."""
+    try:
+        start = Start(**json.loads(run.allocation_of(attempt).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+    return replace(start, nodes=tuple(start.nodes), tasks=tuple(start.tasks))
+
+
+def attempt_of(run: RunDirectory, start: Start) -> int | None:
+    """The attempt that a start of a job has made; None before it has."""
+    for attempt in reversed(run.all_attempts()):
+        other = start_of(run, attempt)
+        if other and (other.job, other.restart) == (start.job, start.restart):
+            return attempt
+    return None
