@@ -31,8 +31,8 @@ def require_shared(what: str, path: Path, profile: Profile, mounts: str | None =
         return kind
     raise UserError(
         f"{what} is not on a shared file system: {path} is on {kind} (mounted at {mount}), which "
-        "the nodes do not see. Choose a folder on the cluster's NFS, Lustre or GPFS, as in --run-dir; "
-        f"or, if all nodes do see it, name it in the profile: `shared_paths: [{mount}]`"
+        "the nodes do not see. Choose a folder on the cluster's NFS, Lustre or GPFS; or, if all "
+        f"nodes do see it, name it in the profile: `shared_paths: [{mount}]`"
     )
 
 
