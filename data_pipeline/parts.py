@@ -102,11 +102,6 @@ class PartedRun:
                 is_finished=is_ended and not self._work.exists(),
             )
 
-    def begin(self) -> None:
-        """Make the folder, where other inputs or options are refused from now on."""
-        with file_errors(), shared(self.out):
-            record_plan(self.out, self._asked_for()[1])
-
     def clean(self, part: Part, workers: int = 1, progress: Progress = no_progress) -> int:
         """Clean a part of the archives, at a time with others; return how many it has."""
         with file_errors():

@@ -76,15 +76,12 @@ def submit_data_run(run: DataRun, out: Path, request: Request, console: Console)
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     profile_name = request.profile or "generic"
-    profile = load_profile(profile_name)
-    if request.time is not None:
-        profile = _with_time(profile, request.time)
+    profile = _with_time(load_profile(profile_name), request.time)
     slurm = Slurm()
     tasks = _checked_tasks(request.tasks, slurm)
     folder = JobFolder(_checked_out(out))
-    parted = run.parted(out)
     run.memory_bytes()
-    state = parted.state()
+    state = run.parted(out).state()
     tasks = min(tasks, len(state.cleaned))
     before = folder.read()
     jobs = _known(slurm, before)
@@ -102,8 +99,8 @@ def submit_data_run(run: DataRun, out: Path, request: Request, console: Console)
     job = DataJob(run, os.getcwd(), tasks, profile_name, profile, sys.executable)
     options = [_options(step, profile, request.workers, folder) for step in steps]
     if not request.is_dry:
-        parted.begin()
         with _alone(folder):
+            folder.remove_marks()
             folder.write(job)
             if not request.is_by_hand:
                 for line in _submit(slurm, folder, job, steps, options):
@@ -146,12 +143,20 @@ def array_of(parts: Iterable[int]) -> str:
     return ",".join(ranges)
 
 
-def _with_time(profile: Profile, time: str) -> Profile:
+def _with_time(profile: Profile, time: str | None) -> Profile:
+    """The profile with the limit that was asked for, which leaves time to do something."""
     try:
-        seconds_of(time)
+        seconds = seconds_of(time or profile.time or "UNLIMITED")
     except ValueError as error:
+        if time is None:
+            return profile
         raise UserError(f"--time {time}: {error}") from None
-    return profile.model_copy(update={"time": time})
+    if seconds <= profile.stop_before_s:
+        raise UserError(
+            f"--time {time or profile.time}: a job is asked to stop {profile.stop_before_s} s "
+            "before its limit (stop_before_s of the profile), so at once; give it more"
+        )
+    return profile.model_copy(update={"time": time or profile.time})
 
 
 def _checked_tasks(tasks: int | None, slurm: Slurm) -> int:
@@ -241,6 +246,7 @@ def _options(step: Step, profile: Profile, workers: int, folder: JobFolder) -> l
         "reservation": profile.reservation,
         "time": profile.time,
         "cpus-per-task": workers,
+        "signal": f"TERM@{profile.stop_before_s}",
     }
     listed = [f"--{option}={value}" for option, value in options.items() if value is not None]
     return [*listed, *profile.options]

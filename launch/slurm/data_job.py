@@ -98,6 +98,11 @@ class JobFolder:
         """How far a job was when it was started the last time."""
         return self.path / f"starts-{job}.json"
 
+    def remove_marks(self) -> None:
+        """Remove what jobs have left that were killed; none may be at work."""
+        for path in [*self.path.glob(self.done("*").name), *self.path.glob(self.starts("*").name)]:
+            path.unlink(missing_ok=True)
+
     def read(self) -> DataJob | None:
         """The parameters; None where there are none.
 
@@ -115,6 +120,16 @@ class JobFolder:
                 f"{self.job} cannot be read ({' '.join(str(error).split())}): remove it, and give "
                 "the command again that has written it"
             ) from None
+
+    def required(self) -> DataJob:
+        """The parameters. Raises UserError where there are none, too."""
+        job = self.read()
+        if job is None:
+            raise UserError(
+                f"{self.job} is missing, which says what is to be done: `farspan data run ... "
+                f"--out {self.out} --engine slurm --tasks N --prepare-only` writes it"
+            )
+        return job
 
     def write(self, job: DataJob) -> None:
         """Replace the parameters: a reader sees the old ones or the new ones, never a half."""

@@ -47,12 +47,7 @@ def do_job(out: Path, stage: Stage, console: Console) -> None:
         DataError: as `farspan data run` does.
     """
     folder = JobFolder(out)
-    job = folder.read()
-    if job is None:
-        raise UserError(
-            f"{folder.job} is missing, which says what is to be done: `farspan data run ... --out "
-            f"{out} --engine slurm --tasks N --prepare-only` writes it"
-        )
+    job = folder.required()
     number = os.environ["SLURM_JOB_ID"]
     part = _part(job, stage)
     workers = int(os.environ.get("SLURM_CPUS_PER_TASK", 1))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.parts import Part, PartedRun
+from data_pipeline.parts import Part, PartedRun, State
 from data_pipeline.recipe import load_recipe
 from data_pipeline.run import run
 from data_pipeline.run_folder import UNKNOWN, exclusive, record_plan, shared
@@ -89,6 +89,48 @@ def test_a_run_does_what_parts_have_left(
     assert contents(out) == whole
     assert parted.clean(Part(1, 3)) == 2
     assert not (out / "work").exists()
+
+
+def test_every_step_in_parts_makes_the_shards_of_one_process(
+    crawl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_pipeline.run.TOKENS_PER_SHARD", 20_000)
+    recipe = load_recipe("demo")
+    run([str(crawl)], tmp_path / "whole", recipe, vocab_size=600)
+    out = tmp_path / "data"
+    parted = PartedRun([str(crawl)], out, recipe, vocab_size=600)
+    assert parted.state() == State((False,) * FILES, None, is_finished=False)
+    assert not out.exists()
+    for number in (1, 2):
+        parted.clean(Part(number, 3))
+    assert parted.state() == State((True, True, False, True, True), None, is_finished=False)
+    with pytest.raises(DataError, match=r"not deduplicated yet, so that nobody knows its shards"):
+        parted.write_shards(Part(1, 2))
+    with pytest.raises(DataError, match=r"1 of 5 archives are not cleaned, .*-00002"):
+        parted.deduplicate()
+    parted.clean(Part(3, 3))
+    shards = parted.deduplicate()
+    assert shards > 5
+    assert parted.state() == State((True,) * FILES, (False,) * shards, is_finished=False)
+    assert parted.write_shards(Part(2, 3)) == len(range(1, shards, 3))
+    assert parted.state().written == tuple(number % 3 == 1 for number in range(shards))
+    run([str(crawl)], out, recipe, vocab_size=600)
+    assert parted.state() == State((True,) * FILES, (), is_finished=True)
+    assert contents(out) == contents(tmp_path / "whole")
+    assert parted.deduplicate() == parted.write_shards(Part(1, 3)) == 0
+
+
+def test_an_archive_whose_cleaned_form_is_damaged_is_not_deduplicated(
+    crawl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parted = PartedRun([str(crawl)], tmp_path / "data", load_recipe("demo"), vocab_size=600)
+    parted.clean(Part(1, 1))
+    damaged = tmp_path / "data" / "work" / "pieces" / "00003" / "documents.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"1 of 5 archives are not cleaned, .*-00003"):
+        parted.deduplicate()
+    assert "documents.parquet is damaged" in capsys.readouterr().err
+    assert parted.state().cleaned == (True, True, True, False, True)
 
 
 def test_parts_of_other_options_and_of_changed_archives_are_refused(
