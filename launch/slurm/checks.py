@@ -199,9 +199,9 @@ def problem_of_time(partition: PartitionInfo, profile: Profile, time: str | None
     least_s = profile.stop_before_s + 2 * EARLY_S
     if limit_s < least_s:
         return (
-            f"--time {asked or f'{limit_s // 60} (of the partition)'}: the ranks are asked to stop "
+            f"--time {asked or f'{limit_s // 60} (of the partition)'}: a job is asked to stop "
             f"{profile.stop_before_s} s before it (stop_before_s), and Slurm may do so {EARLY_S} s "
-            f"earlier: give them {-(-least_s // 60)} minutes at least, or a profile with less of it"
+            f"earlier: give it {-(-least_s // 60)} minutes at least, or a profile with less of it"
         )
     return None
 
@@ -256,11 +256,12 @@ def _folders(config: Config, directory: Path, profile: Profile) -> str:
         if "://" not in source.path and source.path != "sample":
             folders[f"data.shards, {source.path}"] = Path(source.path)
     kinds = {require_shared(what, path, profile) for what, path in folders.items()}
-    _refuse_mounts(folders, profile)
+    refuse_mounts(folders, profile)
     return f"{', '.join(folders)} on {', '.join(sorted(kinds))}"
 
 
-def _refuse_mounts(folders: dict[str, Path], profile: Profile) -> None:
+def refuse_mounts(folders: dict[str, Path], profile: Profile) -> None:
+    """Raises UserError where a container could not be told which folder it is to see."""
     if profile.container.runtime == "none":
         return
     for what, path in folders.items():
