@@ -9,9 +9,9 @@ import statistics
 import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 
 from launch.slurm.doctor.findings import Check, Finding
+from launch.slurm.doctor.node import enter
 from pretrain.run_dir import write_atomically
 from pretrain.settings import Section
 
@@ -113,9 +113,10 @@ def check(measured: Bandwidth | None, error: str, floor: float | None) -> Check:
 
 
 def main() -> None:
+    folder = enter(sys.argv[1])
     measured = measure()
     if os.environ["RANK"] == "0":
-        write_atomically(Path(sys.argv[1]) / "bandwidth.json", measured.model_dump_json() + "\n")
+        write_atomically(folder.bandwidth, measured.model_dump_json() + "\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ import errno
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from launch.slurm.doctor.findings import Check, Finding, listed
 from pretrain.settings import Section
@@ -53,9 +55,10 @@ class Folder(Section):
 
 def measure(folder: Folder) -> Disk:
     """Look at a folder, and write a little into it, which is removed again."""
-    here = {"path": folder.path, "why": folder.why, "wants": folder.wants}
+    here: dict[str, Any] = {"path": folder.path, "why": folder.why, "wants": folder.wants}
+    is_new = folder.made and not Path(folder.path).exists()
     try:
-        if folder.made:
+        if is_new:
             Path(folder.path).mkdir(parents=True, exist_ok=True)
         room = os.statvfs(folder.path)
         here |= {
@@ -69,6 +72,9 @@ def measure(folder: Folder) -> Disk:
             os.fsync(file.fileno())
     except OSError as error:
         here |= {"error": error.strerror or str(error), "full": error.errno in FULL}
+    if is_new:
+        with suppress(OSError):
+            Path(folder.path).rmdir()
     return Disk(**here)
 
 

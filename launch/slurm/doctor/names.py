@@ -155,7 +155,7 @@ def _own_names(measured: Mapping[str, Names], nodes: Mapping[str, str]) -> list[
                     f"{HOSTS}; {name_it}",
                 )
             )
-        elif _is_local(names.own) and not _is_local(names.found.get(nodes.get(node, node), ())):
+        elif is_local(names.own) and not is_local(names.found.get(nodes.get(node, node), ())):
             findings.append(
                 Finding(
                     node,
@@ -167,7 +167,7 @@ def _own_names(measured: Mapping[str, Names], nodes: Mapping[str, str]) -> list[
     return findings
 
 
-def _is_local(addresses: Sequence[str]) -> bool:
+def is_local(addresses: Sequence[str]) -> bool:
     """Whether only the machine itself is reached by them; so are all nodes of a sandbox."""
     return bool(addresses) and all(ipaddress.ip_address(one).is_loopback for one in addresses)
 

@@ -45,6 +45,13 @@ class Reached(Section):
     within_s: float = 0.0
 
 
+class Taken(Section):
+    """A port on which a node could not listen."""
+
+    port: int
+    error: str
+
+
 class Listener:
     """Answers everyone who connects: what the clock says, and how far this node has come."""
 
@@ -88,6 +95,8 @@ def connect(node: str, address: str, port: int, stage: int = 0) -> Reached:
             _wait_until(lambda: _round_trip(connection)[2] >= stage)
     except OSError as error:
         return Reached(**here, error=error.strerror or str(error) or type(error).__name__)
+    except (ValueError, KeyError, TypeError):
+        return Reached(**here, error="something else listens there")
     return Reached(**here, ahead_s=ahead, within_s=within)
 
 
@@ -134,21 +143,30 @@ def peers_of(number: int, nodes: int) -> list[int]:
     return sorted(found)
 
 
-def check_ports(measured: Mapping[str, Sequence[Reached]], taken: Mapping[str, str]) -> Check:
+def check_ports(measured: Mapping[str, Sequence[Reached]], taken: Mapping[str, Taken]) -> Check:
     """
     Args:
         measured: by the node that connected.
-        taken: why a node could not listen on its port.
+        taken: by node, where it could not listen: whatever does so now is no answer.
     """
-    tried = {node: list(reached) for node, reached in measured.items()}
+    lost = {(node, one.port) for node, one in taken.items()}
+    tried = {
+        node: [one for one in reached if (one.node, one.port) not in lost]
+        for node, reached in measured.items()
+    }
     failed = {node: [one for one in reached if one.error] for node, reached in tried.items()}
     # Nobody else gets through from here: it is this node that is cut off.
     mute = {node for node, all_ in tried.items() if all_ and len(failed[node]) == len(all_)}
     if len(mute) == len(tried):
         mute = set()
     findings = [
-        Finding(node, error, "end what listens there, or let the doctor try again on another port")
-        for node, error in taken.items()
+        Finding(
+            node,
+            f"port {one.port}, on which ranks meet, cannot be had: {one.error}",
+            "see by `ss --listening --processes` what listens there, and end it; the next job "
+            "takes another port",
+        )
+        for node, one in taken.items()
     ]
     findings += [_cannot_reach(node, failed[node]) for node in sorted(mute)]
     by_target: defaultdict[str, list[tuple[str, Reached]]] = defaultdict(list)

@@ -8,11 +8,13 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
 from launch.slurm.doctor import disk, gpus, names, network, shared_folder, versions
-from launch.slurm.doctor.shared_folder import ARRIVE_S, Board, Seen
+from launch.slurm.doctor.shared_folder import ARRIVE_S, Board, Seen, wait_until
+from launch.slurm.profile import Profile
 from pretrain.run_dir import write_atomically
 from pretrain.settings import Section
 
@@ -22,15 +24,29 @@ SIGNAL_S = 60.0
 
 
 class Request(Section):
-    """What the doctor asks of the nodes.
+    """What the doctor asks of its job.
 
     Attributes:
         addresses: NodeAddr of all nodes the job can get, by name.
+        profile: without `auto`.
+    """
+
+    addresses: dict[str, str]
+    profile: Profile
+
+
+class Meeting(Section):
+    """What the job has got.
+
+    Attributes:
+        addresses: NodeAddr of its nodes by name, in the order of their ranks.
+        tasks: how many ranks each of them has.
         interface: of the profile.
         folders: in which there has to be room.
     """
 
     addresses: dict[str, str]
+    tasks: tuple[int, ...]
     interface: str | None
     folders: tuple[disk.Folder, ...]
 
@@ -39,7 +55,7 @@ class OfNode(Section):
     """What the first rank of a node has found out.
 
     Attributes:
-        taken: why it could not listen where ranks meet; None if it did, or need not.
+        taken: the port on which ranks meet, if it could not be had.
         signalled: whether the request to stop has arrived.
     """
 
@@ -47,7 +63,7 @@ class OfNode(Section):
     versions: dict[str, str]
     disks: tuple[disk.Disk, ...]
     reached: tuple[network.Reached, ...]
-    taken: str | None
+    taken: network.Taken | None
     seen: Seen
     signalled: bool
 
@@ -70,9 +86,14 @@ class Folder:
         return self.root / "request.json"
 
     @property
-    def nodes(self) -> Path:
-        """The names of the job's nodes, a line each."""
-        return self.root / "nodes"
+    def meeting(self) -> Path:
+        """What the job has got; nothing else is written before it."""
+        return self.root / "meeting.json"
+
+    @property
+    def started(self) -> Path:
+        """A file for each rank that can take the signal which asks to stop."""
+        return self.root / "started"
 
     @property
     def ready(self) -> Path:
@@ -95,8 +116,13 @@ class Folder:
     def bandwidth(self) -> Path:
         return self.root / "bandwidth.json"
 
+    @property
+    def job_log(self) -> Path:
+        """What the batch script has printed."""
+        return self.root / "job.log"
+
     def log(self, step: str) -> Path:
-        """What the ranks of a step have printed: "job", "node" or "bandwidth"."""
+        """What the ranks of a step have printed, each line with their number: node, bandwidth."""
         return self.root / f"{step}.log"
 
     def measured(self) -> list[OfRank]:
@@ -105,38 +131,46 @@ class Folder:
         return sorted(found, key=lambda one: one.rank)
 
 
+def enter(root: str) -> Folder:
+    """The folder of the job of which this process is a rank; says so in its environment."""
+    os.environ["RANK"] = os.environ["SLURM_PROCID"]
+    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    return Folder(Path(root))
+
+
 def main() -> None:
     told = threading.Event()
 
     def note(number: int, frame: FrameType | None) -> None:
         told.set()
 
-    # Before anything that takes long: it comes again until the step has ended.
     signal.signal(signal.SIGUSR2, note)
-    folder = Folder(Path(sys.argv[1]))
-    request = Request.model_validate_json(folder.request.read_text())
+    folder = enter(sys.argv[1])
+    meeting = Meeting.model_validate_json(folder.meeting.read_text())
     rank, node = int(os.environ["RANK"]), os.environ["SLURMD_NODENAME"]
+    folder.started.mkdir(exist_ok=True)
+    (folder.started / str(rank)).touch()
     is_first = os.environ["LOCAL_RANK"] == "0"
     measured = OfRank(
         rank=rank,
         node=node,
         gpus=gpus.measure(),
-        of_node=_measure_node(folder, request, node, told) if is_first else None,
+        of_node=_measure_node(folder, meeting, node, told) if is_first else None,
     )
     folder.ranks.mkdir(exist_ok=True)
     write_atomically(folder.ranks / f"{rank}.json", measured.model_dump_json() + "\n")
 
 
-def _measure_node(folder: Folder, request: Request, node: str, told: threading.Event) -> OfNode:
-    nodes = folder.nodes.read_text().split()
-    found = names.measure({name: request.addresses[name] for name in nodes})
-    reached, seen, taken = _meet(folder, nodes, node, names.announced(found, request.interface))
+def _measure_node(folder: Folder, meeting: Meeting, node: str, told: threading.Event) -> OfNode:
+    nodes = list(meeting.addresses)
+    found = names.measure(meeting.addresses)
+    reached, seen, taken = _meet(folder, nodes, node, names.announced(found, meeting.interface))
     if node == nodes[0]:
-        write_atomically(folder.ready, "")
+        _let_signal_come(folder)
     return OfNode(
         names=found,
         versions=versions.measure(),
-        disks=tuple(map(disk.measure, request.folders)),
+        disks=tuple(map(disk.measure, meeting.folders)),
         reached=reached,
         taken=taken,
         seen=seen,
@@ -144,9 +178,16 @@ def _measure_node(folder: Folder, request: Request, node: str, told: threading.E
     )
 
 
+def _let_signal_come(folder: Folder) -> None:
+    """A rank that has not got so far as to expect it would be ended by it."""
+    ranks = int(os.environ["WORLD_SIZE"])
+    wait_until(lambda: len(list(folder.started.iterdir())) >= ranks, ARRIVE_S)
+    write_atomically(folder.ready, "")
+
+
 def _meet(
-    folder: Folder, nodes: list[str], node: str, address: str
-) -> tuple[tuple[network.Reached, ...], Seen, str | None]:
+    folder: Folder, nodes: Sequence[str], node: str, address: str
+) -> tuple[tuple[network.Reached, ...], Seen, network.Taken | None]:
     """Connect to other nodes, and see what they have written to the folder meanwhile.
 
     Returns:
@@ -154,10 +195,10 @@ def _meet(
         not be had.
     """
     is_first = node == nodes[0]
-    meeting_at = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    meets_at = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     board = Board(folder.board, node)
     held = shared_folder.hold(folder.lock) if is_first else None
-    meeting, taken = _listen_where_ranks_meet(meeting_at[1]) if is_first else (None, None)
+    meeting, taken = _listen_where_ranks_meet(meets_at[1]) if is_first else (None, None)
     listener = network.Listener()
     board.write(LISTENS, address=address, port=listener.port)
     missing = board.wait(nodes, LISTENS, ARRIVE_S)
@@ -175,8 +216,9 @@ def _meet(
         if not result.error:
             lags[peer] = board.lag(peer, REPLACED)
         if peer == nodes[0]:
-            reached.append(network.connect(peer, *meeting_at, REPLACED))
-    lock = None if is_first else shared_folder.try_lock(folder.lock)
+            reached.append(network.connect(peer, *meets_at, REPLACED))
+    tries_lock = not is_first and nodes[0] not in missing
+    lock = shared_folder.try_lock(folder.lock) if tries_lock else None
 
     board.write(CONNECTED, address=address, port=listener.port)
     # Until the others have connected, and tried the lock.
@@ -189,11 +231,11 @@ def _meet(
     return tuple(reached), Seen(missing=tuple(missing), lags=lags, lock=lock), taken
 
 
-def _listen_where_ranks_meet(port: int) -> tuple[network.Listener | None, str | None]:
+def _listen_where_ranks_meet(port: int) -> tuple[network.Listener | None, network.Taken | None]:
     try:
         return network.Listener(port), None
     except OSError as error:
-        return None, f"port {port}, on which ranks meet, cannot be had: {error.strerror}"
+        return None, network.Taken(port=port, error=error.strerror or str(error))
 
 
 if __name__ == "__main__":

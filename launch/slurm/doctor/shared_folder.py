@@ -70,20 +70,21 @@ class Board:
     def wait(self, nodes: Iterable[str], stage: int, patience_s: float) -> list[str]:
         """Wait until all these nodes have come to a stage; returns those that have not."""
         waited = list(nodes)
-        _until(lambda: all(self.stage(node) >= stage for node in waited), patience_s)
+        wait_until(lambda: all(self.stage(node) >= stage for node in waited), patience_s)
         return [node for node in waited if self.stage(node) < stage]
 
     def lag(self, node: str, stage: int) -> float | None:
         """For how long the file of a node that has come to `stage` says something older."""
         start = time.monotonic()
-        seen = _until(lambda: self.stage(node) >= stage, STALE_S)
+        seen = wait_until(lambda: self.stage(node) >= stage, STALE_S)
         return time.monotonic() - start if seen else None
 
     def _file(self, node: str) -> Path:
         return self._folder / f"{node}.json"
 
 
-def _until(condition: Callable[[], bool], patience_s: float) -> bool:
+def wait_until(condition: Callable[[], bool], patience_s: float) -> bool:
+    """Whether a condition has come true in time."""
     deadline = time.monotonic() + patience_s
     while not condition():
         if time.monotonic() > deadline:

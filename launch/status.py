@@ -1,0 +1,208 @@
+"""`farspan launch status`: where runs are, as a table or live."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from launch.durations import duration_text
+from launch.failures import Failure
+from launch.run_state import RunState, read_state
+from launch.slurm.client import Slurm, SlurmError
+from launch.starters import slurm_here
+from pretrain.errors import UserError
+from pretrain.run_dir import RunDirectory
+
+RUNS = Path("runs")
+WATCH_S = 2.0
+FAILURES_SHOWN = 5
+# Also where standard output is no terminal.
+TABLE_WIDTH = 120
+
+
+def print_status(runs: Sequence[Path], watch: bool, as_json: bool) -> None:
+    """
+    Args:
+        runs: run directories; none: those under ./runs, and of this user's jobs.
+        watch: show them anew every two seconds, until all have ended.
+    """
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, TABLE_WIDTH)
+    if watch:
+        with suppress(KeyboardInterrupt):
+            _watch(console, runs, slurm_here())
+        return
+    try:
+        states = read_states(runs, slurm_here())
+    except SlurmError as error:
+        print(
+            f"warning: Slurm does not answer ({error}); this is what the run directories say alone",
+            file=sys.stderr,
+        )
+        states = read_states(runs, None)
+    if as_json:
+        print(json.dumps([to_json(state) for state in states], indent=1))
+    else:
+        console.print(render(states))
+
+
+def read_states(runs: Sequence[Path], slurm: Slurm | None) -> list[RunState]:
+    """The states of runs, or of all that are found. Raises UserError: there are none."""
+    if runs:
+        return [read_state(RunDirectory(run.resolve()), slurm) for run in runs]
+    found = list(dict.fromkeys((*_runs_here(), *_runs_of_jobs(slurm))))
+    if not found:
+        raise UserError(
+            f"no runs under {RUNS.resolve()}"
+            + (", and no jobs of yours that train one" if slurm else "")
+            + ": name a run directory, as in `farspan launch status RUN`"
+        )
+    return [read_state(RunDirectory(run), slurm) for run in found]
+
+
+def to_json(state: RunState) -> dict[str, Any]:
+    """Everything that is known of a run."""
+    fields = {name: getattr(state, name) for name in RunState.__dataclass_fields__}
+    failures, excluded = map(asdict, state.failures), map(asdict, state.excluded)
+    return fields | {
+        "run": str(state.run.root),
+        "excluded": list(excluded),
+        "failures": list(failures),
+    }
+
+
+def render(states: Sequence[RunState]) -> RenderableType:
+    """One run as a list of what is known of it; several as a row each."""
+    if len(states) == 1:
+        return _details(states[0])
+    table = Table(box=None, pad_edge=False)
+    for name in ("run", "state", "attempt", "step", "tokens/s", "last checkpoint", "ETA", ""):
+        table.add_column(name, overflow="fold")
+    for state in states:
+        facts = _facts(state)
+        cells = [fact for name, fact in facts.items() if name not in ("why", "where")]
+        excluded = ", ".join(entry.node for entry in state.excluded)
+        notes = [facts["why"], facts["where"], f"without {excluded}" if excluded else ""]
+        table.add_row(Text(_name(state.run.root)), *map(Text, (*cells, _joined(notes))))
+    return table
+
+
+def _details(state: RunState) -> RenderableType:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("run", Text(str(state.run.root)))
+    for name, fact in _facts(state).items():
+        if fact:
+            table.add_row(name, Text(fact))
+    for entry in state.excluded:
+        until = datetime.fromisoformat(entry.until).astimezone()
+        table.add_row("excluded", Text(f"{entry.node} until {until:%Y-%m-%d %H:%M}: {entry.why}"))
+    if not state.failures:
+        return table
+    failures = Table(box=None, pad_edge=False)
+    for name in ("attempt", "died after step", "when", "of"):
+        failures.add_column(name, overflow="fold")
+    for failure in state.failures[-FAILURES_SHOWN:]:
+        failures.add_row(*map(Text, _failure_cells(failure)))
+    return Group(table, "", failures)
+
+
+def _facts(state: RunState) -> dict[str, str]:
+    speed = "" if state.tokens_per_s is None else f"{state.tokens_per_s:,.0f}"
+    checkpoint = ""
+    if state.checkpoint is not None:
+        checkpoint = f"step {state.checkpoint:,}"
+        if state.checkpoint_age_s is not None:
+            checkpoint += f", {duration_text(state.checkpoint_age_s)} ago"
+    return {
+        "state": state.state,
+        "attempt": f"{state.attempt}" if state.attempt else "",
+        "step": f"{state.step:,} of {state.steps:,}",
+        "tokens/s": speed,
+        "last checkpoint": checkpoint,
+        "ETA": "" if state.eta_s is None else f"in {duration_text(state.eta_s)}",
+        "why": state.detail,
+        "where": state.where,
+    }
+
+
+def _failure_cells(failure: Failure) -> tuple[str, str, str, str]:
+    return f"{failure.attempt}", f"{failure.step:,}", failure.time, str(failure)
+
+
+def _joined(notes: Sequence[str]) -> str:
+    return "; ".join(filter(None, notes))
+
+
+def _watch(console: Console, runs: Sequence[Path], slurm: Slurm | None) -> None:
+    """Show the runs until all have ended; where nobody watches, print what has changed."""
+    if console.is_terminal:
+        with Live(console=console, auto_refresh=False) as live:
+            for states in _until_ended(runs, slurm):
+                live.update(render(states), refresh=True)
+        return
+    printed: dict[Path, str] = {}
+    for states in _until_ended(runs, slurm):
+        for state in states:
+            line = _line(state)
+            if printed.get(state.run.root) != line:
+                printed[state.run.root] = line
+                print(line, flush=True)
+
+
+def _line(state: RunState) -> str:
+    """Without what changes all the time."""
+    facts = _facts(state)
+    words = [_name(state.run.root), facts["state"], f"attempt {state.attempt}"]
+    words += [f"step {facts['step']}", *([facts["where"]] if facts["where"] else [])]
+    return "  ".join(words)
+
+
+def _until_ended(runs: Sequence[Path], slurm: Slurm | None) -> Iterator[list[RunState]]:
+    states: list[RunState] = []
+    while True:
+        try:
+            states = read_states(runs, slurm)
+        except SlurmError:
+            # A controller that is busy or restarted comes back.
+            if not states:
+                raise
+        yield states
+        if not any(state.is_live for state in states):
+            return
+        time.sleep(WATCH_S)
+
+
+def _runs_here() -> list[Path]:
+    return sorted(path.parent.resolve() for path in RUNS.glob("*/config.yaml"))
+
+
+def _runs_of_jobs(slurm: Slurm | None) -> list[Path]:
+    """Where this user's jobs train: a job works in its run directory."""
+    if slurm is None:
+        return []
+    folders = slurm.call("squeue", "--noheader", "--me", "--format=%Z").splitlines()
+    return sorted({Path(folder).resolve() for folder in folders if _is_run(folder)})
+
+
+def _is_run(folder: str) -> bool:
+    run = RunDirectory(Path(folder))
+    return run.job.is_file() and run.config.is_file()
+
+
+def _name(run: Path) -> str:
+    with suppress(ValueError):
+        return str(run.relative_to(Path.cwd()))
+    return str(run)
