@@ -26,18 +26,20 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, Subpr
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
 from launch.causes import find_cause, rank_to_blame
+from launch.environment import describe, environment_of_ranks, note_environment
 from launch.failures import judge, note_failure
 from launch.local import (
+    LOOPBACK,
     Rank,
     StopSignals,
     end_ranks,
     free_port,
     note_pids,
-    rank_environment,
+    own_environment,
     stop_signals_blocked,
 )
 from pretrain.errors import CANNOT_GO_ON, LOST_RANK, STOPPED_ON_REQUEST, TrainingError
-from pretrain.run_dir import ATTEMPT_VARIABLE, RunDirectory
+from pretrain.run_dir import RunDirectory
 
 POLL_S = 0.1
 # Long enough for the slowest thing a stopping rank does: a last checkpoint, W&B's last rows.
@@ -94,13 +96,22 @@ class _AttemptLogs(LogsSpecs):
         return str(self._run.attempts)
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        is_first = not self.logs
         self.attempt = self._run.new_attempt()
         folder = self._run.folder_of(self.attempt)
         self.logs = [folder / f"rank-{rank}.log" for rank in envs]
-        port = free_port()
+        variables = environment_of_ranks(
+            ranks=len(envs),
+            ranks_here=len(envs),
+            address=LOOPBACK,
+            port=free_port(),
+            attempt=self.attempt,
+        )
+        note_environment(self._run, self.attempt, variables)
+        if is_first:
+            print(f"environment of the ranks:\n{describe(variables)}", file=sys.stderr, flush=True)
         for rank, environment in envs.items():
-            environment |= rank_environment(rank, len(envs), port)
-            environment[ATTEMPT_VARIABLE] = str(self.attempt)
+            environment |= {one.name: one.value for one in variables} | own_environment(rank)
             # Ranks whose launcher was killed still need their store, to save what they have.
             environment["TORCHELASTIC_USE_AGENT_STORE"] = str(False)
         return LogsDest(
@@ -120,7 +131,7 @@ class _Agent(LocalElasticAgent):
         stop: StopSignals,
     ) -> None:
         name = f"{run.root.name}-{os.getpid()}"
-        rendezvous = StaticTCPRendezvous("127.0.0.1", free_port(), 0, 1, name, RENDEZVOUS_S)
+        rendezvous = StaticTCPRendezvous(LOOPBACK, free_port(), 0, 1, name, RENDEZVOUS_S)
         spec = WorkerSpec(
             role="rank",
             local_world_size=nproc,

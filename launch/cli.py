@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from launch import data
+from launch import data, launch
 from pretrain.errors import UserError
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
     "from raw Common Crawl to a Hugging Face checkpoint.",
 )
 app.add_typer(data.app, name="data")
+app.add_typer(launch.app, name="launch")
 
 Recipe = Annotated[str, typer.Argument(help="A shipped recipe or the path of a .yaml file.")]
 Overrides = Annotated[

@@ -2,7 +2,6 @@
 
 import ctypes
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -18,6 +17,7 @@ from pretrain.run_dir import RunDirectory
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 PIDS = "pids.json"
+LOOPBACK = "127.0.0.1"
 
 Rank = subprocess.Popen[bytes]
 
@@ -51,24 +51,21 @@ def end_ranks(ranks: Sequence[Rank], patience_s: float) -> list[int]:
 
 def rank_environment(rank: int, nproc: int, port: int) -> dict[str, str]:
     """What a rank on this machine needs to know, added to the environment of this process."""
-    threads = max(1, (os.cpu_count() or 1) // nproc)
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(nproc),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        # Ranks share the cores; more threads than cores slow every rank down.
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-        # Threads that spin while they wait make a step many times slower on a busy machine.
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
-        "PYTHONUNBUFFERED": "1",
-    }
+    # A rank that starts imports this module before it can keep a request to stop.
+    from launch.environment import environment_of_ranks
+
+    variables = environment_of_ranks(ranks=nproc, ranks_here=nproc, address=LOOPBACK, port=port)
+    return {one.name: one.value for one in variables} | own_environment(rank)
+
+
+def own_environment(rank: int) -> dict[str, str]:
+    """What differs between the ranks of this machine."""
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank)}
 
 
 def free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((LOOPBACK, 0))
         port: int = probe.getsockname()[1]
     return port
 

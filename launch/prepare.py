@@ -63,6 +63,7 @@ def prepare_run(config: Config, directory: Path, allowed: Sequence[str] = ()) ->
                 shutil.copyfile(stream.tokenizer, run.tokenizer)
             write_atomically(run.data, json.dumps(data, indent=1) + "\n")
             run.done.unlink(missing_ok=True)
+            run.cancelled.unlink(missing_ok=True)
             write_atomically(run.root / "versions.json", json.dumps(_versions(), indent=1) + "\n")
             write_atomically(run.config, config.to_yaml())
     except OSError as error:
