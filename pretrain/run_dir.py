@@ -157,11 +157,6 @@ class RunDirectory:
         return self.root / "stopped.json"
 
     @property
-    def requeues(self) -> Path:
-        """How often a batch job has been requeued without progress."""
-        return self.root / "requeues.json"
-
-    @property
     def cancelled(self) -> Path:
         """Marks a run that a person has cancelled; gone once it is started by one again."""
         return self.root / "cancelled.json"
