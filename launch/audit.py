@@ -51,7 +51,7 @@ class Audit:
         steps: the last step.
         undone_by_restarts: trained, and trained again by a later attempt.
         undone_by_rollbacks: trained, and given up.
-        unfinished_tokens: of lanes (context.lane_rows) that have not ended, of which the order alone
+        unfinished_tokens: of lanes (context.lane_rows) that have not ended; only their order
             is checked.
         late_records: of attempts that had been replaced; they do not count.
         goodput: share of all trained tokens that were not undone.

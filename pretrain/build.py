@@ -64,7 +64,7 @@ def build_model(
         feed_forward_tile=config.parallel.feed_forward_tile,
         store=store,
         microbatch=config.train.microbatch,
-        in_segments=config.context.segments > 1,
+        in_segments=config.context.in_segments,
         pipeline=pipeline_shape(config, layout),
     )
     return apply(models, objective or build_objective(config), mesh, how, device)

@@ -28,6 +28,16 @@ class ContextConfig(Section):
     carry: bool = Field(
         True, description="false: each segment begins anew, to tell what carrying over is worth."
     )
+    lane_rows: Positive = Field(
+        1,
+        description="Rows of consecutive steps that go on where the one before has ended, with the "
+        "memory of linear and sliding layers; no gradient goes back to an earlier step.",
+    )
+
+    @property
+    def in_segments(self) -> bool:
+        """Whether rows take something over, from segments or from rows before."""
+        return self.segments > 1 or self.lane_rows > 1
 
     @property
     def reach(self) -> int:
@@ -39,9 +49,15 @@ class ContextConfig(Section):
 
 def check_context(config: "Config") -> None:
     """Raise UserError where rows cannot be cut so, with what would work."""
-    segments, seq_len = config.context.segments, config.data.seq_len
-    if segments == 1:
+    context, seq_len = config.context, config.data.seq_len
+    if not context.in_segments:
         return
+    if context.lane_rows > 1:
+        _check_lanes(config)
+    segments = context.segments
+    asked = f"context.segments = {segments}"
+    if segments == 1:
+        asked = f"context.lane_rows = {context.lane_rows}"
     size, rest = divmod(seq_len, segments)
     if rest or size % CHUNK:
         works = [n for n in range(1, seq_len // CHUNK + 1) if seq_len % (n * CHUNK) == 0]
@@ -49,7 +65,7 @@ def check_context(config: "Config") -> None:
         if works:
             wish = f"the nearest that works is {min(works, key=lambda n: abs(n - segments))}"
         raise UserError(
-            f"context.segments = {segments}: segments of data.seq_len / segments = "
+            f"{asked}: segments of data.seq_len / context.segments = "
             f"{seq_len / segments:g} tokens; they must be whole chunks of {CHUNK}; {wish}"
         )
     model = config.model
@@ -61,15 +77,17 @@ def check_context(config: "Config") -> None:
         )
     if config.parallel.pp > 1:
         raise UserError(
-            f"context.segments = {segments} with parallel.pp = {config.parallel.pp}: the backward "
+            f"{asked} with parallel.pp = {config.parallel.pp}: the backward "
             "pass begins with the last segment, and a pipeline would stand still between two; "
             "take parallel.pp=1 and more ranks of cp, ep or dp_shard"
         )
     if config.parallel.ulysses > 1:
         raise UserError(
-            f"context.segments = {segments} with parallel.ulysses = {config.parallel.ulysses}: "
+            f"{asked} with parallel.ulysses = {config.parallel.ulysses}: "
             "keys are carried over by the ranks of a ring; take parallel.ulysses=1"
         )
+    if segments == 1:
+        return
     if config.optim.in_backward:
         raise UserError(
             f"context.segments = {segments} with optim.in_backward = true: a weight's gradient is "
@@ -85,4 +103,18 @@ def check_context(config: "Config") -> None:
             f"context.segments = {segments} with model.moe.capacity_factor = "
             f"{model.moe.capacity_factor}: which slots of a row are dropped is decided over the "
             "whole row; take null, which drops none"
+        )
+
+
+def _check_lanes(config: "Config") -> None:
+    asked = f"context.lane_rows = {config.context.lane_rows}"
+    if not config.context.carry:
+        raise UserError(
+            f"{asked} with context.carry = false: rows would go on where the ones before have "
+            "ended, and their segments begin anew; take context.lane_rows=1 or context.carry=true"
+        )
+    if not {"linear", "sliding"} & set(config.model.layer_kinds()):
+        raise UserError(
+            f"{asked}: no layer of the model hands anything on to the next row; have linear or "
+            "sliding layers in model.layer_pattern, or take context.lane_rows=1"
         )

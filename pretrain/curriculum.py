@@ -145,6 +145,8 @@ def _chain(config: "Config", parse: Callable[[dict[str, Any]], "Config"]) -> lis
             tree = _with_settings(tree, changed)
             of_phase = parse(tree)
             _refuse_fixed(changed)
+            if phases:
+                _refuse_other_lanes(phases[-1].config, of_phase)
         except UserError as error:
             raise UserError(f"{name}, from step {first:,}: {error}") from None
         if asked.weights:
@@ -197,6 +199,22 @@ def _refuse_fixed(settings: Mapping[str, Any]) -> None:
         allowed = ", ".join(name + "*" * name.endswith(".") for name in MAY_CHANGE)
         raise UserError(
             f"{', '.join(fixed)} cannot change between phases; what can: {allowed}, and weights"
+        )
+
+
+def _refuse_other_lanes(before: "Config", now: "Config") -> None:
+    """After a skipped batch, lanes of rows end at another step than the phase was planned for."""
+    if before.context.lane_rows == 1:
+        return
+
+    def shape(config: "Config") -> tuple[int, int, int]:
+        return config.context.lane_rows, config.data.seq_len, config.train.global_batch
+
+    if shape(before) != shape(now):
+        raise UserError(
+            f"the phase before has context.lane_rows = {before.context.lane_rows}: after that, "
+            "context.lane_rows, data.seq_len and train.global_batch stay as they are; set "
+            "context.lane_rows in the last phase that changes one of them"
         )
 
 

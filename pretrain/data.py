@@ -2,9 +2,15 @@
 
 from data_pipeline.stream import Cache, Phase, Source, TokenStream
 from pretrain.config import Config, phases_of
-from pretrain.curriculum import step_sizes, steps_within, tokens_until
+from pretrain.curriculum import (
+    phase_of_checkpoint,
+    step_sizes,
+    steps_within,
+    tokens_until,
+)
 from pretrain.data_config import DataConfig
 from pretrain.errors import UserError
+from pretrain.objective import tokens_per_step
 
 
 def open_stream(config: Config) -> TokenStream:
@@ -33,6 +39,7 @@ def stream_of(config: Config) -> TokenStream:
         data.seed,
         shuffle_shards=data.shuffle_shards,
         curriculum=curriculum_of(config),
+        lane_rows=config.context.lane_rows,
         cache=cache_of(data),
     )
 
@@ -55,13 +62,18 @@ def curriculum_of(config: Config) -> list[Phase]:
 def require_enough(stream: TokenStream, config: Config) -> None:
     """Raises UserError: the data is used up before the last step."""
     phases, steps = phases_of(config), config.train.steps
-    needed = tokens_until(phases, steps)
+    phase = phase_of_checkpoint(phases, steps)
+    # Lanes are begun where all of them can be filled.
+    ahead = -(steps - phase.first) % phase.config.context.lane_rows * tokens_per_step(phase.config)
+    needed = tokens_until(phases, steps) + ahead
     used = stream.outlook(needed)
     found = sum(source.tokens for source in used)
     # What is used up ends with a whole document, and shares are rounded.
-    if found < tokens_until(phases, steps - 1):
+    if found < tokens_until(phases, steps - 1) + ahead:
+        in_lanes = " in whole lanes" if ahead else ""
         raise UserError(
-            f"train.steps = {steps}, steps of {step_sizes(phases, steps)} tokens take {needed:,}, "
+            f"train.steps = {steps}, steps of {step_sizes(phases, steps)} tokens{in_lanes} take "
+            f"{needed:,}, "
             f"and epochs and max_epochs of data.shards leave {found:,}: set train.steps to "
-            f"{steps_within(phases, found)} or less, raise them, or add a source"
+            f"{steps_within(phases, max(0, found - ahead))} or less, raise them, or add a source"
         )

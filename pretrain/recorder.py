@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pretrain.config import Config
+from pretrain.config import Config, phases_of
 from pretrain.data import curriculum_of
 from pretrain.data_config import ShardSource
 from pretrain.guard import Rollback, Verdict
@@ -54,6 +54,9 @@ class Recorder:
             sources=_ledger_sources(data.sources(), trainer.stream.state_dict()),
             shuffle_shards=data.shuffle_shards,
             curriculum=[(phase.tokens, phase.weights) for phase in curriculum_of(config)],
+            lanes=[
+                (phase.first + 1, phase.config.context.lane_rows) for phase in phases_of(config)
+            ],
             fence=fence,
         )
         write_atomically(run.config_of(attempt), config.to_yaml())

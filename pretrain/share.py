@@ -9,6 +9,7 @@ from torch import Tensor
 from parallel.context.documents import SplitDocuments
 from parallel.layout import split_row
 from parallel.segments.documents import cut_apart, cut_rows, tokens_of
+from parallel.segments.lanes import LaneMemory
 from parallel.segments.memory import SegmentMemory
 from pretrain.config import Config
 from pretrain.model.kernels.documents import Documents
@@ -20,7 +21,7 @@ class RankShare:
     """What a rank of `cp` has of a microbatch.
 
     Attributes:
-        documents: with `context.segments` a list of those of each segment.
+        documents: with `context.segments`, or lanes, a list of those of each segment.
         tokens: [B, T / cp], which tokens of each row it has, in its order; None if all in theirs.
     """
 
@@ -34,15 +35,26 @@ class RankShare:
         return self.documents.to(device)
 
 
-def share_of_rank(config: Config, documents: Documents, rank: int) -> RankShare:
-    """What rank number `rank` of `cp` has of a microbatch of such documents."""
+def share_of_rank(
+    config: Config,
+    documents: Documents,
+    rank: int,
+    lanes: LaneMemory | None = None,
+    of_lanes: slice | None = None,
+) -> RankShare:
+    """What rank number `rank` of `cp` has of a microbatch of such documents.
+
+    Args:
+        lanes: what rows go on with; None lets them all begin anew.
+        of_lanes: which of them are the microbatch's; None is all.
+    """
     ranks, context = config.parallel.cp, config.context
     cost, rows = attention_cost(config.model), documents.lengths
-    if context.segments > 1:
+    if context.in_segments:
         if not context.carry:
             size = documents.position.shape[1] // context.segments
             rows = tuple(tuple(cut_apart(row, size)) for row in rows)
-        memory = SegmentMemory(context.segments, context.reach)
+        memory = SegmentMemory(context.segments, context.reach, lanes, of_lanes)
         segments = cut_rows(rows, context.segments, memory, rank, ranks, cost)
         return RankShare(segments, tokens_of(segments))
     if ranks == 1:

@@ -1,7 +1,7 @@
 """A model on its ranks, and one optimizer step of it."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -27,6 +27,7 @@ from parallel.expert.deepep import why_unavailable
 from parallel.fsdp import owned_region
 from parallel.gradients import clip_gradients
 from parallel.mesh import limit_collectives
+from parallel.segments.lanes import LaneMemory
 from pretrain.balancing import RouterState
 from pretrain.build import build_mesh, build_model, open_store
 from pretrain.checkpoint.store import CheckpointStore, Progress, Retention
@@ -36,6 +37,7 @@ from pretrain.config import Config
 from pretrain.data import open_stream
 from pretrain.errors import AttemptError, UserError
 from pretrain.guard import Guard, Past, Place, Rollback, Verdict
+from pretrain.lane_state import LaneState
 from pretrain.layouts import resolve_layout
 from pretrain.model.init import initialize
 from pretrain.model.kernels.backends import make_deterministic
@@ -109,6 +111,10 @@ class Trainer:
         if config.optim.in_backward:
             self.updates = update_in_backward(self.parallelised, self.optimizer, device)
         self.routers = RouterState(config.model.n_layers, config.model.moe)
+        rows = config.train.global_batch // self.mesh.data_ranks
+        self.lanes = LaneMemory(rows) if config.context.lane_rows > 1 else None
+        dtype = getattr(torch, config.train.dtype)
+        self._lane_state = LaneState(self.lanes, self.mesh, dtype, device)
         saving = config.checkpoint
         self.store = CheckpointStore(
             checkpoints_of(config, run),
@@ -152,7 +158,9 @@ class Trainer:
         at the start. Collective.
         """
         state = self.weights, self.optimizer, self.routers.state_dict()
-        progress = self.store.load(*state, up_to=up_to, or_oldest=or_oldest)
+        more = self._lane_state.to_fill
+        progress = self.store.load(*state, more=more, up_to=up_to, or_oldest=or_oldest)
+        self._lane_state.take_over()
         if progress is None:
             if self._is_owner:
                 self._run.refuse_to_begin_anew(str(self.store.target))
@@ -201,7 +209,13 @@ class Trainer:
             batch: this rank's rows of it.
             stop_requested: whether this rank was asked to stop.
         """
-        tokens, labels, documents = self._share_of(batch)
+        position = torch.from_numpy(batch.position)
+        rows = [
+            Documents.from_position(part) for part in position.split(self.config.train.microbatch)
+        ]
+        if self.lanes and batch.continues is not None:
+            self.lanes.begin(batch.continues.tolist())
+        tokens, labels, documents = self._share_of(batch, rows)
         # Ranks of pp and tp work on the same tokens.
         copies = self.layout.pp * self.layout.tp
         loss_tokens = (labels != IGNORED).sum()
@@ -211,19 +225,23 @@ class Trainer:
             set_learning_rate(self.optimizer, self.lr())
             self.updates.begin()
         self.parallelised.forward_backward(tokens, labels, documents, count)
+        if self.lanes and batch.is_continued is not None:
+            lengths = [of_row for part in rows for of_row in part.lengths]
+            self.lanes.end(lengths, batch.is_continued.tolist())
         return self._measure(count, stop_requested)
 
-    def _share_of(self, batch: Batch) -> tuple[Tensor, Tensor, list[Any]]:
+    def _share_of(
+        self, batch: Batch, microbatches: Sequence[Documents]
+    ) -> tuple[Tensor, Tensor, list[Any]]:
         """This rank's part of its rows: tokens and labels [rows, T / cp], and documents of each
         microbatch, or of its segments. Only that part is sent to the device.
         """
-        tokens, labels, position = map(
-            torch.from_numpy, (batch.tokens, batch.labels, batch.position)
-        )
-        rank, shares = self.mesh.cp.get_local_rank(), []
-        for rows in position.split(self.config.train.microbatch):
-            documents = Documents.from_position(rows)
-            shares.append(share_of_rank(self.config, documents, rank))
+        tokens, labels = torch.from_numpy(batch.tokens), torch.from_numpy(batch.labels)
+        rank, size = self.mesh.cp.get_local_rank(), self.config.train.microbatch
+        shares = [
+            share_of_rank(self.config, documents, rank, self.lanes, slice(first, first + size))
+            for first, documents in zip(range(0, len(tokens), size), microbatches, strict=True)
+        ]
         if mine := [share.tokens for share in shares if share.tokens is not None]:
             tokens, labels = (x.gather(1, torch.cat(mine)) for x in (tokens, labels))
         tokens, labels = (x.to(self.device, non_blocking=True) for x in (tokens, labels))
@@ -302,6 +320,9 @@ class Trainer:
             self.progress.step += 1
             self.progress.tokens += self.tokens_per_step
             self._losses.append(measured.loss)
+        elif self.lanes:
+            # What was not learned from is not remembered, so nothing goes on after it.
+            self.lanes.drop()
         self.optimizer.zero_grad()
         self.progress.stream = self.stream.state_dict()
         return grad_norm, verdict
@@ -343,6 +364,8 @@ class Trainer:
         ):
             plan = self.stream.next_batch(self.config.train.global_batch, beat)
             passed_over.append((plan, first))
+        if passed_over and self.lanes:
+            self.lanes.drop()
         return passed_over
 
     def read_batch(self, beat: Callable[[], None] = lambda: None) -> Batch:
@@ -377,6 +400,6 @@ class Trainer:
         self.progress.recent = self.guard.state()
         self._losses.clear()
         state = self.weights, self.optimizer, self.routers.state_dict()
-        self.store.start_save(self.progress, *state)
+        self.store.start_save(self.progress, *state, self._lane_state.tensors())
         if is_last or not self.config.checkpoint.asynchronous:
             self.store.finish_save(is_last=is_last)

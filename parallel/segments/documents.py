@@ -20,7 +20,8 @@ class SegmentDocuments(SplitDocuments):
         number: of the segment.
         first_seen: the earliest segment with tokens of a document that goes on here.
         rows_seen: of each row, the layout from the start of that segment to the end of this one.
-        is_last_seen: whether no document goes on in the next segment.
+        is_last_seen: whether no document goes on in the next segment of the row.
+        hands_on: whether the next segment, or the next row, goes on where this one ends.
         memory: what the segments of the microbatch hand on.
     """
 
@@ -28,6 +29,7 @@ class SegmentDocuments(SplitDocuments):
     first_seen: int = 0
     rows_seen: tuple[RowLayout, ...] = ()
     is_last_seen: bool = True
+    hands_on: bool = False
     memory: SegmentMemory = field(
         default_factory=lambda: SegmentMemory(1), compare=False, repr=False
     )
@@ -54,22 +56,27 @@ def cut_rows(
     """The segments of a microbatch, in order, as one of the ranks that share each of them sees it.
 
     Args:
-        rows: lengths of the documents of each row; all add up to one multiple of `segments`.
+        rows: lengths of the documents of each row; all add up to one multiple of `segments`. Where
+            the memory has lanes, they know in the middle of which documents the rows begin.
         cost: what the ranks share evenly, see `split_row`.
     """
     size = sum(rows[0]) // segments
     documents = [[range(*ends) for ends in pairwise(accumulate(row, initial=0))] for row in rows]
+    lanes, before = memory.lanes, [0] * len(rows)
+    if lanes is not None:
+        before = lanes.earlier[memory.rows]
     layouts = [
         [
-            _layout_of(of_row, range(start, start + size), ranks, cost)
+            _layout_of(of_row, range(start, start + size), ranks, cost, n_before)
             for start in range(0, size * segments, size)
         ]
-        for of_row in documents
+        for of_row, n_before in zip(documents, before, strict=True)
     ]
     made: list[SegmentDocuments] = []
     for number in range(segments):
         of_segment = [of_row[number] for of_row in layouts]
         first_seen = min((number * size - layout.earlier) // size for layout in of_segment)
+        first_seen = max(0, first_seen)
         rows_seen = tuple(
             _seen(of_row, range(first_seen * size, (number + 1) * size), cut)
             for of_row, cut in zip(documents, layouts, strict=True)
@@ -88,6 +95,7 @@ def cut_rows(
                 first_seen=first_seen,
                 rows_seen=rows_seen,
                 is_last_seen=is_last_seen,
+                hands_on=not is_last_seen or (lanes is not None and number + 1 == segments),
                 memory=memory,
             )
         )
@@ -114,12 +122,19 @@ def tokens_of(segments: Sequence[SegmentDocuments]) -> torch.Tensor:
 
 
 def _layout_of(
-    documents: Sequence[range], segment: range, ranks: int, cost: AttentionCost | None
+    documents: Sequence[range],
+    segment: range,
+    ranks: int,
+    cost: AttentionCost | None,
+    before: int,
 ) -> RowLayout:
+    """Args: before: tokens of the first document that came before the row."""
     parts = list(_parts(documents, segment))
     document, part = parts[0]
     earlier = part.start - document.start
-    return split_row([len(part) for _, part in parts], ranks, cost, earlier)
+    # Those before the row cost nothing: only layers that see little of them do at all.
+    layout = split_row([len(part) for _, part in parts], ranks, cost, earlier)
+    return replace(layout, earlier=earlier + before * (document.start == 0))
 
 
 def _seen(documents: Sequence[range], tokens: range, layouts: Sequence[RowLayout]) -> RowLayout:

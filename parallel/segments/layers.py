@@ -64,7 +64,7 @@ class SegmentAttention:
                 tensors += (memory.receive(of_layer, s, number, complete) for s in sources)
         k_seen, v_seen = (torch.cat([*earlier[n], x], dim=2) for n, x in (("k", k), ("v", v)))
         out = self.attend(q, k_seen, v_seen, documents, scale=scale, window=window)
-        if documents.is_last_seen:
+        if documents.is_last_seen and (window is None or not documents.hands_on):
             return out
         for name, x in (("k", k), ("v", v)):
             kept = x
@@ -99,7 +99,7 @@ class SegmentScan:
             in_the_middle = documents.rows_in_the_middle(state.device)
             state = state * in_the_middle.to(state.dtype)[:, None, None, None]
         out, final = self.scan(q, k, v, g, beta, documents=documents, initial_state=state)
-        if not documents.is_last_seen:
+        if documents.hands_on:
             out = memory.hand_on(self.name, number, out, final)
         return out, final
 
@@ -118,7 +118,7 @@ class SegmentConvolution:
             complete = partial(sum_over_ranks, self.cp)
             before = memory.receive(self.name, number - 1, number, complete)
         y = self.convolve(x, weight, documents, before)
-        if documents.is_last_seen:
+        if not documents.hands_on:
             return y
         kept = last_tokens(x, weight.shape[1] - 1, documents, self.cp)
         return memory.hand_on(self.name, number, y, kept)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parallel.segments.lanes import LaneMemory
+
 
 class SegmentMemory:
     """The memory of one microbatch.
@@ -23,12 +25,21 @@ class SegmentMemory:
         segments: how many there are.
         reach: gradients flow among so many of them, the first of which has a number that `reach`
             divides; by default among all.
+        lanes: the memory beyond the rows; None where there is none.
+        rows: of the batch, which this microbatch has.
         is_kept: whether what segments hand on is kept; otherwise it has been kept before.
     """
 
-    def __init__(self, segments: int, reach: int | None = None) -> None:
+    def __init__(
+        self,
+        segments: int,
+        reach: int | None = None,
+        lanes: LaneMemory | None = None,
+        rows: slice | None = None,
+    ) -> None:
         self.segments = segments
         self.reach = reach or segments
+        self.lanes, self.rows = lanes, rows or slice(None)
         self.is_kept = True
         self._handed: defaultdict[str, Handed] = defaultdict(Handed)
 
@@ -39,11 +50,15 @@ class SegmentMemory:
         segment: int,
         complete: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """What segment `source` has handed on under a name, for `segment` to compute with.
+        """What segment `source` has handed on under a name, for `segment` to compute with; -1 is
+        the row before.
 
         Args:
             complete: makes the whole gradient of what this rank has found; None where it is that.
         """
+        if source < 0:
+            assert self.lanes is not None
+            return self.lanes.values[name][self.rows]
         handed = self._handed[name]
         leaf = handed.values[source].detach()
         if torch.is_grad_enabled() and source // self.reach == segment // self.reach:
@@ -61,8 +76,12 @@ class SegmentMemory:
         result: Tensor = _HandOn.apply(out, value, handed, segment)
         return result
 
-    def clear(self) -> None:
-        """Forget what the segments have handed on."""
+    def end(self) -> None:
+        """Hand on to the rows after what the last segment has handed on, and forget the rest."""
+        for name, handed in self._handed.items():
+            last = handed.values.get(self.segments - 1)
+            if self.lanes is not None and last is not None:
+                self.lanes.keep(name, self.rows, last)
         self._handed.clear()
 
 

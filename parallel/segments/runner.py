@@ -42,7 +42,7 @@ class SegmentedStage:
             for first in range(0, len(parts), memory.reach):
                 group = parts[first : first + memory.reach]
                 self._train(group)
-            memory.clear()
+            memory.end()
 
     def _train(self, group: Sequence[tuple[Tensor, Tensor, SegmentDocuments]]) -> None:
         memory = group[0][2].memory

@@ -132,10 +132,15 @@ class CheckpointStore:
         weights: nn.Module,
         optimizer: torch.optim.AdamW,
         routers: Mapping[str, Tensor],
+        more: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Copy what is to be saved, and write it in the background. Collective."""
+        """Copy what is to be saved, and write it in the background. Collective.
+
+        Args:
+            more: other tensors, the same ones each time.
+        """
         assert self._pending is None, "finish_save comes first"
-        tensors = _tensors(weights, optimizer, routers)
+        tensors = {**_tensors(weights, optimizer, routers), **(more or {})}
         if self._staging is None:
             self._staging = Staging(tensors, self._attempt)
         self._staging.copy(tensors)
@@ -185,6 +190,7 @@ class CheckpointStore:
         optimizer: torch.optim.AdamW | None,
         routers: Mapping[str, Tensor],
         *,
+        more: Callable[[Index], Mapping[str, Tensor]] = lambda index: {},
         up_to: int | None = None,
         or_oldest: bool = False,
     ) -> Progress | None:
@@ -194,6 +200,7 @@ class CheckpointStore:
 
         Args:
             optimizer: None leaves out what belongs to it.
+            more: other tensors that are to be filled, of those that there are.
             up_to: the last step that is wanted.
             or_oldest: rather than none, take the oldest of those that are newer than that.
 
@@ -209,7 +216,7 @@ class CheckpointStore:
         step, manifest = found
         checkpoint = checkpoint_in(self.target, step)
         index = Index.from_bytes(on_rank_0(lambda: read_index(checkpoint, manifest)))
-        into = _tensors(weights, optimizer, routers)
+        into = {**_tensors(weights, optimizer, routers), **more(index)}
         _together(lambda: refuse_another_model(checkpoint, index, into))
         _together(lambda: read_tensors(checkpoint, index, into))
         return Progress(**manifest.progress)

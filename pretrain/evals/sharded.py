@@ -128,7 +128,7 @@ class ShardedModel:
     def _share_of(self, documents: Documents) -> RankShare:
         """What this rank of cp has of rows of any length, in segments of the training's length."""
         config, rank = self.config, self.mesh.cp.get_local_rank()
-        if config.context.segments == 1:
+        if not config.context.in_segments:
             return share_of_rank(config, documents, rank)
         length = documents.position.shape[1]
         count = max(1, length * config.context.segments // config.data.seq_len)

@@ -2,7 +2,8 @@
 
 Arguments: the run directory, and one of: nothing; `saving N`, to be killed when step N is about to
 be saved; `switching N`, when it has been saved, and the next phase is about to begin; `spikes`, and
-the batches, by their number in the stream, whose gradient is much too large.
+the batches, by their number in the stream, whose gradient is much too large; `forgetting`, for rows
+that begin anew.
 """
 
 import os
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from parallel.segments.lanes import LaneMemory
 from pretrain import train as training
 from pretrain.config import read_run_config
 from pretrain.run_dir import RunDirectory
@@ -48,6 +50,8 @@ def main() -> None:
         die_saving(int(how[1]))
     elif how[:1] == ["switching"]:
         die_switching(int(how[1]), run)
+    elif how == ["forgetting"]:
+        LaneMemory.begin = lambda self, continues: self.drop()  # type: ignore[method-assign]
     elif how:
         spoil(set(), numbers(how[1]))
     code = training.train(read_run_config(run), run)

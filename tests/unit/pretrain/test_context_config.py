@@ -24,6 +24,17 @@ ROW = ["data.seq_len=1024", "context.segments=4"]
         (["model.moe.balance=sequence"], ["balance = sequence", "batch or bias"]),
         (["model.moe.capacity_factor=1.5"], ["capacity_factor = 1.5", "null"]),
         (["context.gradient=some"], ["context.gradient = 'some'", "exact"]),
+        (["context.lane_rows=0"], ["context.lane_rows = 0", "greater than or equal to 1"]),
+        (["context.lane_rows=2", "context.carry=false"], ["lane_rows = 2", "carry=true"]),
+        (["context.lane_rows=2", "model.layer_pattern=[softmax]"], ["linear or sliding layers"]),
+        (
+            ["context.segments=1", "context.lane_rows=2", "data.seq_len=100"],
+            ["context.lane_rows = 2", "make data.seq_len a multiple of 64"],
+        ),
+        (
+            ["context.segments=1", "context.lane_rows=2", "parallel.pp=2"],
+            ["context.lane_rows = 2 with parallel.pp = 2"],
+        ),
     ],
 )
 def test_segments_that_cannot_be_are_refused_with_what_works(

@@ -211,6 +211,10 @@ def test_weights_of_phases_hold_from_the_tokens_they_begin_with() -> None:
             r"model\.d_model cannot change between phases; what can: data\.seq_len",
         ),
         ([{"from_step": 5, "data.seed": 1}], r"data\.seed cannot change"),
+        (
+            [{"from_step": 5, "context.lane_rows": 4}, {"from_step": 9, "data.seq_len": 128}],
+            r"phases\[1\], from step 9: the phase before has context\.lane_rows = 4",
+        ),
         ([{"from_step": 5, "model.attention.yarn.factor": 0.5}], r"yarn\.factor = 0\.5"),
         ([{"from_step": 0, "weights": {"a": 1}}], r"phases\[0\]: weights .* data\.shards"),
         ([{"from_step": 5, "weights": {"a": -1}}], r"weights\.a = -1"),

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from parallel.fsdp import owned_region
 from parallel.layout import split_row
 from parallel.mesh import Mesh, join_ranks
 from parallel.recompute import Recompute
-from parallel.segments.documents import SegmentDocuments, cut_rows, tokens_of
+from parallel.segments.documents import SegmentDocuments, cut_apart, cut_rows, tokens_of
+from parallel.segments.lanes import LaneMemory
 from parallel.segments.memory import SegmentMemory
 from parallel.stage import Objective
 from pretrain.model.config import (
@@ -83,6 +85,7 @@ class Model:
         kinds: tuple[LayerKind, ...],
         in_segments: bool,
         recompute: Recompute = "none",
+        microbatch: int = 2,
         **axes: int,
     ) -> None:
         config = model_config(kinds)
@@ -90,7 +93,9 @@ class Model:
         self.mesh = Mesh.build(device, **axes)
         with torch.device("meta"):
             model = Transformer(config).double()
-        how = Spread(torch.float64, recompute=[recompute], microbatch=2, in_segments=in_segments)
+        how = Spread(
+            torch.float64, recompute=[recompute], microbatch=microbatch, in_segments=in_segments
+        )
         self.spread: Parallelised = apply({0: model}, OBJECTIVE, self.mesh, how, device)
         stage = self.spread.stages[0]
         stage.to_empty(device=device)
@@ -140,6 +145,36 @@ def in_segments(
     return tokens, labels, [cut]
 
 
+def halves(row: Sequence[int]) -> tuple[tuple[list[int], list[int]], bool]:
+    """The documents of the halves of a row, and whether the second begins in the middle of one."""
+    parts = cut_apart(row, T // 2)
+    n_first = [*accumulate(parts)].index(T // 2) + 1
+    return (parts[:n_first], parts[n_first:]), T // 2 not in accumulate(row)
+
+
+def in_lanes(
+    model: "Model", rows: Sequence[Sequence[int]], segments: int, microbatch: int
+) -> dict[str, Tensor]:
+    """The sum of the gradients of two batches, of the first and the second halves of rows."""
+    rank, ranks, lanes = model.mesh.cp.get_local_rank(), model.mesh.cp.size(), LaneMemory(len(rows))
+    goes_on = [halves(row)[1] for row in rows]
+    total: dict[str, Tensor] = {}
+    for half in range(2):
+        of_half = [halves(row)[0][half] for row in rows]
+        lanes.begin(goes_on if half else [False] * len(rows))
+        cuts = []
+        for first in range(0, len(rows), microbatch):
+            here = slice(first, first + microbatch)
+            memory = SegmentMemory(segments, lanes=lanes, rows=here)
+            cuts.append(cut_rows(of_half[here], segments, memory, rank, ranks))
+        mine = torch.cat([tokens_of(cut) for cut in cuts])
+        tokens, labels = (x.chunk(2, dim=1)[half].gather(1, mine) for x in batch())
+        for name, gradient in model.gradients(tokens, labels, cuts).items():
+            total[name] = total.get(name, torch.zeros(())) + gradient
+        lanes.end(of_half, goes_on if not half else [False] * len(rows))
+    return total
+
+
 def error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return max(
         float((ours[name] - theirs[name]).norm() / theirs[name].norm().clamp_min(1e-30))
@@ -182,6 +217,27 @@ def cut_between_groups() -> Iterator[tuple[str, float]]:
         yield f"loss, {name}", error(found, loss)
 
 
+def over_lanes(**axes: int) -> Iterator[tuple[str, float]]:
+    """Rows that go on where those of the batch before have ended; no gradient goes back to them."""
+    kinds: tuple[LayerKind, ...] = ("linear", "sliding")
+    reference = Model(kinds, True, **axes)
+    for microbatch, segments in ((1, 2), (2, 1)):
+        model = Model(kinds, True, "full", microbatch=microbatch, **axes)
+        for name, rows in ROWS.items():
+            expected = reference.gradients(*in_segments(rows, 2, 1, reference.mesh))
+            found = in_lanes(model, rows, segments, microbatch)
+            yield f"{axes}, {name}, {segments}", error(found, expected)
+
+
+def begin_anew() -> Iterator[tuple[str, float]]:
+    """Layers without a window see their own row alone."""
+    reference, model = Model(KINDS["softmax"], False), Model(KINDS["softmax"], True)
+    for name, rows in ROWS.items():
+        apart = [[n for half in halves(row)[0] for n in half] for row in rows]
+        expected = reference.gradients(*whole(apart, reference.mesh))
+        yield name, error(in_lanes(model, rows, 2, 2), expected)
+
+
 def together() -> Iterator[tuple[str, float]]:
     """Layouts of four ranks."""
     for axes in ({"cp": 2, "tp": 2}, {"cp": 4, "ep": 2}):
@@ -197,9 +253,14 @@ def main() -> None:
     join_ranks(timedelta(minutes=10))
     torch.set_default_dtype(torch.float64)
     if dist.get_world_size() == 1:
-        errors = {"exact": dict(alone()), "cut": dict(cut_between_groups())}
+        errors = {
+            "exact": dict(alone()),
+            "cut": dict(cut_between_groups()),
+            "lanes": dict(over_lanes()),
+            "anew": dict(begin_anew()),
+        }
     else:
-        errors = {"exact": dict(together())}
+        errors = {"exact": dict(together()), "lanes": dict(over_lanes(cp=2, tp=2))}
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(errors))
     dist.barrier()

@@ -34,6 +34,19 @@ def test_the_gradient_is_exact(errors: dict[int, Errors], ranks: int) -> None:
     assert not {case: error for case, error in exact.items() if not error <= ALLOWED}
 
 
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_rows_go_on_where_those_of_the_batch_before_have_ended(
+    errors: dict[int, Errors], ranks: int
+) -> None:
+    lanes = errors[ranks]["lanes"]
+    assert not {case: error for case, error in lanes.items() if not error <= ALLOWED}
+
+
+def test_layers_without_a_window_begin_anew_with_each_row(errors: dict[int, Errors]) -> None:
+    # Positions go on, and cos and sin of them are float32.
+    assert max(errors[1]["anew"].values()) <= 1e-6
+
+
 def test_with_less_reach_it_is_cut_between_groups_and_nowhere_else(
     errors: dict[int, Errors],
 ) -> None:
