@@ -21,11 +21,14 @@ MEANT_FOR = {
     "qwen3-next-80b": (4096, 72),
     "length-extension": (2, 8),
     "length-extension-1b": (64, 72),
+    "hybrid-1b-128k": (8, 72),
+    # An H200 has 139.
+    "hybrid-1b-1m": (1, 125),
     "million-cpu": (2, 8),
     "recall": (1, 8),
 }
-# A quarter of a minute.
-SLOW = ("length-extension-1b", "million-cpu")
+# A quarter of a minute and more.
+SLOW = ("length-extension-1b", "million-cpu", "hybrid-1b-128k", "hybrid-1b-1m")
 
 
 def plan_recipe(recipe: str) -> Plan:
