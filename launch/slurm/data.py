@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -20,15 +20,18 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from launch.data_run import DataRun
-from launch.slurm.client import JobInfo, Slurm
+from launch.slurm.checks import Checks
+from launch.slurm.client import JobInfo, Slurm, SlurmError
+from launch.slurm.data_checks import check_data_jobs
 from launch.slurm.data_job import DataJob, JobFolder, Stage
-from launch.slurm.profile import Profile, load_profile, seconds_of
+from launch.slurm.profile import Profile, load_profile
 from pretrain.errors import UserError
 
 if TYPE_CHECKING:
     from data_pipeline.parts import State
 
 SCRIPT = Path(__file__).parents[2] / "slurm" / "data.sbatch"
+DEFAULT_PROFILE = "generic"
 PYTHON = "FARSPAN_PYTHON"
 # More of them are told as a number.
 LISTED_AT_MOST = 10
@@ -75,40 +78,49 @@ def submit_data_run(run: DataRun, out: Path, request: Request, console: Console)
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    profile_name = request.profile or "generic"
-    profile = _with_time(load_profile(profile_name), request.time)
+    profile_name = request.profile or DEFAULT_PROFILE
+    profile = load_profile(profile_name)
+    if request.tasks is None:
+        raise UserError(
+            "--engine slurm needs --tasks N: by how many jobs archives are cleaned, and shards "
+            "written, each with --workers processors"
+        )
     slurm = Slurm()
-    tasks = _checked_tasks(request.tasks, slurm)
-    folder = JobFolder(_checked_out(out))
+    folder = JobFolder(out.resolve())
     run.memory_bytes()
     state = run.parted(out).state()
-    tasks = min(tasks, len(state.cleaned))
+    tasks = min(request.tasks, len(state.cleaned))
+    checks = check_data_jobs(
+        slurm, profile, run, folder.out, tasks=tasks, workers=request.workers, time=request.time
+    )
     before = folder.read()
-    jobs = _known(slurm, before)
+    jobs = _known(slurm, folder, before)
+    if at_work := [info for info in jobs if not info.is_over]:
+        checks.problems.append(_waits_for(out, at_work))
     for line in (*_progress(out, state, tasks, request.tasks), *_failures(folder, before, jobs)):
         say(line)
-    at_work = [info for info in jobs if not info.is_over]
-    if at_work and not request.is_dry:
-        raise UserError(f"{out}: {_waits_for(at_work)}")
-    if at_work:
-        say(_waits_for(at_work))
     steps = steps_left(state, tasks)
     if not steps:
         say(f"{out} is finished already: same inputs, same options")
         return
+    options = [_options(step, profile, request, folder) for step in steps]
+    if request.is_dry:
+        say(str(_with_slurms_word(checks, slurm, options[0])))
+    if checks.problems:
+        raise UserError("\n".join(checks.problems))
     job = DataJob(run, os.getcwd(), tasks, profile_name, profile, sys.executable)
-    options = [_options(step, profile, request.workers, folder) for step in steps]
-    if not request.is_dry:
-        with _alone(folder):
+    if request.is_dry or request.is_by_hand:
+        lines = _by_hand(folder, job, steps, options)
+    else:
+        lines = _submit(slurm, folder, job, steps, options)
+    with nullcontext() if request.is_dry else _alone(folder):
+        if not request.is_dry:
+            if folder.read() != before:
+                raise UserError(f"{out}: another command has submitted its jobs meanwhile")
             folder.remove_marks()
             folder.write(job)
-            if not request.is_by_hand:
-                for line in _submit(slurm, folder, job, steps, options):
-                    say(line)
-                say(f"logs: {folder.path}; the same command again says what has come of them")
-                return
-    for line in _by_hand(folder, steps, options):
-        say(line)
+        for line in lines:
+            say(line)
 
 
 def steps_left(state: "State", tasks: int) -> list[Step]:
@@ -143,54 +155,25 @@ def array_of(parts: Iterable[int]) -> str:
     return ",".join(ranges)
 
 
-def _with_time(profile: Profile, time: str | None) -> Profile:
-    """The profile with the limit that was asked for, which leaves time to do something."""
-    try:
-        seconds = seconds_of(time or profile.time or "UNLIMITED")
-    except ValueError as error:
-        if time is None:
-            return profile
-        raise UserError(f"--time {time}: {error}") from None
-    if seconds <= profile.stop_before_s:
-        raise UserError(
-            f"--time {time or profile.time}: a job is asked to stop {profile.stop_before_s} s "
-            "before its limit (stop_before_s of the profile), so at once; give it more"
-        )
-    return profile.model_copy(update={"time": time or profile.time})
-
-
-def _checked_tasks(tasks: int | None, slurm: Slurm) -> int:
-    if tasks is None:
-        raise UserError(
-            "--engine slurm needs --tasks N: by how many jobs archives are cleaned, and shards "
-            "written, each with --workers processors"
-        )
-    # Tasks are numbered from 1; the setting is what a number must be below.
-    at_most = int(slurm.config().get("MaxArraySize", 1001)) - 1
-    if tasks > at_most:
-        raise UserError(
-            f"--tasks {tasks}: this cluster takes arrays of {at_most} at most (MaxArraySize - 1); "
-            f"with --tasks {at_most} each of them has more archives"
-        )
-    return tasks
-
-
-def _checked_out(out: Path) -> Path:
-    """Absolute, as the jobs see it."""
-    if "\\" in str(out.resolve()):
-        raise UserError(
-            f"--out {out}: has a backslash, which Slurm gives a meaning in the names of logs; "
-            "choose another folder"
-        )
-    return out.resolve()
-
-
-def _known(slurm: Slurm, before: DataJob | None) -> list[JobInfo]:
-    """What Slurm still knows of the jobs that were submitted the last time."""
+def _known(slurm: Slurm, folder: JobFolder, before: DataJob | None) -> list[JobInfo]:
+    """The folder's jobs, at work and of the last time, that Slurm knows of."""
+    names = {folder.job_name(stage) for stage in Stage}
+    queued = slurm.call("squeue", "--noheader", "--me", f"--name={','.join(names)}", "--format=%F")
     ids = [one.job for one in before.submissions] if before else []
-    names = {stage.job_name for stage in Stage}
     # Numbers come again: the job of that number may be another one by now.
-    return [info for info in slurm.jobs(ids) if info.name in names]
+    return [
+        info for info in slurm.jobs(dict.fromkeys([*ids, *queued.split()])) if info.name in names
+    ]
+
+
+def _with_slurms_word(checks: Checks, slurm: Slurm, options: Sequence[str]) -> Checks:
+    """What Slurm says of the first of the jobs, besides."""
+    if not checks.problems:
+        try:
+            checks.holds.append(f"Slurm: {slurm.when_it_would_start(SCRIPT, options)}")
+        except SlurmError as error:
+            checks.problems.append(f"Slurm would refuse it: {error}")
+    return checks
 
 
 def _progress(out: Path, state: "State", tasks: int, asked: int | None) -> Iterator[str]:
@@ -205,9 +188,9 @@ def _progress(out: Path, state: "State", tasks: int, asked: int | None) -> Itera
 def _failures(folder: JobFolder, before: DataJob | None, jobs: list[JobInfo]) -> Iterator[str]:
     """What of the last time has failed, why, and where it has said so."""
     failed = [info for info in jobs if info.is_over and info.state != "COMPLETED"]
-    stages = {one.job: one.stage for one in before.submissions} if before else {}
+    stages = {folder.job_name(stage): stage for stage in Stage}
     for info in failed[:LISTED_AT_MOST]:
-        stage = stages[info.array or info.id]
+        stage = stages[info.name]
         part = "" if info.task is None else f" part {info.task} of {before.tasks if before else 0}"
         if info.reason.startswith("Dependency"):
             yield f"{stage} (job {info.id}): cancelled, because a job before it has failed"
@@ -219,23 +202,23 @@ def _failures(folder: JobFolder, before: DataJob | None, jobs: list[JobInfo]) ->
         yield f"... and {len(failed) - LISTED_AT_MOST} more"
 
 
-def _waits_for(at_work: list[JobInfo]) -> str:
+def _waits_for(out: Path, at_work: list[JobInfo]) -> str:
     ids = list(dict.fromkeys(info.array or info.id for info in at_work))
     states = ", ".join(
         f"{info.id} ({info.name}: {info.state})" for info in at_work[:LISTED_AT_MOST]
     )
     more = f" and {len(at_work) - LISTED_AT_MOST} more" if len(at_work) > LISTED_AT_MOST else ""
     return (
-        f"jobs of this folder have not ended: {states}{more}. Wait for them, or stop them: "
+        f"{out}: jobs of this folder have not ended: {states}{more}. Wait for them, or stop them: "
         f"scancel {' '.join(ids)}"
     )
 
 
-def _options(step: Step, profile: Profile, workers: int, folder: JobFolder) -> list[str]:
+def _options(step: Step, profile: Profile, request: Request, folder: JobFolder) -> list[str]:
     """What sbatch is told of a job, but for what it waits for."""
     log = folder.log(step.stage, None if step.parts is None else "%a")
     options = {
-        "job-name": step.stage.job_name,
+        "job-name": folder.job_name(step.stage),
         "array": None if step.parts is None else array_of(step.parts),
         # A % of the folder's own is not to be replaced.
         "output": str(folder.path).replace("%", "%%") + f"/{log.name}",
@@ -244,8 +227,8 @@ def _options(step: Step, profile: Profile, workers: int, folder: JobFolder) -> l
         "qos": profile.qos,
         "constraint": profile.constraint,
         "reservation": profile.reservation,
-        "time": profile.time,
-        "cpus-per-task": workers,
+        "time": request.time or profile.time,
+        "cpus-per-task": request.workers,
         "signal": f"TERM@{profile.stop_before_s}",
     }
     listed = [f"--{option}={value}" for option, value in options.items() if value is not None]
@@ -273,6 +256,7 @@ def _submit(
             yield f"submitted job {taken[-1]}: {step.stage}{parts}" + (
                 f", after {taken[-2]}" if waits else ""
             )
+        yield f"logs: {folder.path}; the same command again says what has come of them"
     except BaseException:
         for number in taken:
             slurm.cancel(number)
@@ -285,12 +269,13 @@ def _behind(job: str) -> list[str]:
 
 
 def _by_hand(
-    folder: JobFolder, steps: Sequence[Step], options: Sequence[Sequence[str]]
+    folder: JobFolder, job: DataJob, steps: Sequence[Step], options: Sequence[Sequence[str]]
 ) -> Iterator[str]:
     """The jobs as lines for a shell, in which each is a variable."""
     before = None
     for step, listed in zip(steps, options, strict=True):
-        command = shlex.join(["sbatch", "--parsable", *listed])
+        command = f"{PYTHON}={shlex.quote(job.python)} "
+        command += shlex.join(["sbatch", "--parsable", "--export=ALL", *listed])
         if before is not None:
             command += f" --dependency=afterok:${before} --kill-on-invalid-dep=yes"
         arguments = shlex.join([str(SCRIPT), str(folder.out), step.stage.value])

@@ -1,6 +1,9 @@
 """The jobs of a data run under Slurm: what they are to do, in OUT/slurm/job.json."""
 
+import hashlib
 import json
+import os
+import re
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -11,6 +14,10 @@ from launch.data_run import DataRun
 from launch.slurm.profile import Profile
 from pretrain.errors import UserError
 from pretrain.run_dir import write_atomically
+
+# Of a job's name what tells its folder.
+NAME_LENGTH = 40
+HASH_LENGTH = 8
 
 
 class Stage(StrEnum):
@@ -25,10 +32,6 @@ class Stage(StrEnum):
     def is_parted(self) -> bool:
         """Whether the tasks of an array do it, a part each."""
         return self in (Stage.clean, Stage.shards)
-
-    @property
-    def job_name(self) -> str:
-        return f"farspan-data-{self.value}"
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,12 @@ class JobFolder:
     @property
     def job(self) -> Path:
         return self.path / "job.json"
+
+    def job_name(self, stage: Stage) -> str:
+        """In Slurm's queue; no other folder's jobs have it."""
+        name = re.sub(r"[^\w.+-]+", "-", self.out.name)[:NAME_LENGTH]
+        folder = hashlib.sha256(os.fsencode(self.out)).hexdigest()[:HASH_LENGTH]
+        return f"{stage}-{name}-{folder}"
 
     def log(self, stage: Stage, part: int | str | None = None) -> Path:
         """Of a job, or of a task of an array."""

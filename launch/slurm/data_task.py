@@ -54,7 +54,7 @@ def do_job(out: Path, stage: Stage, console: Console) -> None:
     # Paths are named as seen from there.
     os.chdir(job.folder)
     run = job.run.parted(out)
-    _count_start(folder.starts(number), _finished(run.state(), stage, part))
+    count_start(folder.starts(number), _finished(run.state(), stage, part))
     with show_progress(console) as progress:
         match stage:
             case Stage.clean:
@@ -94,7 +94,7 @@ def _finished(state: State, stage: Stage, part: Part) -> int:
             return state.stages
 
 
-def _count_start(path: Path, finished: int) -> None:
+def count_start(path: Path, finished: int) -> None:
     """Remember how far a start of the job finds it, and refuse one of too many that found no more.
 
     A job whose time limit is too short for one archive would be requeued for ever.

@@ -128,7 +128,7 @@ def test_two_tasks_are_killed_and_the_same_command_does_those_alone(
         data.wait_until(lambda part=part: "clean: 0 of 2" in data.log(f"clean-{part}"))
         cluster.call("scancel", f"{array}_{part}{step}")
     again = data.submit(code=2)
-    assert f"{jobs['dedup']} (farspan-data-dedup: PENDING)" in again
+    assert re.search(rf"{jobs['dedup']} \(dedup-killed-it-s-.*: PENDING\)", again)
     assert f"scancel {' '.join(jobs.values())}" in again
     data.wait_for(*jobs.values())
     states = {info.task: info.state for info in data.jobs(array)}
@@ -183,11 +183,12 @@ def test_what_this_cluster_cannot_do_is_refused_before_anything_is_submitted(
 ) -> None:
     data = Data(cluster, folder, "refused")
     for options, told in (
-        (["--tasks", "1001"], "this cluster takes arrays of 1000 at most"),
-        (["--time", "5"], "--time 5: a job is asked to stop 300 s before its limit"),
+        (["--time", "2"], "--time 2: a job is asked to stop 30 s before it (stop_before_s)"),
         (["--time", "$(touch hurt)"], r"--time $(touch hurt): must be minutes, or H:MM:SS"),
         (["--out", "back\\slash"], "has a backslash, which Slurm gives a meaning"),
         (["--profile", "locl-sandbox"], "did you mean local-sandbox?"),
+        (["--profile", "generic"], "--out is not on a shared file system: "),
+        (["--workers", "3"], "--workers 3: no node of partition main has more than 2 CPUs"),
     ):
         assert told in data.submit(*options, code=2)
     assert not data.out.exists()
