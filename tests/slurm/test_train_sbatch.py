@@ -1,117 +1,62 @@
-"""The batch script on a real Slurm of two nodes."""
+"""The life of a training job on a real Slurm: what ends it early leaves the run whole."""
 
-import json
 import os
 import re
 import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from pretrain.run_dir import RunDirectory
+from launch.slurm.excludes import excluded_now
 from slurm.sandbox.cluster import Cluster
-from tests.ranks import ROOT, TIMEOUT_S
+from tests.ranks import TIMEOUT_S
+from tests.slurm.jobs import FARSPAN, Job, read_json, run_here, submit, submit_by_hand
 
 pytestmark = pytest.mark.slow
 
 
-class Job:
-    """A run of 30 steps on two nodes, one rank each."""
-
-    def __init__(
-        self, cluster: Cluster, shards: Path, folder: Path, python: str | None = None
-    ) -> None:
-        """
-        Args:
-            python: a bash script that the job finds under that name; `$REAL` is the true one.
-        """
-        self.run = RunDirectory(folder / "run")
-        self.settings = [f"data.shards={shards}", "train.steps=30", "parallel.ep=2"]
-        self._environment = cluster.environment()
-        if python:
-            shim = folder / "bin" / "python"
-            shim.parent.mkdir()
-            shim.write_text(f"#!/bin/bash\nREAL={sys.executable}\n{python}\n")
-            shim.chmod(0o755)
-            self._environment["PATH"] = f"{shim.parent}:{self._environment['PATH']}"
-        submit = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", f"--chdir={folder}"]
-        script = [str(ROOT / "slurm" / "train.sbatch"), "tiny-hybrid-moe", str(self.run.root)]
-        self.number = self._call(*submit, *script, *self.settings).strip()
-        self._log = folder / f"farspan-{self.number}.log"
-
-    def _call(self, *command: str) -> str:
-        return subprocess.check_output(command, env=self._environment, text=True, timeout=TIMEOUT_S)
-
-    def ask_to_stop(self) -> None:
-        """What the time limit sends."""
-        self._call("scancel", "--signal=USR2", self.number)
-
-    def requeues(self) -> int:
-        return int(self._field("Restarts"))
-
-    def has_ended(self) -> bool:
-        return self._field("JobState") in ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL")
-
-    def exit_code(self) -> int:
-        return int(self._field("ExitCode").partition(":")[0])
-
-    def _field(self, name: str) -> str:
-        shown = self._call("scontrol", "show", "job", self.number)
-        return dict(re.findall(r"(\w+)=(\S+)", shown))[name]
-
-    def log(self) -> str:
-        return self._log.read_text(errors="replace") if self._log.exists() else ""
-
-    def losses(self) -> list[float]:
-        return losses(self.run.root)
-
-    def ranks(self) -> list[int]:
-        """The process ids of what runs under the name of a rank."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            with suppress(OSError):
-                command = (entry / "cmdline").read_bytes().decode().split("\0")
-                if "launch.rank" in command and str(self.run.root) in command:
-                    found.append(int(entry.name))
-        return found
-
-    def wait_until(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + TIMEOUT_S
-        while not condition():
-            assert time.monotonic() < deadline, self.log()
-            time.sleep(0.1)
-
-
 @pytest.fixture(scope="module")
 def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """The losses of a run on this machine that nothing happened to."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    command = [sys.executable, "-m", "launch.cli", "train", "tiny-hybrid-moe", "--nproc", "2"]
-    settings = ["--run-dir", str(run), f"data.shards={shards}", "train.steps=30", "parallel.ep=2"]
-    subprocess.run([*command, *settings], cwd=ROOT, check=True, timeout=TIMEOUT_S)
-    return losses(run)
+    """The losses of a run of two ranks on this machine that nothing happened to."""
+    return run_here(shards, tmp_path_factory.mktemp("whole"), nproc=2)
 
 
-def test_a_job_stopped_in_time_requeues_itself_and_ends_with_the_losses_of_a_local_run(
+def test_two_nodes_of_two_ranks_end_with_the_losses_of_four_ranks_here(
+    cluster: Cluster, shards: Path, tmp_path: Path
+) -> None:
+    job = submit(cluster, shards, tmp_path, profile="ranks_per_node: 2")
+    job.wait_for_the_end()
+    (tmp_path / "here").mkdir()
+    job.assert_whole(run_here(shards, tmp_path / "here", nproc=4))
+    attempt = job.run.folder_of(1)
+    assert sorted(path.name for path in attempt.glob("rank-*")) == [
+        f"rank-{rank}.log" for rank in range(4)
+    ]
+    variables = read_json(job.run.environment_of(1))
+    assert {"MASTER_PORT", "OMP_NUM_THREADS"} <= {variable["name"] for variable in variables}
+    assert "OMP_NUM_THREADS=1" in job.log()
+    allocation = read_json(job.run.allocation_of(1))
+    assert (allocation["nodes"], allocation["tasks"]) == (job.nodes(), [2, 2])
+
+
+def test_a_job_stopped_in_time_saves_and_requeues_itself(
     cluster: Cluster, shards: Path, tmp_path: Path, whole: list[float]
 ) -> None:
-    job = Job(cluster, shards, tmp_path)
+    job = submit(cluster, shards, tmp_path)
     job.wait_until(lambda: len(job.losses()) >= 5)
     job.ask_to_stop()
-    job.wait_until(job.run.done.exists)
-    assert job.losses() == whole
-    assert job.requeues() == 1
+    job.wait_until(lambda: job.requeues() == 1)
+    at_the_stop = job.saved()
+    job.wait_for_the_end()
+    job.assert_whole(whole)
     assert "requeued: it was asked to stop" in job.log()
+    assert job.first_step(2) == at_the_stop + 1
 
 
 # A rank takes long to import, and ignores what it gets meanwhile, as its wrapper has told it to.
 IMPORTS_UNTIL_TOLD = """
-while [[ $* == *launch.rank* && ! -e go ]]; do sleep 0.05; done
+while [[ $* == *launch.rank* && ! -e ../go ]]; do sleep 0.05; done
 exec "$REAL" "$@"
 """
 
@@ -119,48 +64,129 @@ exec "$REAL" "$@"
 def test_a_request_that_comes_while_the_ranks_still_import_is_kept(
     cluster: Cluster, shards: Path, tmp_path: Path, whole: list[float]
 ) -> None:
-    job = Job(cluster, shards, tmp_path, IMPORTS_UNTIL_TOLD)
+    job = submit_by_hand(cluster, shards, tmp_path, python=IMPORTS_UNTIL_TOLD)
     job.wait_until(lambda: len(job.ranks()) >= 2)
     job.ask_to_stop()
     (tmp_path / "go").touch()
     job.wait_until(lambda: job.requeues() == 1 or job.run.done.exists())
     assert job.requeues() == 1
     assert "requeued: it was asked to stop" in job.log()
-    assert len(job.losses()) < 30
-    job.wait_until(job.run.done.exists)
-    assert job.losses() == whole
+    assert len(job.losses()) < 16
+    job.wait_for_the_end()
+    job.assert_whole(whole)
     assert job.run.current_attempt() == 2
+
+
+def test_a_job_requeued_by_a_person_goes_on_from_the_last_checkpoint(
+    cluster: Cluster, shards: Path, tmp_path: Path, whole: list[float]
+) -> None:
+    job = submit(cluster, shards, tmp_path)
+    job.wait_until(lambda: job.saved() >= 4)
+    saved = job.saved()
+    job.slurm("scontrol", "requeue", job.number)
+    job.wait_for_the_end()
+    job.assert_whole(whole)
+    assert job.first_step(2) > saved
+    # It says nothing of the run, nor of its nodes.
+    assert not job.run.failure_of(1).exists()
+    assert not excluded_now(job.run)
+
+
+def test_a_preempted_job_saves_and_goes_on_when_there_are_nodes_again(
+    cluster: Cluster, shards: Path, tmp_path: Path, whole: list[float]
+) -> None:
+    job = submit(cluster, shards, tmp_path, profile="ranks_per_node: 1\npartition: preempt")
+    job.wait_until(lambda: job.saved() >= 4)
+    urgent = ["--partition=urgent", "--exclusive", "--nodes=4", "--output=/dev/null"]
+    job.slurm("sbatch", *urgent, "--wrap=sleep 1")
+    job.wait_until(lambda: job.requeues() == 1)
+    job.wait_for_the_end()
+    job.assert_whole(whole)
+    assert job.first_step(2) > 4
+    assert not job.run.failure_of(1).exists()
 
 
 def test_a_job_whose_rank_is_killed_names_it_requeues_itself_and_goes_on(
     cluster: Cluster, shards: Path, tmp_path: Path, whole: list[float]
 ) -> None:
-    job = Job(cluster, shards, tmp_path)
-    job.wait_until(lambda: len(job.losses()) >= 5)
-    python = [pid for pid in job.ranks() if "python" in os.readlink(f"/proc/{pid}/exe")]
-    os.kill(python[0], signal.SIGKILL)
-    job.wait_until(job.run.done.exists)
-    assert job.losses() == whole
+    job = submit(cluster, shards, tmp_path)
+    job.wait_until(lambda: job.saved() >= 4)
+    saved = job.saved()
+    os.kill(job.rank(1), signal.SIGKILL)
+    job.wait_for_the_end()
+    job.assert_whole(whole)
     assert job.requeues() == 1
-    assert re.search(rf"error: rank \d \(process {python[0]} on \S+\) is dead", job.log())
-    assert "requeued: it has failed" in job.log()
+    assert job.first_step(2) > saved
+    failure = job.failure(1)
+    assert (failure["kind"], failure["rank"]) == ("killed", 1)
+    # Slurm's name of the node, which its host does not have here.
+    assert failure["node"] == read_json(job.run.allocation_of(1))["nodes"][1]
+    assert "attempt 1 has failed: rank 1 on node" in job.log()
 
 
-def test_a_job_whose_node_fails_starts_again_and_goes_on(
+def test_a_job_whose_first_node_dies_goes_on_without_it_even_when_it_is_back(
     cluster: Cluster, shards: Path, tmp_path: Path, whole: list[float]
 ) -> None:
-    job = Job(cluster, shards, tmp_path)
-    job.wait_until(lambda: len(job.losses()) >= 5)
-    # The second one: the script runs on the first.
-    cluster.kill_node(2)
-    cluster.start_node(2)
-    job.wait_until(job.run.done.exists)
-    assert job.losses() == whole
-    assert job.requeues() >= 1
+    job = submit(cluster, shards, tmp_path)
+    job.wait_until(lambda: job.saved() >= 4)
+    saved, dead = job.saved(), job.nodes()[0]
+    # The batch script dies with it. It is back before Slurm has missed it, as after a reboot.
+    cluster.kill_node(int(dead.removeprefix("node")))
+    cluster.start_node(int(dead.removeprefix("node")))
+    job.wait_for_the_end()
+    job.assert_whole(whole)
+    last = job.run.current_attempt()
+    assert job.first_step(last) > saved
+    assert dead not in read_json(job.run.allocation_of(last))["nodes"]
+    assert [entry.node for entry in excluded_now(job.run)] == [dead]
+    assert job.failure(1)["kind"] == "node"
+
+
+def test_a_job_whose_second_node_dies_goes_on_with_a_spare_one(
+    cluster: Cluster, shards: Path, tmp_path: Path, whole: list[float]
+) -> None:
+    job = submit(cluster, shards, tmp_path)
+    job.wait_until(lambda: job.saved() >= 4)
+    saved, dead = job.saved(), job.nodes()[1]
+    cluster.kill_node(int(dead.removeprefix("node")))
+    job.wait_for_the_end()
+    job.assert_whole(whole)
+    assert job.first_step(2) > saved
+    assert dead not in job.nodes()
+    assert [entry.node for entry in excluded_now(job.run)] == [dead]
+    assert job.failure(1)["node"] == dead
+
+
+def test_a_job_that_hangs_until_its_time_limit_is_ended_and_goes_on(
+    cluster: Cluster, shards: Path, tmp_path: Path, whole: list[float]
+) -> None:
+    # Asked for by hand: farspan wants more time than that.
+    job = submit_by_hand(cluster, shards, tmp_path, "--time=1", "--signal=KILL@1")
+    job.wait_until(lambda: job.saved() >= 4)
+    os.kill(job.rank(0), signal.SIGSTOP)
+    job.wait_for_the_end()
+    job.assert_whole(whole)
+    assert job.requeues() == 1
+    assert "time limit" in job.failure(1)["error"]
+
+
+def test_a_rank_that_hangs_is_ended_and_its_node_avoided(
+    cluster: Cluster, shards: Path, tmp_path: Path, whole: list[float]
+) -> None:
+    job = submit(cluster, shards, tmp_path, "train.hang_timeout_s=5")
+    job.wait_until(lambda: job.saved() >= 4)
+    stopped, node = job.rank(1), job.nodes()[1]
+    os.kill(stopped, signal.SIGSTOP)
+    job.wait_for_the_end()
+    job.assert_whole(whole)
+    assert "does not answer" in job.failure(1)["error"]
+    assert [entry.node for entry in excluded_now(job.run)] == [node]
+    assert node not in job.nodes()
+    assert not Path(f"/proc/{stopped}").exists()
 
 
 def test_a_mistake_is_not_made_again(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
-    job = Job(cluster, shards, tmp_path, IMPORTS_UNTIL_TOLD)
+    job = submit_by_hand(cluster, shards, tmp_path, python=IMPORTS_UNTIL_TOLD)
     job.wait_until(lambda: len(job.ranks()) >= 2)
     # Rank 0 alone finds out; that the other one has lost it is no reason to start again.
     with job.run.exclusive():
@@ -170,17 +196,47 @@ def test_a_mistake_is_not_made_again(cluster: Cluster, shards: Path, tmp_path: P
     assert "is in use by process" in job.log()
 
 
-def test_a_job_that_gets_nowhere_is_given_up(
+def test_a_job_that_crashes_three_times_alike_is_given_up_with_a_diagnosis(
     cluster: Cluster, shards: Path, tmp_path: Path
 ) -> None:
-    dies = 'if [[ $* == *launch.rank* ]]; then exit 70; fi; exec "$REAL" "$@"'
-    job = Job(cluster, shards, tmp_path, dies)
+    crashes = 'if [[ $* == *launch.rank* ]]; then echo "error: no room on /scratch"; exit 1; fi'
+    job = submit_by_hand(cluster, shards, tmp_path, python=f'{crashes}\nexec "$REAL" "$@"')
     job.wait_until(job.has_ended)
-    assert (job.exit_code(), job.requeues()) == (1, 3)
-    assert "gave up: 3 requeues did not get beyond step 0" in job.log()
+    assert (job.exit_code(), job.requeues()) == (1, 2)
+    assert job.run.all_attempts() == [1, 2, 3]
+    assert "gave up: attempts 1, 2 and 3 died of the same error" in job.log()
+    assert "no room on /scratch" in job.log()
 
 
-def losses(run: Path) -> list[float]:
-    metrics = run / "metrics.jsonl"
-    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-    return [json.loads(line)["train/loss"] for line in lines if line.endswith("\n")]
+def test_a_cancelled_run_leaves_no_process_and_goes_on_when_it_is_resubmitted(
+    cluster: Cluster, shards: Path, tmp_path: Path, whole: list[float]
+) -> None:
+    job = submit(cluster, shards, tmp_path)
+    job.wait_until(lambda: job.saved() >= 4)
+    cluster.call(*FARSPAN, "launch", "cancel", str(job.run.root), timeout_s=TIMEOUT_S)
+    assert not job.ranks()
+    assert job.has_ended()
+    assert not job.run.done.exists()
+    printed = cluster.call(*FARSPAN, "launch", "resubmit", str(job.run.root), timeout_s=TIMEOUT_S)
+    found = re.search(r"resubmitted job (\d+)", printed)
+    assert found, printed
+    job = Job(cluster, job.run, found[1])
+    job.wait_for_the_end()
+    job.assert_whole(whole)
+
+
+def test_a_run_that_is_there_already_is_not_submitted_twice(
+    cluster: Cluster, shards: Path, tmp_path: Path
+) -> None:
+    job = submit(cluster, shards, tmp_path, "train.steps=1000")
+    again = cluster.command(*FARSPAN, "launch", "slurm", "tiny-hybrid-moe", "--nodes", "2")
+    options = ["--profile", "local-sandbox", "--run-dir", str(job.run.root)]
+    done = subprocess.run(
+        [*again, *options],
+        env=cluster.environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert done.returncode == 2
+    assert f"(job {job.number}" in done.stderr
