@@ -13,20 +13,28 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launch.slurm.client import NodeInfo, Slurm, SlurmError, records
-from launch.slurm.doctor.findings import Check, Finding
+from launch.slurm.client import Slurm, SlurmError, records
+from launch.slurm.doctor.findings import Check, Finding, listed
 from launch.slurm.doctor.judge import judge
 from launch.slurm.doctor.node import Folder, Request
-from launch.slurm.doctor.settings import Site, check_job, check_refusal, check_settings
+from launch.slurm.doctor.settings import (
+    Site,
+    check_job,
+    check_settings,
+    refused_by_slurm,
+    unknown_partition,
+)
 from launch.slurm.options import sbatch_options
-from launch.slurm.profile import Profile, load_profile
+from launch.slurm.profile import load_profile
 from pretrain.errors import UserError
 from pretrain.run_dir import write_atomically
 
 SCRIPT = Path(__file__).parents[3] / "slurm" / "doctor.sbatch"
 # Ranks may take minutes to import torch from a shared file system, the first time.
-LIMIT = "15"
-POLL_S = 0.5
+LIMIT_S = 15 * 60
+# What a job could not start with, or not write its measurements.
+WITHOUT_THESE_NO_JOB = ("partition", "nodes", "directory")
+POLL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -52,31 +60,33 @@ def examine(asked: Asked, console: Console) -> bool:
         UserError: no such profile, no Slurm on this machine, a directory that cannot be had.
         SlurmError: the controller does not answer.
     """
-    profile = load_profile(asked.profile)
-    slurm = Slurm()
-    site = Site(profile, slurm.config(), slurm.partitions(), slurm.nodes(), os.environ)
-    usable = sum(node.is_usable for node in site.nodes)
-    wanted = asked.nodes or max(1, min(2, usable))
-    checks = check_settings(site, wanted)
-    folder = _make_folder(asked.directory)
-    if site.partition is not None:
-        checks += _check_nodes(
-            slurm, site, wanted, folder, asked.wait_s, bool(_found(checks)), console
-        )
+    profile, slurm = load_profile(asked.profile), Slurm()
+    try:
+        site = Site.of(profile, slurm.config(), slurm.partitions(), slurm.nodes(), os.environ)
+    except UserError as error:
+        _print([unknown_partition(error)], console)
+        return False
+    wanted = asked.nodes or max(1, min(2, site.usable()))
+    directory = asked.directory.resolve()
+    checks = check_settings(site, wanted, directory)
+    if any(check.findings for check in checks if check.name in WITHOUT_THESE_NO_JOB):
+        _print(checks, console)
+        return False
+    folder = _make_folder(directory)
+    checks += _check_nodes(slurm, site, wanted, folder, asked.wait_s, console)
     _print(checks, console)
-    findings = _found(checks)
-    if findings:
-        console.print(f"what was measured, and the logs: {folder.root}", soft_wrap=True)
-    else:
-        shutil.rmtree(folder.root)
-    return not findings
+    if any(check.findings for check in checks):
+        console.print(f"measurements and logs: {folder.root}", soft_wrap=True)
+        return False
+    shutil.rmtree(folder.root)
+    return True
 
 
 def _make_folder(directory: Path) -> Folder:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         # Hidden: it is none of the runs.
-        return Folder(Path(tempfile.mkdtemp(prefix=".doctor-", dir=directory.resolve())))
+        return Folder(Path(tempfile.mkdtemp(prefix=".doctor-", dir=directory)))
     except OSError as error:
         raise UserError(
             f"--dir {directory}: {error.strerror}; name a folder on the shared file system, in "
@@ -85,62 +95,39 @@ def _make_folder(directory: Path) -> Folder:
 
 
 def _check_nodes(
-    slurm: Slurm,
-    site: Site,
-    wanted: int,
-    folder: Folder,
-    wait_s: float,
-    is_ill: bool,
-    console: Console,
+    slurm: Slurm, site: Site, wanted: int, folder: Folder, wait_s: float, console: Console
 ) -> list[Check]:
-    """Run a job, if Slurm would take it, and check what its ranks have measured.
-
-    Args:
-        is_ill: whether there is something that explains a refusal.
-    """
-    profile = resolve(site.profile, site.nodes)
-    options = _options(profile, wanted, folder)
-    refusal = _refusal(slurm, options, folder)
-    if refusal:
-        return [] if is_ill else [check_refusal(refusal, options)]
+    """Run a job, if Slurm takes it, and check what its ranks have measured."""
+    options = _options(site, wanted, folder)
+    try:
+        slurm.when_it_would_start(SCRIPT, options)
+    except SlurmError as error:
+        return [refused_by_slurm(str(error), options)]
     addresses = {node.name: node.address for node in site.nodes}
-    request = Request(addresses=addresses, profile=profile)
+    request = Request(addresses=addresses, profile=site.profile)
     write_atomically(folder.request, request.model_dump_json() + "\n")
     job = slurm.submit(SCRIPT, options, [str(folder.root)], {"FARSPAN_PYTHON": sys.executable})
     try:
+        requeue = check_job(records(slurm.call("scontrol", "show", "job", job), "JobId")[0])
         waited_for = _wait(slurm, job, wait_s, console)
-        fields = records(slurm.call("scontrol", "show", "job", job), "JobId")[0]
     finally:
         slurm.cancel(job)
     if waited_for:
-        return [check_job(fields), _never_started(job, waited_for, wait_s)]
-    return [check_job(fields), *judge(folder, profile, site.nodes)]
+        return [requeue, _never_started(job, waited_for, wait_s)]
+    return [requeue, *judge(folder, site.profile, site.nodes)]
 
 
-def resolve(profile: Profile, nodes: Sequence[NodeInfo]) -> Profile:
-    gpus = min((node.gpus for node in nodes), default=0)
-    way = profile.gpus
-    if way == "auto":
-        way = "gpus-per-node" if gpus else "none"
-    ranks = profile.ranks_per_node
-    if ranks == "auto":
-        ranks = gpus or 1
-    return profile.model_copy(update={"gpus": way, "ranks_per_node": ranks})
-
-
-def _options(profile: Profile, wanted: int, folder: Folder) -> list[str]:
-    short = profile.model_copy(update={"time": LIMIT, "stop_before_s": 1})
-    options = sbatch_options(short, name="farspan-doctor", nodes=wanted, folder=folder.root)
+def _options(site: Site, wanted: int, folder: Folder) -> list[str]:
+    limit_s = min(LIMIT_S, site.partition.max_time_s or LIMIT_S)
+    profile = site.profile.model_copy(update={"stop_before_s": 1})
+    options = sbatch_options(
+        profile,
+        name="farspan-doctor",
+        nodes=wanted,
+        folder=folder.root,
+        time=str(max(1, limit_s // 60)),
+    )
     return [*options, f"--output={folder.job_log.name}"]
-
-
-def _refusal(slurm: Slurm, options: Sequence[str], folder: Folder) -> str:
-    """What Slurm has against the job; empty if it would take it."""
-    try:
-        slurm.call("sbatch", "--test-only", *options, str(SCRIPT), str(folder.root))
-    except SlurmError as error:
-        return str(error).removeprefix("sbatch: ")
-    return ""
 
 
 def _wait(slurm: Slurm, job: str, wait_s: float, console: Console) -> str:
@@ -150,10 +137,11 @@ def _wait(slurm: Slurm, job: str, wait_s: float, console: Console) -> str:
         info = slurm.job(job)
         if info is None or info.is_over:
             return ""
-        where = f"on {len(info.nodes)} nodes" if info.nodes else f"for {info.reason}"
-        state = f"job {job} {'runs' if info.nodes else 'waits'} {where}"
+        state = f"runs on {listed(info.nodes)}" if info.nodes else "waits"
+        if not info.nodes and info.reason:
+            state = f"waits: {info.reason}"
         if state != said:
-            console.print(state, highlight=False)
+            console.print(f"job {job} {state}", highlight=False, soft_wrap=True)
             said = state
         if info.state == "PENDING" and time.monotonic() > deadline:
             return info.reason or "nothing that Slurm would name"
@@ -166,11 +154,7 @@ def _never_started(job: str, reason: str, wait_s: float) -> Check:
         f"job {job} has not started within {wait_s / 60:g} minutes: it waited for {reason}",
         "fewer --nodes, more --wait, or a QOS or partition with more priority in the profile",
     )
-    return Check("job", f"waited for {reason}", (finding,))
-
-
-def _found(checks: Sequence[Check]) -> list[Finding]:
-    return [finding for check in checks for finding in check.findings]
+    return Check("queue", f"waited for {reason}", (finding,))
 
 
 def _print(checks: Sequence[Check], console: Console) -> None:
@@ -186,6 +170,7 @@ def _print(checks: Sequence[Check], console: Console) -> None:
         for finding in check.findings:
             what = Text.assemble("\n", (f"{check.name}, {finding.where}: ", "bold"), finding.what)
             console.print(what, soft_wrap=True)
-            console.print(Text(f"  to mend it: {finding.fix}"), soft_wrap=True)
-    count = len(_found(checks))
+            if finding.fix:
+                console.print(Text(f"  to mend it: {finding.fix}"), soft_wrap=True)
+    count = sum(len(check.findings) for check in checks)
     console.print(f"\n{count} found" if count else "nothing found that should be mended")

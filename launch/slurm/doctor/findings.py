@@ -13,12 +13,12 @@ class Finding:
     Attributes:
         where: the node or nodes, the partition, the setting.
         what: is wrong there.
-        fix: what to do about it.
+        fix: what to do about it; empty where `what` says so.
     """
 
     where: str
     what: str
-    fix: str
+    fix: str = ""
 
 
 @dataclass(frozen=True)

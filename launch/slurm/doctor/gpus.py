@@ -171,11 +171,20 @@ def check(measured: Mapping[str, Sequence[Gpus]], wanted: bool) -> Check:
 
 
 def _check_without(measured: Mapping[str, Sequence[Gpus]]) -> Check:
-    idle = {node: max(len(one.gpus) for one in ranks) for node, ranks in measured.items()}
-    there = [node for node, count in idle.items() if count]
-    if not there:
-        return Check("GPUs", "not asked for; there are none")
-    return Check("GPUs", f"not asked for; there are {max(idle.values())} on {listed(there)}")
+    """A rank takes a GPU that it sees (parallel.mesh), whoever else has been given it."""
+    seen = {node: max(len(one.seen()) for one in ranks) for node, ranks in measured.items()}
+    using = [node for node, count in seen.items() if count]
+    if not using:
+        return Check("GPUs", "not asked for, and none are seen")
+    count = max(seen.values())
+    finding = Finding(
+        listed(using),
+        f"ranks see {count} GPU{'s' if count > 1 else ''}, which the profile does not ask for, and "
+        "would use them",
+        "gpus: auto in the profile; or hide them: CUDA_VISIBLE_DEVICES with an empty value in its "
+        "environment",
+    )
+    return Check("GPUs", f"not asked for, {count} are seen", (finding,))
 
 
 def _problems(ranks: Sequence[Gpus]) -> Iterable[tuple[str, str]]:

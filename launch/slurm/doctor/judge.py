@@ -21,7 +21,7 @@ def judge(folder: Folder, profile: Profile, nodes: Sequence[NodeInfo]) -> list[C
     if not folder.meeting.exists():
         finding = Finding(
             "the job",
-            f"it has measured nothing: {last_words(folder.job_log()) or 'and said nothing'}",
+            f"it has measured nothing: {last_words(folder.job_log) or 'and said nothing'}",
             "see that this Python and farspan are there on the nodes as well: a file system that "
             "all nodes share, or modules or a container image in the profile",
         )
@@ -48,11 +48,11 @@ def _check_ranks(folder: Folder, meeting: Meeting, ranks: Sequence[OfRank]) -> C
         missing = sorted({*range(total, total + tasks)} - there)
         total += tasks
         if missing:
-            said = last_words(folder.log("node"), missing[0]) or "it has said nothing"
+            said = last_words(folder.log("node"), missing[0]) or last_words(folder.job_log)
             findings.append(
                 Finding(
                     node,
-                    f"rank {listed(map(str, missing))} could not measure: {said}",
+                    f"rank {listed(map(str, missing))} could not measure: {said or 'no word'}",
                     f"see {folder.log('node')}: the node must have this Python, farspan and "
                     f"{folder.root}, as the others do",
                 )
@@ -101,6 +101,8 @@ def _check_signals(of_node: Mapping[str, OfNode], were_sent: bool) -> Check:
 
 
 def _check_bandwidth(folder: Folder, profile: Profile) -> Check:
+    if folder.unreachable.exists():
+        return Check("all-reduce", "not measured, as not all nodes reach each other")
     measured = None
     if folder.bandwidth.exists():
         measured = Bandwidth.model_validate_json(folder.bandwidth.read_text())

@@ -202,7 +202,7 @@ def _is_not_reached(node: str, failed: Sequence[tuple[str, Reached]]) -> Finding
 def _open_ports(direction: str) -> str:
     return (
         f"let TCP {direction} this node through its firewall, from node to node on all ports from "
-        "1024: ranks meet on one from 20000 to 39999, gloo and NCCL take any; or name an interface "
+        "1024: ranks meet on one from 20000 to 32767, gloo and NCCL take any; or name an interface "
         "that is open in the profile (network.interface)"
     )
 

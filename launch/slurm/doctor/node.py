@@ -101,6 +101,11 @@ class Folder:
         return self.root / "ready"
 
     @property
+    def unreachable(self) -> Path:
+        """There if some node could not connect to another: ranks would wait in vain to meet."""
+        return self.root / "unreachable"
+
+    @property
     def ranks(self) -> Path:
         return self.root / "ranks"
 
@@ -217,6 +222,8 @@ def _meet(
             lags[peer] = board.lag(peer, REPLACED)
         if peer == nodes[0]:
             reached.append(network.connect(peer, *meets_at, REPLACED))
+    if any(one.error for one in reached):
+        folder.unreachable.touch()
     tries_lock = not is_first and nodes[0] not in missing
     lock = shared_folder.try_lock(folder.lock) if tries_lock else None
 

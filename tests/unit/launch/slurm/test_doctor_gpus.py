@@ -8,71 +8,17 @@ import pytest
 from launch.slurm.doctor import gpus
 from launch.slurm.doctor.findings import Finding
 from launch.slurm.doctor.gpus import Gpus
-
-# Of an H100, cut to a part; the driver prints about 400 lines a GPU.
-GPU = """
-  <gpu id="00000000:1B:00.0">
-    <product_name>NVIDIA H100 80GB HBM3</product_name>
-    <persistence_mode>Enabled</persistence_mode>
-    <mig_mode><current_mig>Disabled</current_mig></mig_mode>
-    <uuid>GPU-{index}a8f3c14-0000-4000-8000-{index:012d}</uuid>
-    <gpu_recovery_action>None</gpu_recovery_action>
-    <clocks_event_reasons>
-      <clocks_event_reason_gpu_idle>Active</clocks_event_reason_gpu_idle>
-      <clocks_event_reason_hw_slowdown>Not Active</clocks_event_reason_hw_slowdown>
-      <clocks_event_reason_hw_thermal_slowdown>Not Active</clocks_event_reason_hw_thermal_slowdown>
-      <clocks_event_reason_sw_power_cap>Active</clocks_event_reason_sw_power_cap>
-    </clocks_event_reasons>
-    <fb_memory_usage>
-      <total>81559 MiB</total><reserved>325 MiB</reserved><used>1 MiB</used>
-    </fb_memory_usage>
-    <ecc_errors>
-      <volatile>
-        <sram_correctable>12</sram_correctable>
-        <sram_uncorrectable_parity>0</sram_uncorrectable_parity>
-        <sram_uncorrectable_secded>0</sram_uncorrectable_secded>
-        <dram_correctable>4</dram_correctable>
-        <dram_uncorrectable>0</dram_uncorrectable>
-      </volatile>
-      <aggregate><dram_uncorrectable>3</dram_uncorrectable></aggregate>
-    </ecc_errors>
-    <remapped_rows>
-      <remapped_row_corr>0</remapped_row_corr>
-      <remapped_row_pending>No</remapped_row_pending>
-      <remapped_row_failure>No</remapped_row_failure>
-    </remapped_rows>
-    <fabric><state>Completed</state><status>Success</status></fabric>
-  </gpu>"""
-
-
-def smi(count: int = 2, driver: str = "570.124.06", **replaced: str) -> str:
-    """What `nvidia-smi -q -x` prints of GPUs; `replaced`: elements of the first one."""
-    first = GPU.format(index=0)
-    for name, text in replaced.items():
-        start = first.index(f"<{name}>") + len(f"<{name}>")
-        first = first[:start] + text + first[first.index(f"</{name}>") :]
-    rest = [GPU.format(index=index) for index in range(1, count)]
-    return (
-        '<?xml version="1.0" ?>\n<!DOCTYPE nvidia_smi_log SYSTEM "nvsmi_device_v12.dtd">\n'
-        f"<nvidia_smi_log><driver_version>{driver}</driver_version>{first}{''.join(rest)}"
-        "</nvidia_smi_log>"
-    )
+from tests.nvidia_smi import smi, write_nvidia_smi
 
 
 @pytest.fixture
 def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An executable of that name on PATH, for the test to write."""
+    """Where on PATH a test writes one."""
     path = tmp_path / "bin" / "nvidia-smi"
     path.parent.mkdir()
-    path.touch(mode=0o755)
     monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return path
-
-
-def prints(path: Path, text: str, code: int = 0) -> None:
-    path.with_name("nvidia-smi.xml").write_text(text)
-    path.write_text(f'#!/bin/sh\n[ "$*" = "-q -x" ] || exit 9\ncat {path}.xml; exit {code}\n')
 
 
 def _ranks(xml: str, *visible: str | None) -> list[Gpus]:
@@ -84,7 +30,7 @@ def _findings(**measured: list[Gpus]) -> tuple[Finding, ...]:
 
 
 def test_healthy_gpus_are_read_and_nothing_is_said(nvidia_smi: Path) -> None:
-    prints(nvidia_smi, smi())
+    write_nvidia_smi(nvidia_smi, smi())
     measured = gpus.measure()
     assert (measured.driver, len(measured.gpus)) == ("570.124.06", 2)
     assert measured.gpus[0].persistent
@@ -170,12 +116,14 @@ def test_a_node_with_another_driver_or_other_gpus_is_found() -> None:
 
 
 def test_a_driver_that_does_not_answer_is_told_in_its_words(nvidia_smi: Path) -> None:
-    prints(nvidia_smi, "Failed to initialize NVML: Driver/library version mismatch\n", code=18)
+    write_nvidia_smi(
+        nvidia_smi, "Failed to initialize NVML: Driver/library version mismatch\n", code=18
+    )
     (finding,) = _findings(a1=[gpus.measure()])
     assert finding.what == (
         "nvidia-smi: Failed to initialize NVML: Driver/library version mismatch"
     )
-    prints(nvidia_smi, "<nvidia_smi_log>")
+    write_nvidia_smi(nvidia_smi, "<nvidia_smi_log>")
     assert "nvidia-smi prints no XML" in _findings(a1=[gpus.measure()])[0].what
 
 
@@ -189,7 +137,8 @@ def test_a_node_without_a_driver_is_found_only_where_gpus_are_wanted(
     assert gpus.check(measured, wanted=False).findings == ()
 
 
-def test_gpus_that_are_not_asked_for_are_no_fault() -> None:
-    check = gpus.check({"a1": _ranks(smi(), None)}, wanted=False)
-    assert check.findings == ()
-    assert check.saw == "not asked for; there are 2 on a1"
+def test_gpus_that_are_not_asked_for_are_found_if_ranks_would_use_them() -> None:
+    (finding,) = gpus.check({"a1": _ranks(smi(), None)}, wanted=False).findings
+    assert finding.where == "a1"
+    assert finding.what.startswith("ranks see 2 GPUs, which the profile does not ask for")
+    assert gpus.check({"a1": _ranks(smi(), "")}, wanted=False).findings == ()

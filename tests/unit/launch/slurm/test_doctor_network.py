@@ -8,7 +8,7 @@ import pytest
 
 from launch.slurm.doctor import names, network
 from launch.slurm.doctor.names import Names
-from launch.slurm.doctor.network import Listener, Reached
+from launch.slurm.doctor.network import Listener, Reached, Taken
 
 ADDRESSES = {"a1": "10.0.0.1", "a2": "10.0.0.2", "a3": "10.0.0.3"}
 
@@ -150,8 +150,11 @@ def test_where_nobody_reaches_anybody_all_are_named() -> None:
 
 
 def test_a_port_that_is_taken_is_told() -> None:
-    findings = network.check_ports({"a1": []}, {"a1": "port 23456 cannot be had"}).findings
-    assert [(one.where, one.what) for one in findings] == [("a1", "port 23456 cannot be had")]
+    taken = {"a1": Taken(port=20001, error="Address already in use")}
+    measured = {"a1": [], "a2": [_reached("a1", "something else listens there")]}
+    (finding,) = network.check_ports(measured, taken).findings
+    assert finding.where == "a1"
+    assert "port 20001, on which ranks meet, cannot be had: Address already in use" in finding.what
 
 
 def _clocks(*ahead: float, within: float = 0.01) -> tuple[str, ...]:

@@ -1,20 +1,23 @@
 """What the doctor says of Slurm's settings."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from launch.slurm.client import NodeInfo, PartitionInfo
 from launch.slurm.doctor.findings import Finding
-from launch.slurm.doctor.settings import Site, check_job, check_refusal, check_settings
+from launch.slurm.doctor.settings import (
+    Site,
+    check_job,
+    check_settings,
+    refused_by_slurm,
+    unknown_partition,
+)
 from launch.slurm.profile import Profile
+from pretrain.errors import UserError
 
-CONFIG = {
-    "SLURM_VERSION": "23.11.4",
-    "JobRequeue": "1",
-    "SelectType": "select/cons_tres",
-    "KillWait": "30 sec",
-}
+CONFIG = {"SLURM_VERSION": "23.11.4", "JobRequeue": "1", "SelectType": "select/cons_tres"}
 PARTITION = PartitionInfo(
     name="gpu",
     is_default=True,
@@ -24,42 +27,49 @@ PARTITION = PartitionInfo(
     preempt_mode="REQUEUE",
     fields={},
 )
-NODES = [NodeInfo(name=name, state="IDLE", gpus=8, gpu_types=("h100",)) for name in PARTITION.nodes]
+NODES = [
+    NodeInfo(name=name, state="IDLE", cpus=64, gpus=8, gpu_types=("h100",), partitions=("gpu",))
+    for name in PARTITION.nodes
+]
 PROFILE = Profile(
-    partition="gpu", gpus="gpus-per-node", gpu_type="h100", ranks_per_node=8, time="24:00:00"
+    partition="gpu",
+    gpus="gpus-per-node",
+    gpu_type="h100",
+    ranks_per_node=8,
+    time="24:00:00",
+    shared_paths=("/shared",),
 )
-SITE = Site(PROFILE, CONFIG, [PARTITION], NODES, {})
 
 
-def _profile(**changed: object) -> Site:
-    return replace(SITE, profile=PROFILE.model_copy(update=changed))
+def _site(
+    profile: Profile = PROFILE,
+    config: dict[str, str] = CONFIG,
+    partition: PartitionInfo = PARTITION,
+    nodes: list[NodeInfo] = NODES,
+    environment: dict[str, str] | None = None,
+) -> Site:
+    return Site.of(profile, config, [partition], nodes, environment or {})
 
 
-def _partition(**changed: object) -> Site:
-    return replace(SITE, partitions=[replace(PARTITION, **changed)])  # type: ignore[arg-type]
+def _with(**changed: object) -> Profile:
+    return PROFILE.model_copy(update=changed)
 
 
-def _config(**changed: str) -> Site:
-    return replace(SITE, config=CONFIG | changed)
-
-
-def _nodes(*nodes: NodeInfo) -> Site:
-    return replace(SITE, all_nodes=nodes)
-
-
-def _findings(site: Site, wanted: int = 2) -> list[Finding]:
-    return [finding for check in check_settings(site, wanted) for finding in check.findings]
+def _findings(site: Site, wanted: int = 2, directory: str = "/shared/runs") -> list[Finding]:
+    checks = check_settings(site, wanted, Path(directory))
+    return [finding for check in checks for finding in check.findings]
 
 
 @pytest.mark.parametrize(
     "site",
     [
-        SITE,
-        _profile(partition=None),
-        _profile(gpus="gres", gpu_type=None),
-        _profile(gpus="none"),
-        _profile(time=None),
-        _partition(max_time_s=None),
+        _site(),
+        _site(_with(partition=None)),
+        _site(_with(gpus="gres", gpu_type=None)),
+        _site(_with(gpus="none")),
+        _site(_with(gpus="auto", ranks_per_node="auto")),
+        _site(_with(time=None)),
+        _site(partition=replace(PARTITION, max_time_s=None)),
     ],
 )
 def test_nothing_is_said_of_a_site_that_is_as_its_profile_says(site: Site) -> None:
@@ -67,67 +77,74 @@ def test_nothing_is_said_of_a_site_that_is_as_its_profile_says(site: Site) -> No
 
 
 @pytest.mark.parametrize(
-    ("site", "where", "says", "fix"),
+    ("site", "where", "says"),
     [
-        (_config(SLURM_VERSION="20.02.7"), "this cluster", "Slurm 20.02.7 is older", "updated"),
-        (_profile(partition="gpus"), "gpus", "did you mean gpu?", "one of gpu"),
+        (_site(config=CONFIG | {"SLURM_VERSION": "20.02.7"}), "this cluster", "20.02.7 is older"),
+        (_site(partition=replace(PARTITION, state="DRAIN")), "gpu", "partition gpu is DRAIN"),
+        (_site(partition=replace(PARTITION, max_nodes=1)), "gpu", "at most --nodes 1"),
+        (_site(partition=replace(PARTITION, max_time_s=3600)), "gpu", "allows 60 minutes"),
+        (_site(_with(time="5")), "gpu", "asked to stop 300 s before it"),
         (
-            replace(_profile(partition=None), partitions=[replace(PARTITION, is_default=False)]),
-            "this cluster",
-            "no partition is the default one",
-            "one of gpu",
-        ),
-        (_partition(state="DRAIN"), "gpu", "its state is DRAIN", "wait"),
-        (_partition(max_nodes=1), "gpu", "a job may have 1 nodes, 2 are", "--nodes 1"),
-        (
-            _nodes(
-                NODES[0], replace(NODES[1], state="DOWN", reason="bad fan"), NodeInfo(name="b1")
+            _site(
+                _with(account="ours"), partition=replace(PARTITION, allowed_accounts=("theirs",))
             ),
             "gpu",
-            "of 2 there 1 are usable; a2: bad fan",
-            "--nodes 1",
+            "account 'ours': partition gpu takes theirs",
         ),
-        (_partition(max_time_s=3600), "gpu", "may take 1:00:00 h, the profile asks for 24", "time"),
-        (_profile(time="8"), "gpu", "of a limit of 8 min, 5 min are kept", "stop_before_s"),
-        (_config(JobRequeue="0"), "slurm.conf", "JobRequeue=0", "--requeue"),
         (
-            replace(SITE, environment={"SBATCH_NO_REQUEUE": "1"}),
+            _site(
+                nodes=[NODES[0], *(replace(one, state="DOWN", reason="fan") for one in NODES[1:])]
+            ),
+            "a2, a3",
+            "1 others are fewer than the 2 asked for (a2: fan; a3: fan)",
+        ),
+        (_site(config=CONFIG | {"JobRequeue": "0"}), "slurm.conf", "JobRequeue=0"),
+        (
+            _site(environment={"SBATCH_NO_REQUEUE": "1"}),
             "your environment",
             "SBATCH_NO_REQUEUE forbids Slurm",
-            "remove it",
         ),
-        (_profile(options=("--no-requeue",)), "the profile's options", "forbids", "remove it"),
-        (_partition(preempt_mode="CANCEL"), "gpu", "PreemptMode=CANCEL", "resubmit"),
+        (_site(_with(options=("--no-requeue",))), "the profile's options", "--no-requeue forbids"),
         (
-            _nodes(*(replace(node, gpus=0, gpu_types=()) for node in NODES)),
+            _site(partition=replace(PARTITION, preempt_mode="CANCEL")),
             "gpu",
-            "Slurm knows of no GPU",
-            "gpus: none",
+            "PreemptMode=CANCEL: a job whose nodes another one takes is ended",
         ),
-        (_profile(gpu_type="h200"), "gpu", "no node has GPUs of type h200", "gpu_type"),
         (
-            _nodes(*(replace(node, gpu_types=()) for node in NODES)),
+            _site(nodes=[replace(node, gpus=0, gpu_types=()) for node in NODES]),
             "gpu",
-            "types there: none: Slurm does not tell them apart",
-            "leave it out",
+            "has no GPUs that Slurm knows of",
         ),
-        (_profile(ranks_per_node=16), "gpu", "16 ranks a node, each with a GPU", ": 8"),
-        (_config(SelectType="select/cons_res"), "slurm.conf", "--gpus-per-node", "gpus: gres"),
+        (_site(_with(gpu_type="h200")), "gpu", "GPUs of another type: set gpu_type to h100"),
+        (_site(_with(ranks_per_node=16)), "gpu", "has 8 GPUs"),
+        (
+            _site(config=CONFIG | {"SelectType": "select/cons_res"}),
+            "slurm.conf",
+            "select/cons_res does not know --gpus-per-node",
+        ),
     ],
 )
-def test_each_setting_that_is_wrong_is_told_where_it_is(
-    site: Site, where: str, says: str, fix: str
-) -> None:
+def test_each_setting_that_is_wrong_is_told_where_it_is(site: Site, where: str, says: str) -> None:
     (finding,) = _findings(site)
     assert finding.where == where
     assert says in finding.what
-    assert fix in finding.fix
+
+
+def test_a_partition_that_does_not_exist_is_told_with_the_nearest() -> None:
+    with pytest.raises(UserError) as error:
+        _site(_with(partition="gpus"))
+    (finding,) = unknown_partition(error.value).findings
+    assert "did you mean gpu?" in finding.what
+
+
+def test_a_directory_that_only_this_machine_sees_is_told() -> None:
+    (finding,) = _findings(_site(), directory="/dev/shm/runs")
+    assert "is not on a shared file system: /dev/shm/runs is on tmpfs" in finding.what
 
 
 @pytest.mark.parametrize(
     ("refusal", "fix"),
     [
-        ("", None),
         ("allocation failure: Invalid account or account/partition combination", "account in"),
         ("allocation failure: Invalid qos specification", "qos in"),
         ("allocation failure: Requested node configuration is not available", "cpus_per_rank"),
@@ -136,12 +153,10 @@ def test_each_setting_that_is_wrong_is_told_where_it_is(
         ("Job violates accounting/QOS policy", "--nodes=2 --mem=0"),
     ],
 )
-def test_what_sbatch_refuses_is_told_with_the_setting_to_change(
-    refusal: str, fix: str | None
-) -> None:
-    findings = check_refusal(refusal, ["--nodes=2", "--mem=0"]).findings
-    assert [fix in finding.fix for finding in findings if fix] == [True] * bool(fix)
-    assert [finding.what for finding in findings] == [refusal] * bool(refusal)
+def test_what_sbatch_refuses_is_told_with_the_setting_to_change(refusal: str, fix: str) -> None:
+    (finding,) = refused_by_slurm(refusal, ["--nodes=2", "--mem=0"]).findings
+    assert finding.what == refusal
+    assert fix in finding.fix
 
 
 def test_a_job_that_may_not_be_requeued_is_found() -> None:
