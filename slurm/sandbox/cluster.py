@@ -34,7 +34,7 @@ class Cluster:
         Raises:
             ValueError: it cannot be started like this; the text says what to do.
             TimeoutError: a daemon has not come up; the text names the logs.
-            OSError: the kernel or the container forbids what hostnames or netns need.
+            RefusedError: the kernel or the container forbids what hostnames or netns need.
         """
         self._check(settings)
         settings = replace(settings, ports=free_ports(settings.nodes + 2))
@@ -56,8 +56,12 @@ class Cluster:
                 f"{self.folder}: sockets lie in it, so its path may have {_LONGEST_FOLDER} "
                 "characters; take one in /tmp"
             )
-        if settings.named() and os.getuid() != 0:
-            raise ValueError("host names and networks of nodes need root: sudo, or leave them out")
+        if settings.named():
+            if os.getuid() != 0:
+                raise ValueError("host names and networks of nodes need root; other options do not")
+            for program in programs.NAMESPACES:
+                programs.require(program)
+            network.check_hostnames()
 
     def _start_daemons(self, settings: Settings) -> None:
         if settings.netns:

@@ -7,6 +7,10 @@ from pathlib import Path
 from slurm.sandbox.settings import Settings
 
 
+class RefusedError(OSError):
+    """The kernel, or the container this runs in, allows no namespaces."""
+
+
 def namespace(folder: Path, node: int) -> str:
     """The network namespace of a node; that of the controller for node 0."""
     return f"farspan-{hashlib.sha256(bytes(folder)).hexdigest()[:8]}-{node}"
@@ -20,7 +24,7 @@ def inside(folder: Path, node: int) -> list[str]:
 def make(folder: Path, settings: Settings) -> None:
     """
     Raises:
-        OSError: the kernel or the container allows no network namespaces.
+        RefusedError: nodes cannot have networks of their own here.
     """
     controller = namespace(folder, 0)
     for node in range(settings.nodes + 1):
@@ -53,8 +57,21 @@ def _port(node: int) -> str:
     return f"port{node}"
 
 
+def check_hostnames() -> None:
+    """
+    Raises:
+        RefusedError: nodes cannot have host names of their own here.
+    """
+    _run("unshare", "--uts", "--mount", "true")
+
+
 def _ip(*arguments: str) -> None:
-    command = ["ip", *arguments]
+    _run("ip", *arguments)
+
+
+def _run(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     if done.returncode:
-        raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
+        raise RefusedError(
+            f"the kernel or this container refused `{' '.join(command)}`: {done.stderr.strip()}"
+        )

@@ -6,6 +6,8 @@ import shutil
 # Debian and Ubuntu install daemons there, which not every PATH has.
 _SYSTEM = "/usr/local/sbin:/usr/sbin:/sbin"
 CLUSTER = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
+# For host names and networks of nodes.
+NAMESPACES = ("unshare", "nsenter", "ip")
 INSTALL = "apt-get install slurmctld slurmd slurm-client munge iproute2"
 
 

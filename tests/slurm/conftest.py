@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from slurm.sandbox import programs
+from slurm.sandbox import network, programs
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.settings import Settings
 
@@ -26,12 +26,17 @@ def started_cluster(settings: Settings = SETTINGS) -> Iterator[Cluster]:
     """
     if missing := programs.missing():
         lacks(f"Slurm is not installed: no {', '.join(missing)} ({programs.INSTALL})")
+    if settings.named() and os.getuid() != 0:
+        lacks("host names and networks of nodes need root")
     # Sockets of Slurm lie in it, whose paths may have 107 characters; that of a test is long.
     cluster = Cluster(Path(tempfile.mkdtemp(prefix="slurm-")))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
         patch.setenv("OMP_NUM_THREADS", "1")
-        cluster.start(settings)
+        try:
+            cluster.start(settings)
+        except network.RefusedError as error:
+            pytest.skip(str(error))
         try:
             yield cluster
         finally:
