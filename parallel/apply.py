@@ -36,7 +36,8 @@ class Spread:
         dispatcher: what carries tokens to the experts of other ranks.
         recompute: which activations a layer computes again, repeated over the layers.
         feed_forward_tile: tokens of a rank that go through a feed-forward at a time; None is all.
-        store: where the inputs of layers that recompute wait; None leaves them on the device.
+        store: where the inputs of layers that recompute wait, and what segments of rows hand on;
+            None leaves them on the device.
         microbatch: sequences of a microbatch.
         in_segments: whether rows are computed in segments, one after the other.
         pipeline: what its ranks agree on; None without a pipeline.
@@ -149,7 +150,7 @@ def apply(
     # 6. Pipeline: stages work on several microbatches at a time.
     runner: Pipeline | SingleStage | SegmentedStage = SingleStage(stages[0], how.microbatch)
     if how.in_segments:
-        runner = SegmentedStage(stages[0], how.microbatch)
+        runner = SegmentedStage(stages[0], how.microbatch, how.store)
     if how.pipeline is not None:
         runner = Pipeline(stages, mesh.pp.get_group(), how.pipeline, device)
 

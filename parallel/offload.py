@@ -100,6 +100,10 @@ class Store(ABC):
         self.used = self.most = 0
         self._latest: Callable[[], Handle | None] = _nothing
 
+    def moves(self, tensor: Tensor) -> bool:
+        """Whether putting it away frees its memory."""
+        return True
+
     def put(self, tensor: Tensor) -> Handle:
         """Put a tensor away, whose values must not change until nobody holds the handle.
 
@@ -150,6 +154,9 @@ class HostStore(Store):
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         # Kept for tensors of the same size: to pin memory takes long.
         self._free: dict[int, list[Tensor]] = defaultdict(list)
+
+    def moves(self, tensor: Tensor) -> bool:
+        return tensor.is_cuda
 
     def _put(self, tensor: Tensor) -> Handle:
         if not tensor.is_cuda:

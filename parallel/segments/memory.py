@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parallel.offload import SMALLEST_BYTES, Handle, Store
 from parallel.segments.lanes import LaneMemory
 
 
@@ -27,6 +28,7 @@ class SegmentMemory:
             divides; by default among all.
         lanes: the memory beyond the rows; None where there is none.
         rows: of the batch, which this microbatch has.
+        store: where what is handed on waits; None leaves it on the device.
         is_kept: whether what segments hand on is kept; otherwise it has been kept before.
     """
 
@@ -40,6 +42,7 @@ class SegmentMemory:
         self.segments = segments
         self.reach = reach or segments
         self.lanes, self.rows = lanes, rows or slice(None)
+        self.store: Store | None = None
         self.is_kept = True
         self._handed: defaultdict[str, Handed] = defaultdict(Handed)
 
@@ -60,7 +63,7 @@ class SegmentMemory:
             assert self.lanes is not None
             return self.lanes.values[name][self.rows]
         handed = self._handed[name]
-        leaf = handed.values[source].detach()
+        leaf = handed.value(source)
         if torch.is_grad_enabled() and source // self.reach == segment // self.reach:
             leaf.requires_grad_()
             leaf.register_post_accumulate_grad_hook(partial(handed.take, source, complete))
@@ -70,7 +73,7 @@ class SegmentMemory:
         """Keep `value`, and return `out`, whose backward also goes through `value`."""
         handed = self._handed[name]
         if self.is_kept:
-            handed.keep(segment, self.segments, value.detach())
+            handed.keep(segment, self.segments, value.detach(), self.store)
         if not torch.is_grad_enabled():
             return out
         result: Tensor = _HandOn.apply(out, value, handed, segment)
@@ -79,9 +82,8 @@ class SegmentMemory:
     def end(self) -> None:
         """Hand on to the rows after what the last segment has handed on, and forget the rest."""
         for name, handed in self._handed.items():
-            last = handed.values.get(self.segments - 1)
-            if self.lanes is not None and last is not None:
-                self.lanes.keep(name, self.rows, last)
+            if self.lanes is not None and self.segments - 1 in handed.values:
+                self.lanes.keep(name, self.rows, handed.value(self.segments - 1))
         self._handed.clear()
 
 
@@ -90,15 +92,24 @@ class Handed:
     """What segments have handed on under one name, and the gradients of it, by segment.
 
     Attributes:
+        values: those that are not in a store lie in `block`.
         block: the memory of all values. By themselves, small tensors that stay among large ones
             that come and go would leave holes in the heap, many times their size.
     """
 
-    values: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor | Handle] = field(default_factory=dict)
     gradients: dict[int, Tensor] = field(default_factory=dict)
     block: Tensor | None = None
 
-    def keep(self, segment: int, segments: int, value: Tensor) -> None:
+    def value(self, segment: int) -> Tensor:
+        value = self.values[segment]
+        return value.detach() if isinstance(value, Tensor) else value.get()
+
+    def keep(self, segment: int, segments: int, value: Tensor, store: Store | None) -> None:
+        if store is not None and value.nbytes >= SMALLEST_BYTES and store.moves(value):
+            # Of its own, not a view of more.
+            self.values[segment] = store.put(value.clone())
+            return
         if self.block is None:
             self.block = value.new_empty(segments, *value.shape)
         # `data`, as a graph that holds another value must not take this one for a change of it.

@@ -13,16 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parallel.offload import Store
 from parallel.segments.documents import SegmentDocuments
 from parallel.segments.memory import SegmentMemory
 
 
 class SegmentedStage:
-    """The whole model on each rank: microbatches one after the other, in segments."""
+    """The whole model on each rank: microbatches one after the other, in segments.
 
-    def __init__(self, stage: Any, microbatch: int) -> None:
+    Args:
+        store: where what segments hand on waits; None leaves it on the device.
+    """
+
+    def __init__(self, stage: Any, microbatch: int, store: Store | None = None) -> None:
         self.stage = stage
         self.microbatch = microbatch
+        self.store = store
 
     def forward_backward(self, tokens: Tensor, labels: Tensor) -> None:
         """Add the gradient of a step to the weights'. Collective.
@@ -37,6 +43,7 @@ class SegmentedStage:
         while microbatches:
             of_tokens, of_labels, segments = microbatches.pop(0)
             memory: SegmentMemory = segments[0].memory
+            memory.store = self.store
             halves = (x.chunk(len(segments), dim=1) for x in (of_tokens, of_labels))
             parts = list(zip(*halves, segments, strict=True))
             for first in range(0, len(parts), memory.reach):

@@ -5,6 +5,7 @@ Argument: the file for what rank 0 found: the largest error of each case, by wha
 
 import json
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from functools import partial
@@ -22,6 +23,7 @@ from parallel.context.documents import SplitDocuments
 from parallel.fsdp import owned_region
 from parallel.layout import split_row
 from parallel.mesh import Mesh, join_ranks
+from parallel.offload import Offload, Store
 from parallel.recompute import Recompute
 from parallel.segments.documents import SegmentDocuments, cut_apart, cut_rows, tokens_of
 from parallel.segments.lanes import LaneMemory
@@ -86,6 +88,7 @@ class Model:
         in_segments: bool,
         recompute: Recompute = "none",
         microbatch: int = 2,
+        store: Store | None = None,
         **axes: int,
     ) -> None:
         config = model_config(kinds)
@@ -94,7 +97,11 @@ class Model:
         with torch.device("meta"):
             model = Transformer(config).double()
         how = Spread(
-            torch.float64, recompute=[recompute], microbatch=microbatch, in_segments=in_segments
+            torch.float64,
+            recompute=[recompute],
+            store=store,
+            microbatch=microbatch,
+            in_segments=in_segments,
         )
         self.spread: Parallelised = apply({0: model}, OBJECTIVE, self.mesh, how, device)
         stage = self.spread.stages[0]
@@ -201,6 +208,15 @@ def alone() -> Iterator[tuple[str, float]]:
         recomputing = Model(KINDS["hybrid"], True, mode)
         found = recomputing.gradients(*in_segments(ROWS["packed"], 4, 4, model.mesh))
         yield f"recompute {mode}", error(found, expected)
+    with tempfile.TemporaryDirectory() as folder:
+        store = Offload("disk", Path(folder)).open()
+        offloading = Model(KINDS["hybrid"], True, "full", store=store)
+        found = offloading.gradients(*in_segments(ROWS["packed"], 4, 4, model.mesh))
+        yield "offload", error(found, expected)
+        # The keys and values of all segments, whose handles are gone with the step.
+        keys = 2 * 4 * 2 * 2 * (T // 4) * 8 * 8
+        assert store.most > keys, (store.most, keys)
+        assert store.used == 0
 
 
 def cut_between_groups() -> Iterator[tuple[str, float]]:
