@@ -444,7 +444,8 @@ def limit_s(text: str | None) -> int | None:
 
 
 def _node(fields: Mapping[str, str]) -> NodeInfo:
-    state, *flags = fields.get("State", "").rstrip("*~#!%$@^-").split("+")
+    # A mark behind a state says that the node does not answer, sleeps, or is started again.
+    state, *flags = re.sub(r"[*~#!%$@^-]", "", fields.get("State", "")).split("+")
     gpus = re.findall(r"(?:^|,)gpu(?::([^:,(]+))?:(\d+)", _given(fields.get("Gres")))
     return NodeInfo(
         name=fields["NodeName"],
