@@ -160,7 +160,7 @@ def _never_started(job: str, reason: str, wait_s: float) -> Check:
 def _print(checks: Sequence[Check], console: Console) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("check", "seen", "found"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for check in checks:
         count = len(check.findings)
         verdict = Text(f"{count} to mend" if count else "ok", "red" if count else "green")

@@ -25,7 +25,7 @@ class Names(Section):
 
     Attributes:
         own: the addresses of its own host name.
-        found: for each node, by Slurm's name and by its NodeAddr, the addresses it resolves to.
+        found: the addresses of the nodes it was asked for, by Slurm's name and by NodeAddr.
         interfaces: the address of each network interface that has one.
     """
 
@@ -38,7 +38,7 @@ class Names(Section):
 def measure(nodes: Mapping[str, str]) -> Names:
     """
     Args:
-        nodes: NodeAddr by name, as Slurm has them.
+        nodes: those to ask for, NodeAddr by name, as Slurm has them.
     """
     hostname = socket.gethostname()
     return Names(
@@ -117,8 +117,9 @@ def _unresolved(measured: Mapping[str, Names], nodes: Mapping[str, str]) -> list
     """Names that resolve on some nodes only, or nowhere and have no address in slurm.conf."""
     findings = []
     for node, address in nodes.items():
-        known = [at for at, names in measured.items() if names.found.get(node)]
-        unknown = [at for at in measured if at not in known]
+        asked = [at for at, names in measured.items() if node in names.found]
+        known = [at for at in asked if measured[at].found[node]]
+        unknown = [at for at in asked if at not in known]
         if unknown and known:
             findings.append(
                 Finding(

@@ -138,9 +138,18 @@ def peers_of(number: int, nodes: int) -> list[int]:
 
     So every node is asked by several others, and a thousand nodes need ten connections each.
     """
-    distances = [1 << power for power in range(nodes.bit_length()) if 1 << power < nodes]
-    found = {0, *((number + distance) % nodes for distance in distances)} - {number}
-    return sorted(found)
+    return sorted({0, *((number + one) % nodes for one in _distances(nodes))} - {number})
+
+
+def callers_of(number: int, nodes: int) -> list[int]:
+    """Who connects to a node."""
+    if number == 0:
+        return list(range(1, nodes))
+    return sorted({(number - one) % nodes for one in _distances(nodes)} - {number})
+
+
+def _distances(nodes: int) -> list[int]:
+    return [1 << power for power in range(nodes.bit_length()) if 1 << power < nodes]
 
 
 def check_ports(measured: Mapping[str, Sequence[Reached]], taken: Mapping[str, Taken]) -> Check:

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -168,10 +168,12 @@ def main() -> None:
 
 def _measure_node(folder: Folder, meeting: Meeting, node: str, told: threading.Event) -> OfNode:
     nodes = list(meeting.addresses)
-    found = names.measure(meeting.addresses)
+    known = {node, *_neighbours(nodes, node, network.peers_of)}
+    found = names.measure({name: meeting.addresses[name] for name in known})
     reached, seen, taken = _meet(folder, nodes, node, names.announced(found, meeting.interface))
     if node == nodes[0]:
         _let_signal_come(folder)
+    wait_until(lambda: told.is_set() or folder.ready.exists(), 2 * ARRIVE_S)
     return OfNode(
         names=found,
         versions=versions.measure(),
@@ -181,6 +183,12 @@ def _measure_node(folder: Folder, meeting: Meeting, node: str, told: threading.E
         seen=seen,
         signalled=told.wait(SIGNAL_S),
     )
+
+
+def _neighbours(
+    nodes: Sequence[str], node: str, of: Callable[[int, int], Sequence[int]]
+) -> list[str]:
+    return [nodes[number] for number in of(nodes.index(node), len(nodes))]
 
 
 def _let_signal_come(folder: Folder) -> None:
@@ -206,15 +214,14 @@ def _meet(
     meeting, taken = _listen_where_ranks_meet(meets_at[1]) if is_first else (None, None)
     listener = network.Listener()
     board.write(LISTENS, address=address, port=listener.port)
-    missing = board.wait(nodes, LISTENS, ARRIVE_S)
+    peers = _neighbours(nodes, node, network.peers_of)
+    missing = board.wait(peers, LISTENS, ARRIVE_S)
     board.write(REPLACED, address=address, port=listener.port)
     for one in filter(None, (listener, meeting)):
         one.stage = REPLACED
 
     reached, lags = [], {}
-    for peer in (nodes[number] for number in network.peers_of(nodes.index(node), len(nodes))):
-        if peer in missing:
-            continue
+    for peer in (peer for peer in peers if peer not in missing):
         known = board.read(peer)
         result = network.connect(peer, str(known["address"]), int(str(known["port"])), REPLACED)
         reached.append(result)
@@ -228,8 +235,9 @@ def _meet(
     lock = shared_folder.try_lock(folder.lock) if tries_lock else None
 
     board.write(CONNECTED, address=address, port=listener.port)
-    # Until the others have connected, and tried the lock.
-    board.wait([name for name in nodes if name not in missing], CONNECTED, ARRIVE_S)
+    # Until those who do have connected, and tried the lock.
+    callers = _neighbours(nodes, node, network.callers_of)
+    board.wait([name for name in callers if board.stage(name) >= LISTENS], CONNECTED, ARRIVE_S)
     listener.close()
     if meeting:
         meeting.close()

@@ -17,13 +17,13 @@ from launch.slurm.doctor.findings import Check, Finding, listed
 from pretrain.run_dir import NO_LOCKS, write_atomically
 from pretrain.settings import Section
 
-# How long nodes are waited for, whose ranks may start late.
-ARRIVE_S = 60.0
+# How long nodes are waited for, whose ranks may start late: from a cold file system.
+ARRIVE_S = 180.0
 # How long a client of NFS may believe what it has seen of a folder (acdirmax).
 STALE_S = 60.0
 # What is seen later than that is found fault with.
 LAG_S = 3.0
-POLL_S = 0.05
+POLL_S = 0.1
 
 
 class Seen(Section):
@@ -70,8 +70,14 @@ class Board:
     def wait(self, nodes: Iterable[str], stage: int, patience_s: float) -> list[str]:
         """Wait until all these nodes have come to a stage; returns those that have not."""
         waited = list(nodes)
-        wait_until(lambda: all(self.stage(node) >= stage for node in waited), patience_s)
-        return [node for node in waited if self.stage(node) < stage]
+
+        def are_there() -> bool:
+            # Who has come is not asked for again: there may be a thousand.
+            waited[:] = [node for node in waited if self.stage(node) < stage]
+            return not waited
+
+        wait_until(are_there, patience_s)
+        return waited
 
     def lag(self, node: str, stage: int) -> float | None:
         """For how long the file of a node that has come to `stage` says something older."""

@@ -20,11 +20,11 @@ NAMED_AT_MOST = 4
 
 def measure() -> dict[str, str]:
     """The version of everything that a rank here would run, by name."""
-    found = {package: version for package, version in _packages().items() if package != "farspan"}
+    found = _packages()
     system, release = platform.libc_ver()
     return found | {
         "python": platform.python_version(),
-        "farspan": f"{metadata.version('farspan')}, sources {hash_of_sources(ROOT)}",
+        "farspan": f"{found.get('farspan', NONE)}, sources {hash_of_sources(ROOT)}",
         "libc": f"{system} {release}",
         "slurmd": _printed("srun", "--version").removeprefix("slurm ").strip() or NONE,
         "machine": platform.machine(),
