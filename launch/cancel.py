@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -13,7 +12,7 @@ from datetime import UTC, datetime
 
 from launch.durations import duration_text
 from launch.run_state import read_state
-from launch.slurm.client import JobInfo, Slurm
+from launch.slurm.client import JobInfo, Slurm, SlurmError
 from launch.starters import jobs_of, launcher_of, live_ranks, slurm_here
 from pretrain.config import read_run_config
 from pretrain.errors import TrainingError, UserError
@@ -25,7 +24,7 @@ POLL_OF_SLURM_S = 1.0
 ASK_AGAIN_S = 10.0
 # What a last checkpoint may take.
 SAVE_S = 300.0
-# Slurm waits KillWait, 30 s by default, between SIGTERM and SIGKILL, and then cleans up.
+# Until Slurm has cleaned up after processes that were killed.
 END_S = 180.0
 
 
@@ -74,15 +73,11 @@ def _cancel_jobs(run: RunDirectory, slurm: Slurm, jobs: Sequence[JobInfo], at_on
     asked_at: dict[str, float] = {}
     while jobs:
         elapsed_s = time.monotonic() - began
+        saves = not at_once and elapsed_s < SAVE_S
         for job in jobs:
-            saves = job.state == "RUNNING" and not at_once and elapsed_s < SAVE_S
-            if time.monotonic() - asked_at.get(job.id, -ASK_AGAIN_S) >= ASK_AGAIN_S:
-                if saves and job.id not in asked_at:
-                    print(f"job {job.id} saves and stops ({duration_text(SAVE_S)} at most)")
-                elif not saves and job.state != "COMPLETING":
-                    print(f"job {job.id} is ended, it is {job.state.lower()}")
-                sys.stdout.flush()
-                slurm.cancel(job.id, signal="USR2" if saves else None)
+            is_due = time.monotonic() - asked_at.get(job.id, -ASK_AGAIN_S) >= ASK_AGAIN_S
+            if is_due and job.state != "COMPLETING":
+                _ask_to_end(slurm, job, saves and job.state == "RUNNING", job.id not in asked_at)
                 asked_at[job.id] = time.monotonic()
         if elapsed_s > (0 if at_once else SAVE_S) + END_S:
             raise TrainingError(
@@ -92,6 +87,20 @@ def _cancel_jobs(run: RunDirectory, slurm: Slurm, jobs: Sequence[JobInfo], at_on
             )
         time.sleep(POLL_OF_SLURM_S)
         jobs = jobs_of(run, slurm)
+
+
+def _ask_to_end(slurm: Slurm, job: JobInfo, saves: bool, is_first: bool) -> None:
+    if saves:
+        if is_first:
+            print(f"job {job.id} saves and stops ({duration_text(SAVE_S)} at most)", flush=True)
+        slurm.cancel(job.id, signal="USR2")
+        return
+    print(f"job {job.id} is ended, it is {job.state.lower()}", flush=True)
+    if job.state == "RUNNING":
+        # Of this the ranks die; Slurm itself begins with SIGTERM, at which they save.
+        with suppress(SlurmError):
+            slurm.cancel(job.id, signal="HUP")
+    slurm.cancel(job.id)
 
 
 def _cancel_processes(run: RunDirectory, at_once: bool) -> None:

@@ -313,7 +313,7 @@ def test_jobs_are_cancelled_those_that_run_after_they_have_saved(
     cancel(run, at_once=False)
     slurm.add("12", "RUNNING")
     cancel(run, at_once=True)
-    assert slurm.cancelled() == ["12", "--signal=USR2 12", "12"]
+    assert slurm.cancelled() == ["12", "--signal=USR2 12", "--signal=HUP 12", "12"]
 
 
 def test_what_another_machine_trains_is_to_be_cancelled_there(run: RunDirectory) -> None:
