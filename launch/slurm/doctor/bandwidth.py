@@ -18,7 +18,7 @@ from pretrain.settings import Section
 # gloo sends over sockets what NCCL sends over NVLink.
 ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
 TIMES = 5
-TIMEOUT = timedelta(minutes=2)
+TIMEOUT = timedelta(minutes=5)
 
 
 class Bandwidth(Section):

@@ -5,7 +5,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch.slurm.client import NodeInfo
-from launch.slurm.doctor import bandwidth, disk, gpus, names, network, shared_folder, versions
+from launch.slurm.doctor import (
+    adapters,
+    bandwidth,
+    disk,
+    gpus,
+    names,
+    network,
+    shared_folder,
+    versions,
+)
 from launch.slurm.doctor.bandwidth import Bandwidth
 from launch.slurm.doctor.findings import Check, Finding, listed
 from launch.slurm.doctor.node import SIGNAL_S, Folder, Meeting, OfNode, OfRank
@@ -32,6 +41,10 @@ def judge(folder: Folder, profile: Profile, nodes: Sequence[NodeInfo]) -> list[C
     checks = [_check_ranks(folder, meeting, ranks)]
     if of_node:
         checks += _check_nodes(folder, meeting, of_node, nodes)
+        if profile.gpus != "none":
+            # Ranks on CPUs send over TCP.
+            ports = {node: one.adapters for node, one in of_node.items()}
+            checks.append(adapters.check(ports, profile.network.hcas))
     by_node: dict[str, list[gpus.Gpus]] = {}
     for one in ranks:
         by_node.setdefault(one.node, []).append(one.gpus)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
-from launch.slurm.doctor import disk, gpus, names, network, shared_folder, versions
+from launch.slurm.doctor import adapters, disk, gpus, names, network, shared_folder, versions
 from launch.slurm.doctor.shared_folder import ARRIVE_S, Board, Seen, wait_until
 from launch.slurm.profile import Profile
 from pretrain.run_dir import write_atomically
@@ -20,7 +20,7 @@ from pretrain.settings import Section
 
 # The stages of a node, by which the others wait for it.
 LISTENS, REPLACED, CONNECTED = 1, 2, 3
-SIGNAL_S = 60.0
+SIGNAL_S = 120.0
 
 
 class Request(Section):
@@ -60,6 +60,7 @@ class OfNode(Section):
     """
 
     names: names.Names
+    adapters: adapters.Adapters
     versions: dict[str, str]
     disks: tuple[disk.Disk, ...]
     reached: tuple[network.Reached, ...]
@@ -176,6 +177,7 @@ def _measure_node(folder: Folder, meeting: Meeting, node: str, told: threading.E
     wait_until(lambda: told.is_set() or folder.ready.exists(), 2 * ARRIVE_S)
     return OfNode(
         names=found,
+        adapters=adapters.measure(),
         versions=versions.measure(),
         disks=tuple(map(disk.measure, meeting.folders)),
         reached=reached,

@@ -81,6 +81,8 @@ class Board:
 
     def lag(self, node: str, stage: int) -> float | None:
         """For how long the file of a node that has come to `stage` says something older."""
+        if self.stage(node) >= stage:
+            return 0.0
         start = time.monotonic()
         seen = wait_until(lambda: self.stage(node) >= stage, STALE_S)
         return time.monotonic() - start if seen else None

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from launch.slurm.client import NodeInfo
+from launch.slurm.doctor.adapters import Adapters
 from launch.slurm.doctor.bandwidth import Bandwidth
 from launch.slurm.doctor.disk import Disk
 from launch.slurm.doctor.gpus import Gpus
@@ -29,6 +30,7 @@ def _node(node: str, signalled: bool = True) -> OfNode:
     ]
     return OfNode(
         names=Names(hostname=node, own=found[node], found=found, interfaces={}),
+        adapters=Adapters(ports={"mlx5_0:1": "ACTIVE"}, lockable=None),
         versions={"torch": "2.13.0"},
         disks=(Disk(path="/tmp", why="temporary files", wants=1, free=2, size=3),),
         reached=tuple(reached),
@@ -130,6 +132,15 @@ def test_the_floor_of_the_bandwidth_is_that_of_the_profile(folder: Folder) -> No
     fast = PROFILE.model_copy(update={"network": Network(all_reduce_gb_per_s=100)})
     (finding,) = _findings(folder, fast)
     assert finding[2].startswith("1.75 GB/s, less than the 100 GB/s of the profile")
+
+
+def test_adapters_are_looked_at_where_nccl_uses_them(folder: Folder) -> None:
+    network = Network(hcas="mlx5_1")
+    on_cpus = PROFILE.model_copy(update={"network": network})
+    assert _findings(folder, on_cpus) == []
+    on_gpus = on_cpus.model_copy(update={"gpus": "gres"})
+    found = [finding for finding in _findings(folder, on_gpus) if finding[0] == "adapters"]
+    assert [finding[1] for finding in found] == ["a1, a2, a3"]
 
 
 def test_an_all_reduce_is_missed_only_if_its_ranks_could_have_met(folder: Folder) -> None:
