@@ -1,0 +1,148 @@
+"""The batch script, on commands that stand for those of Slurm: what a rank gets of each field."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from launch.slurm.container import in_container, options_of_srun
+from launch.slurm.job import Job, write_job
+from launch.slurm.profile import Container, Profile, Setting
+from pretrain.config import load_config
+from pretrain.run_dir import RunDirectory
+from tests.ranks import ROOT, TIMEOUT_S
+
+HOSTILE = "a b\"c'd $(touch pwned) `touch pwned` %j *; \\ € ü"
+# srun says what it was told and runs the command once, as the tasks of a job would.
+PROGRAMS = {
+    "srun": 'printf "%s\\0" "$@" >"$TOLD/srun"; while [[ $1 == --* ]]; do shift; done; '
+    'SLURM_PROCID=0 SLURM_LOCALID=0 exec "$@"',
+    "sbatch": "exit 1",
+    "scontrol": "if [[ $2 == hostnames ]]; then echo n1; else echo JobId=7 JobName=x; fi",
+    "module": 'printf "%s\\0" "$@" >"$TOLD/module"',
+    "apptainer": 'printf "%s\\0" "$@" >"$TOLD/apptainer"; shift; '
+    'while [[ $1 == --* ]]; do shift; done; shift; exec "$@"',
+    "python-of-image": 'printf "%s\\0" "$@" "$RANK" "$LOCAL_RANK" "$FIELD" >"$TOLD/rank"; '
+    'touch "$RUN/done.json"',
+}
+
+
+def told(folder: Path, program: str) -> list[str]:
+    return (folder / "told" / program).read_bytes().decode().split("\0")[:-1]
+
+
+def run_script(run: RunDirectory, folder: Path) -> str:
+    """Run the batch script in `folder` as Slurm would, and return what it prints."""
+    (folder / "told").mkdir()
+    for name, script in PROGRAMS.items():
+        (folder / name).write_text(f"#!/bin/bash\n{script}\n")
+        (folder / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_TASKS_PER_NODE": "1"}
+    environment = os.environ | job
+    environment |= {"PATH": f"{folder}:{os.environ['PATH']}", "TOLD": str(folder / "told")}
+    done = subprocess.run(
+        ["bash", str(ROOT / "slurm" / "train.sbatch"), str(run.root)],
+        cwd=folder,
+        env=environment | {"FARSPAN_PYTHON": sys.executable, "RUN": str(run.root)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_no_field_is_evaluated(tmp_path: Path) -> None:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    run = RunDirectory(tmp_path / f"{HOSTILE}\n")
+    run.root.mkdir()
+    shards = f"{tmp_path}/shards {HOSTILE}"
+    run.config.write_text(load_config("tiny", [f'data.shards="{_escaped(shards)}"']).to_yaml())
+    profile = Profile(
+        ranks_per_node=1,
+        cpus_per_rank=1,
+        gpus="none",
+        modules=(HOSTILE,),
+        environment={"FIELD": Setting(value=f"{HOSTILE}\n", why=HOSTILE)},
+        container=Container(
+            runtime="apptainer",
+            image=HOSTILE,
+            mounts=(f"/{HOSTILE}",),
+            python=str(programs / "python-of-image"),
+        ),
+    )
+    job = Job(
+        recipe=HOSTILE,
+        overrides=(HOSTILE,),
+        name=HOSTILE,
+        nodes=1,
+        ranks_per_node=1,
+        profile_name=HOSTILE,
+        profile=profile,
+        python=sys.executable,
+    )
+    write_job(run, job)
+    printed = run_script(run, programs)
+    assert "done" in printed.splitlines()
+    # The command of a rank, as the program got it, and what it found in its environment.
+    rank = ["-P", "-m", "launch.rank", str(run.root), "0", "0", f"{HOSTILE}\n"]
+    assert told(programs, "rank") == rank
+    assert told(programs, "module") == ["load", HOSTILE]
+    folders = [str(run.root), shards, f"/{HOSTILE}"]
+    binds = [f"--bind={folder}:{folder}" for folder in folders]
+    assert told(programs, "apptainer")[: len(binds) + 2] == ["exec", *binds, HOSTILE]
+    assert not list(tmp_path.rglob("pwned"))
+
+
+def test_the_container_of_pyxis_is_srun_s() -> None:
+    container = Container(runtime="pyxis", image="repo#image:1", mounts=("/a", "/b:/c:ro"))
+    assert options_of_srun(container, ["/run"]) == [
+        "--container-image=repo#image:1",
+        "--container-mounts=/run:/run,/a:/a,/b:/c:ro",
+    ]
+    profile = Profile(container=container, gpus="gres")
+    assert in_container(profile, ["/run"], ["rank"]) == ["rank"]
+
+
+def test_apptainer_shows_the_ranks_their_gpus() -> None:
+    profile = Profile(gpus="gres", container=Container(runtime="apptainer", image="i.sif"))
+    command = in_container(profile, ["/run"], ["rank"])
+    assert command == ["apptainer", "exec", "--nv", "--bind=/run:/run", "i.sif", "rank"]
+    assert options_of_srun(profile.container, ["/run"]) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "srun", "note"),
+    [(0, 0, ""), (2, 252, "2"), (65, 251, "65"), (75, 0, "75"), (70, 70, "70"), (137, 137, "137")],
+)
+def test_srun_s_highest_code_forbids_another_start(
+    tmp_path: Path, code: int, srun: int, note: str
+) -> None:
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/bash\necho said; exit {code}\n")
+    program.chmod(0o755)
+    done = _run_rank(tmp_path, [str(program), "run", str(tmp_path)])
+    assert done == srun
+    assert (tmp_path / "rank-3.log").read_text() == "said\n"
+    exit_file = tmp_path / "rank-3.exit"
+    assert (exit_file.read_text().strip() if exit_file.exists() else "") == note
+
+
+def _run_rank(folder: Path, arguments: Sequence[str]) -> int:
+    script = (ROOT / "slurm" / "rank.sh").read_text()
+    variables = os.environ | {"SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+    command = ["bash", "-c", script, "rank", *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=variables, timeout=TIMEOUT_S, check=False
+    ).returncode
+
+
+def _escaped(text: str) -> str:
+    """Within double quotes of YAML."""
+    return text.replace("\\", "\\\\").replace('"', '\\"')
