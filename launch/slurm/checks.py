@@ -66,7 +66,7 @@ def check_job(
     checks.problems += [problem for problem in found if problem]
     checks.holds.append(_describe(partition, members, profile, nodes))
     for check in (
-        lambda: _layout(config, nodes, profile.ranks_per_node),
+        lambda: layout_of(config, nodes, profile.ranks_per_node),
         lambda: _folders(config, directory, profile),
     ):
         try:
@@ -237,7 +237,7 @@ def problems_of_container(profile: Profile) -> list[str]:
     return problems
 
 
-def _layout(config: Config, nodes: int, ranks_per_node: int | str) -> str:
+def layout_of(config: Config, nodes: int, ranks_per_node: int | str) -> str:
     assert isinstance(ranks_per_node, int)
     ranks = nodes * ranks_per_node
     try:
