@@ -37,6 +37,8 @@ RANK = Path(__file__).parents[2] / "slurm" / "rank.sh"
 # Below the ports that Linux gives to connections (32768 to 60999).
 PORTS = range(20000, 32768)
 PORTS_TRIED = 100
+# In a row a job goes back into the queue because of the nodes that it was given.
+AVOIDED_TIMES = 3
 
 
 def begin(run: RunDirectory, words: Path, slurm: Slurm) -> None:
@@ -158,7 +160,7 @@ def _is_free(port: int) -> bool:
 def _avoided(run: RunDirectory, start: Start, slurm: Slurm, profile: Profile) -> list[str]:
     """Nodes of this start that the run avoids, if there are enough others."""
     met = [entry for entry in excluded_now(run) if entry.node in start.nodes]
-    if not met:
+    if not met or _in_vain(run, start):
         return []
     kept = avoidable(
         excluded_now(run), slurm.nodes(), len(start.nodes), start.partition, profile.constraint
@@ -167,6 +169,15 @@ def _avoided(run: RunDirectory, start: Start, slurm: Slurm, profile: Profile) ->
         if entry not in kept:
             print(f"{entry.node} is used again, there are too few others: {entry.why}", flush=True)
     return [entry.node for entry in met if entry in kept]
+
+
+def _in_vain(run: RunDirectory, start: Start) -> bool:
+    """Whether Slurm has given the job such nodes again and again, whatever it was told."""
+    attempts = run.all_attempts()
+    before = start_of(run, attempts[-1]) if attempts else None
+    if before is None or before.job != start.job:
+        return False
+    return start.restart - before.restart > AVOIDED_TIMES
 
 
 def _environment(start: Start, profile: Profile, attempt: int, slurm: Slurm) -> list[Variable]:

@@ -1,5 +1,7 @@
 """Put a job back into the queue, away from the nodes that its run avoids."""
 
+import signal
+
 from launch.slurm.client import Slurm, SlurmError
 from launch.slurm.excludes import avoidable, excluded_now, nodes_to_avoid, read_excluded
 from launch.slurm.profile import Profile
@@ -12,6 +14,8 @@ MAX_RESTARTS = 3
 
 def requeue_elsewhere(run: RunDirectory, slurm: Slurm, start: Start, profile: Profile) -> None:
     """Let the job that this process is in wait for another start. Raises SlurmError."""
+    # Slurm asks the processes of the job to end, and gives them half a minute.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     slurm.requeue(start.job)
     avoid_excluded(run, slurm, start, profile)
 
