@@ -75,8 +75,9 @@ def _check_machine(attempt: int, nproc: int, arguments: tuple[str, ...]) -> None
         f"attempt {attempt} had {nproc} ranks, and this machine has {why}. Run the same number of "
         "ranks where there is room for them, as the run itself was, under torchrun on each of M "
         f"machines\n  torchrun --nnodes M --nproc-per-node {nproc}/M --rdzv-endpoint HOST:PORT "
-        f"-m {module}\nor under srun, with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and "
-        f"MASTER_PORT set as in slurm/train.sbatch\n  python -m {module}"
+        f"-m {module}\nor under srun, with RANK and LOCAL_RANK set as in slurm/rank.sh, and "
+        "WORLD_SIZE, MASTER_ADDR and MASTER_PORT as in the environment.json of an attempt\n"
+        f"  python -m {module}"
     )
 
 
