@@ -26,7 +26,7 @@ def sample_shards() -> Path:
     It lies in $FARSPAN_CACHE, by default ~/.cache/farspan, in a folder of its own for each version
     of Python and farspan. Of two runs that start at once, one makes it and the other waits.
     """
-    cache = Path(os.environ.get("FARSPAN_CACHE") or Path.home() / ".cache" / "farspan")
+    cache = cache_folder()
     key = f"{version('farspan')} {platform.python_version()} {PAGES} {SEED} {VOCAB_SIZE}"
     folder = cache / f"sample-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     cache.mkdir(parents=True, exist_ok=True)
@@ -35,6 +35,10 @@ def sample_shards() -> Path:
             print(f"making sample shards in {folder}", file=sys.stderr, flush=True)
             _make(folder)
     return folder
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("FARSPAN_CACHE") or Path.home() / ".cache" / "farspan")
 
 
 def with_sample(config: Config) -> Config:

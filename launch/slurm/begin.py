@@ -36,7 +36,8 @@ from pretrain.run_dir import RunDirectory
 RANK = Path(__file__).parents[2] / "slurm" / "rank.sh"
 # Below the ports that Linux gives to connections (32768 to 60999).
 PORTS = range(20000, 32768)
-PORTS_TRIED = 100
+# A prime number, so that jobs and attempts beside each other begin far apart.
+PORTS_TRIED = 101
 # In a row a job goes back into the queue because of the nodes that it was given.
 AVOIDED_TIMES = 3
 
@@ -59,6 +60,7 @@ def begin(run: RunDirectory, words: Path, slurm: Slurm) -> None:
         print(f"not started on {', '.join(avoided)}, which this run avoids", flush=True)
         requeue_elsewhere(run, slurm, start, profile)
         return
+    take_from_start_before(run, start)
     attempt = run.new_attempt()
     start.note(run, attempt)
     variables = _environment(start, profile, attempt, slurm)
@@ -98,12 +100,20 @@ def catch_up(run: RunDirectory, start: Start, slurm: Slurm, profile: Profile) ->
             learn(run, note_failure(run, attempts[-1], start.job, cause), profile.exclude_for_s)
 
 
+def take_from_start_before(run: RunDirectory, start: Start) -> None:
+    """Slurm has ended it, but cannot see to that on a node which it does not reach."""
+    attempts = run.all_attempts()
+    before = start_of(run, attempts[-1]) if attempts else None
+    if before and before.job == start.job and (holder := run.take_from(attempts[-1])):
+        print(f"{holder} is out of reach and may live on: it is fenced off", flush=True)
+
+
 def rendezvous(start: Start, slurm: Slurm) -> tuple[str, int]:
     """Where rank 0 is found: this machine, the first of the job, and a port that is free on it.
 
     Another port in each attempt, or ranks of two could meet.
     """
-    first = (int(start.job) * 7 + start.restart) % len(PORTS)
+    first = (int(start.job) * 7 + start.restart) * PORTS_TRIED % len(PORTS)
     ports = (PORTS[(first + more) % len(PORTS)] for more in range(PORTS_TRIED))
     return _address(start, slurm), next(filter(_is_free, ports), PORTS[first])
 

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launch.sample import cache_folder
 from launch.slurm.client import NodeInfo, PartitionInfo, Slurm
 from launch.slurm.file_systems import require_shared
 from launch.slurm.profile import Profile, seconds_of
 from pretrain.config import Config
+from pretrain.data_config import SAMPLE_SHARDS
 from pretrain.errors import UserError
 from pretrain.layouts import resolve_layouts
 
@@ -253,8 +255,10 @@ def _folders(config: Config, directory: Path, profile: Profile) -> str:
     if config.checkpoint.dir and "://" not in config.checkpoint.dir:
         folders["checkpoint.dir"] = Path(config.checkpoint.dir)
     for source in config.data.sources():
-        if "://" not in source.path and source.path != "sample":
-            folders[f"data.shards, {source.path}"] = Path(source.path)
+        if source.path == SAMPLE_SHARDS:
+            folders["the sample's folder, FARSPAN_CACHE"] = cache_folder()
+        elif "://" not in source.path:
+            folders[f"data.shards = {source.path}"] = Path(source.path)
     kinds = {require_shared(what, path, profile) for what, path in folders.items()}
     refuse_mounts(folders, profile)
     return f"{', '.join(folders)} on {', '.join(sorted(kinds))}"
