@@ -1,22 +1,22 @@
 """`farspan launch cancel`: let a run save and stop, and see to it that nothing of it goes on."""
 
 import getpass
-import json
 import os
+import shlex
 import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 
+from launch.cancelled import mark_cancelled
 from launch.durations import duration_text
 from launch.run_state import read_state
 from launch.slurm.client import JobInfo, Slurm, SlurmError
 from launch.starters import jobs_of, launcher_of, live_ranks, slurm_here
 from pretrain.config import read_run_config
 from pretrain.errors import TrainingError, UserError
-from pretrain.run_dir import RunDirectory, write_atomically
+from pretrain.run_dir import RunDirectory
 
 POLL_S = 0.2
 POLL_OF_SLURM_S = 1.0
@@ -51,11 +51,8 @@ def cancel(run: RunDirectory, at_once: bool) -> None:
             f"nothing of that is on this machine, {socket.gethostname()}: cancel it there"
         )
     # Before anything is asked to stop, or it would be started again.
-    marker = {
-        "by": f"{getpass.getuser()} on {socket.gethostname()}",
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    write_atomically(run.cancelled, json.dumps(marker) + "\n")
+    by = f"{getpass.getuser()} on {socket.gethostname()}"
+    mark_cancelled(run, by, [job.id for job in jobs])
     if slurm and jobs:
         _cancel_jobs(run, slurm, jobs, at_once)
     else:
@@ -64,7 +61,7 @@ def cancel(run: RunDirectory, at_once: bool) -> None:
     saved = f"the newest checkpoint is that of step {after.checkpoint}"
     print(
         f"cancelled, {'no checkpoint yet' if after.checkpoint is None else saved}; `farspan launch "
-        f"resubmit {run.root}` goes on from there"
+        f"resubmit {shlex.quote(str(run.root))}` goes on from there"
     )
 
 

@@ -9,11 +9,13 @@ same step.
 
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
+from launch.cancelled import read_cancelled
 from launch.causes import Cause, Kind
 from pretrain.config import read_run_config
 from pretrain.errors import AttemptError, UserError
@@ -133,8 +135,9 @@ def judge(run: RunDirectory, chain: str, at_most: int) -> Verdict:
     """
     if run.done.exists():
         return Verdict(False, "done")
-    if run.cancelled.exists():
-        return Verdict(False, f"cancelled; `farspan launch resubmit {run.root}` goes on from here")
+    cancelled = read_cancelled(run)
+    if cancelled and cancelled.holds_for([chain]):
+        return Verdict(False, f"cancelled by {cancelled.by}; `{_resubmit(run)}` goes on from here")
     failures = last_failures(run, chain)
     if not failures:
         return Verdict(True, "it was asked to stop, and everything is saved", at_most)
@@ -202,6 +205,10 @@ def _gave_up(run: RunDirectory, failures: Sequence[Failure], at_most: int) -> st
 
 def _how_on(run: RunDirectory, last: Failure) -> str:
     return (
-        f"The logs: {run.folder_of(last.attempt)}. Once the cause is mended, `farspan launch "
-        f"resubmit {run.root}` goes on from the newest checkpoint"
+        f"The logs: {run.folder_of(last.attempt)}. Once the cause is mended, `{_resubmit(run)}` "
+        "goes on from the newest checkpoint"
     )
+
+
+def _resubmit(run: RunDirectory) -> str:
+    return f"farspan launch resubmit {shlex.quote(str(run.root))}"

@@ -1,6 +1,7 @@
 """`farspan launch resubmit`: start a run again as it was started."""
 
 import json
+import shlex
 import sys
 from contextlib import suppress
 
@@ -25,17 +26,17 @@ def resubmit(run: RunDirectory, max_restarts: int) -> int:
         UserError: the run lives, is done, or nobody knows how it was started.
         SlurmError: Slurm does not take the job.
     """
-    state = read_state(run, slurm_here())
+    state, root = read_state(run, slurm_here()), shlex.quote(str(run.root))
     if state.is_live:
         raise UserError(
-            f"{run.root} is {state.state} ({state.where}): `farspan launch cancel {run.root}` "
+            f"{run.root} is {state.state} ({state.where}): `farspan launch cancel {root}` "
             "first, or let it go on"
         )
     if state.state == "done":
         raise UserError(
             f"{run.root} is done, at step {state.step}. To train more steps start it with another "
             "train.steps, as in `farspan launch local "
-            f"{run.config} --run-dir {run.root} train.steps={2 * state.steps}`"
+            f"{shlex.quote(str(run.config))} --run-dir {root} train.steps={2 * state.steps}`"
         )
     if read_job(run):
         from launch.slurm.submit import resubmit as submit_again
@@ -58,5 +59,5 @@ def _ranks(run: RunDirectory) -> int:
             return int(json.loads(run.ranks_of(attempt).read_text())["ranks"])
     raise UserError(
         f"no attempt of {run.root} has begun, so nobody knows on how many ranks: `farspan launch "
-        f"local {run.config} --run-dir {run.root} --nproc N`"
+        f"local {shlex.quote(str(run.config))} --run-dir {shlex.quote(str(run.root))} --nproc N`"
     )

@@ -9,11 +9,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
+from launch.cancelled import read_cancelled
 from launch.durations import duration_text
 from launch.failures import Failure, read_failure
 from launch.slurm.client import JobInfo, Slurm
 from launch.slurm.excludes import Excluded, excluded_now
-from launch.starters import job_of_newest_attempt, jobs_of, launcher_of, live_ranks
+from launch.starters import (
+    job_of_newest_attempt,
+    jobs_of,
+    launcher_of,
+    live_ranks,
+    newest_jobs,
+)
 from launch.tails import last_lines
 from parallel.heartbeat import HEARTBEATS
 from pretrain.config import read_run_config
@@ -116,14 +123,15 @@ def _state(
         return _state_of_job(run, jobs[-1])
     launcher = launcher_of(run)
     if launcher and launcher.is_alive:
-        state: State = "cancelling" if run.cancelled.exists() else "running"
+        state: State = "cancelling" if read_cancelled(run) else "running"
         return state, _silence(run, attempts), str(launcher)
     if run.done.exists():
         return "done", "", ""
     if pids := live_ranks(run):
         return "ending", "its launcher is gone", f"ranks {', '.join(map(str, pids))}"
-    if run.cancelled.exists():
-        return "cancelled", f"by {_marker(run.cancelled).get('by', 'somebody')}", ""
+    cancelled = read_cancelled(run)
+    if cancelled and cancelled.holds_for(newest_jobs(run)):
+        return "cancelled", f"by {cancelled.by}", ""
     if not attempts:
         return "prepared", "", ""
     if failure := read_failure(run, attempts[-1]):
@@ -140,7 +148,9 @@ def _state(
 def _state_of_job(run: RunDirectory, job: JobInfo) -> tuple[State, str, str]:
     where = f"job {job.id}" + (f" on {', '.join(job.nodes)}" if job.nodes else "")
     if job.state == "RUNNING":
-        state: State = "cancelling" if run.cancelled.exists() else "running"
+        cancelled = read_cancelled(run)
+        is_cancelled = cancelled is not None and cancelled.holds_for([job.id])
+        state: State = "cancelling" if is_cancelled else "running"
         return state, _silence(run, run.all_attempts()), where
     if job.state == "PENDING":
         starts = f", starts {job.started:%Y-%m-%d %H:%M} at the latest" if job.started else ""

@@ -64,12 +64,16 @@ def slurm_here(environment: Mapping[str, str] | None = None) -> Slurm | None:
 
 def jobs_of(run: RunDirectory, slurm: Slurm) -> list[JobInfo]:
     """The jobs of a run that wait, run or end at the moment; oldest first. Raises SlurmError."""
+    return [job for job in slurm.jobs(newest_jobs(run)) if not job.is_over]
+
+
+def newest_jobs(run: RunDirectory) -> list[str]:
+    """The numbers of the jobs of a run that can be there still; oldest first."""
     job = read_job(run)
     numbers = [submission.id for submission in job.submissions[-SUBMISSIONS:]] if job else []
     # One that was submitted by hand is known by its attempt.
     numbers += [number for number in [job_of_newest_attempt(run)] if number]
-    found = slurm.jobs(dict.fromkeys(numbers))
-    return [job for job in found if not job.is_over]
+    return list(dict.fromkeys(numbers))
 
 
 def job_of_newest_attempt(run: RunDirectory) -> str | None:

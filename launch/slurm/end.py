@@ -19,6 +19,7 @@ from enum import Enum
 from json import loads
 from pathlib import Path
 
+from launch.cancelled import mark_cancelled, read_cancelled
 from launch.causes import Cause, find_cause
 from launch.failures import Failure, judge, note_failure, read_failure
 from launch.slurm.begin import catch_up
@@ -68,6 +69,9 @@ def end(run: RunDirectory, code: int, slurm: Slurm) -> int:
         print(f"attempt {failure.attempt} has failed: {failure}", flush=True)
         learn(run, failure, profile.exclude_for_s)
     if how is End.cancelled:
+        cancelled = read_cancelled(run)
+        if not (cancelled and cancelled.holds_for([start.job])):
+            mark_cancelled(run, f"scancel, of job {start.job}", [start.job])
         print(f"not started again, {how.value}: `farspan launch resubmit {run.root}` goes on")
         return 1
     verdict = judge(run, start.job, MAX_RESTARTS)

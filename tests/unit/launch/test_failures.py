@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.cancelled import mark_cancelled
 from launch.causes import Cause
 from launch.failures import Verdict, judge, note_failure, read_failure
 from pretrain.run_dir import RunDirectory
@@ -119,10 +120,13 @@ def test_an_old_request_does_not_excuse_starts_that_fail_before_they_begin(
 
 
 def test_a_run_that_is_cancelled_or_done_is_not_started_again(run: RunDirectory) -> None:
-    run.cancelled.write_text("{}")
+    mark_cancelled(run, "me on here", ["7"])
     verdict = stop(run, 3)
-    assert (verdict.goes_on, verdict.text.partition(";")[0]) == (False, "cancelled")
-    run.cancelled.unlink()
+    assert (verdict.goes_on, verdict.text.partition(";")[0]) == (False, "cancelled by me on here")
+    # Another job, that somebody has submitted since.
+    assert fail(run, 3, chain="8").goes_on
+    mark_cancelled(run, "me on here", [])
+    assert not fail(run, 3, chain="8").goes_on
     run.mark_done(9, begin(run, 9))
     assert judge(run, "7", AT_MOST) == Verdict(False, "done")
 

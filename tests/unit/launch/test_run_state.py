@@ -12,6 +12,7 @@ import pytest
 
 from launch import cancel as cancelling
 from launch.cancel import cancel
+from launch.cancelled import mark_cancelled
 from launch.causes import Cause
 from launch.failures import note_failure
 from launch.run_state import RunState, read_state
@@ -160,7 +161,7 @@ def test_how_a_run_has_ended(run: RunDirectory) -> None:
     run.mark_stopped(20, attempt, "asked to stop by SIGUSR2")
     state = read_state(run, None)
     assert (state.state, state.detail) == ("stopped", "asked to stop by SIGUSR2")
-    run.cancelled.write_text('{"by": "me on here"}')
+    mark_cancelled(run, "me on here", [])
     state = read_state(run, None)
     assert (state.state, state.detail) == ("cancelled", "by me on here")
     run.mark_done(20, attempt)
@@ -197,6 +198,21 @@ def test_a_job_submitted_by_hand_is_known_by_its_attempt(
     Start("31", 0, "main", ("node1",), (1,), "2026-11-27T10:00:00").note(run, attempt)
     slurm.add("31", "RUNNING")
     assert state_of(run).where == "job 31 on node1, node2"
+
+
+def test_a_cancel_holds_for_the_jobs_that_it_ended(run: RunDirectory, slurm: FakeSlurm) -> None:
+    submit(run, "12")
+    slurm.add("12", "RUNNING")
+    cancel(run, at_once=True)
+    assert state_of(run).state == "cancelled"
+    attempt = train(run, range(1, 3))
+    Start("31", 0, "main", ("node1",), (1,), "2026-11-27T10:00:00").note(run, attempt)
+    submit(run, "31")
+    slurm.add("31", "RUNNING")
+    assert state_of(run).state == "running"
+    run.mark_stopped(2, attempt, "asked to stop by SIGUSR2")
+    slurm.add("31", "FAILED")
+    assert state_of(run).state == "stopped"
 
 
 def test_one_run_is_told_of_with_its_failures_and_excluded_nodes(
