@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.lanes import in_stream_order
 from data_pipeline.order import permuted
 from data_pipeline.shards import TokenReader, load_manifest, write_shards
 from data_pipeline.stream import Source, TokenStream
@@ -103,3 +104,30 @@ def test_resuming_goes_on_at_the_next_token_in_rows_of_any_length(sources, seed,
     )
     assert np.array_equal(tokens, expected)
     assert resumed.state_dict() == stream.state_dict()
+
+
+@given(
+    seed=seeds,
+    seq_len=st.integers(1, 40),
+    rows=st.integers(1, 5),
+    sequences=st.integers(1, 4),
+    stops=st.sets(st.integers(0, 11)),
+)
+@settings(max_examples=25, deadline=None)
+def test_lanes_deal_out_the_rows_of_the_stream_however_often_they_resume(
+    sources, seed, seq_len, rows, sequences, stops
+):
+    plain = TokenStream(sources, seq_len, seed)
+    lanes = TokenStream(sources, seq_len, seed, lane_rows=rows)
+    block = []
+    for batch in range(12 // rows * rows):
+        if batch in stops:
+            state = lanes.state_dict()
+            lanes = TokenStream(sources, seq_len, seed, lane_rows=rows)
+            lanes.load_state_dict(state)
+        block.append(lanes.next_batch(sequences).pieces)
+        if len(block) == rows:
+            expected = plain.next_batch(rows * sequences).pieces
+            assert np.array_equal(in_stream_order(block, seq_len), expected)
+            block = []
+    assert lanes.state_dict() == plain.state_dict()
