@@ -56,7 +56,7 @@ def print_memory(recipe: str, overrides: Sequence[str], nproc: int, rank: int) -
 
 
 def _measure(config: Config, nproc: int) -> list[dict[str, Any]]:
-    """What each rank measured, see `measure.Measured`."""
+    """What each rank measured, see `measure.MeasuredMemory`."""
     with TemporaryDirectory(prefix="farspan-") as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(config.to_yaml())

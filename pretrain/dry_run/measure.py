@@ -33,7 +33,7 @@ STEPS = 4
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredMemory:
     """Bytes of a rank in a step.
 
     Attributes:
@@ -54,7 +54,7 @@ class Measured:
     offloaded: int
 
 
-def measure(config: Config, device: torch.device) -> Measured:
+def measure(config: Config, device: torch.device) -> MeasuredMemory:
     """Train on this rank. Collective."""
     before = _resident("VmRSS") if device.type == "cpu" else 0
     layout = resolve_layout(config, dist.get_world_size())
@@ -68,13 +68,13 @@ def measure(config: Config, device: torch.device) -> Measured:
             initialize(stage.model, config.model, config.train.seed, owned_region)
         step = Step(config, layout, mesh, parallelised, tracker, device)
         step.warm_up()
-        measured: list[Measured] = []
+        measured: list[MeasuredMemory] = []
         for _ in range(STEPS):
             tracker.reset()
             _forget_peak(device)
             step.backward(step.microbatches)
             step.update()
-            of_step = Measured(
+            of_step = MeasuredMemory(
                 device.type,
                 tracker.peak,
                 dict(tracker.parts_at_peak),
