@@ -59,6 +59,7 @@ def check_job(
     profile = resolve(profile, members)
     found = (
         problem_of_name(name),
+        problem_of_path(directory),
         problem_of_partition(partition),
         problem_of_nodes(partition, members, profile, nodes),
         problem_of_time(partition, profile, time),
@@ -126,6 +127,16 @@ def problem_of_name(name: str) -> str | None:
             "in --name first-run"
         )
     return None
+
+
+def problem_of_path(directory: Path) -> str | None:
+    """Slurm would look for the log of the job in another folder, and end it without one."""
+    if not re.search(r"[%\\]", str(directory)):
+        return None
+    return (
+        f"the run directory {directory}: has a % or a backslash, which Slurm replaces in the names "
+        "of files: choose another path, as in --run-dir runs/first"
+    )
 
 
 def problem_of_partition(partition: PartitionInfo) -> str | None:

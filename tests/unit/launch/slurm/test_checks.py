@@ -96,6 +96,17 @@ def test_a_run_directory_may_have_any_name(folder: str) -> None:
     assert checks.problem_of_name(name) is None
 
 
+@pytest.mark.parametrize("path", ["/runs/50%", "/%j/x", "/a\\b"])
+def test_paths_in_which_slurm_replaces_something(path: str) -> None:
+    problem = checks.problem_of_path(Path(path))
+    assert problem
+    assert path in problem
+
+
+def test_other_paths() -> None:
+    assert checks.problem_of_path(Path("/a b/$(x)/\n'\";`ü€")) is None
+
+
 @pytest.mark.parametrize(
     ("time", "profile", "message"),
     [
