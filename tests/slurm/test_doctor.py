@@ -36,7 +36,7 @@ class Doctor:
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         self._cluster = cluster
         self._folder = folder
-        self.runs = folder / "runs"
+        self.runs = folder / "runs of '[mine]' $(touch x) ü"
         # Whatever this machine has: the cluster's nodes have GPUs that hold nothing.
         self.environment = {"CUDA_VISIBLE_DEVICES": ""}
         self.printed = ""
@@ -64,7 +64,7 @@ class Doctor:
         return dict(re.findall(r"^(\w[^:\n]+, [^:\n]+): (.*)", below_the_table, re.MULTILINE))
 
     def logs(self) -> str:
-        return "".join(log.read_text() for log in self.runs.glob(".doctor-*/*.log"))
+        return "".join(log.read_text() for log in self.runs.rglob("*.log"))
 
 
 @pytest.fixture

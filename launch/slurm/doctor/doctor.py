@@ -76,7 +76,7 @@ def examine(asked: Asked, console: Console) -> bool:
     checks += _check_nodes(slurm, site, wanted, folder, asked.wait_s, console)
     _print(checks, console)
     if any(check.findings for check in checks):
-        console.print(f"measurements and logs: {folder.root}", soft_wrap=True)
+        console.print(Text(f"measurements and logs: {folder.root}"), soft_wrap=True)
         return False
     shutil.rmtree(folder.root)
     return True

@@ -173,7 +173,8 @@ def _measure_node(folder: Folder, meeting: Meeting, node: str, told: threading.E
     found = names.measure({name: meeting.addresses[name] for name in known})
     reached, seen, taken = _meet(folder, nodes, node, names.announced(found, meeting.interface))
     if node == nodes[0]:
-        _let_signal_come(folder)
+        # Who has been waited for already is not waited for again.
+        _let_signal_come(folder, 0 if seen.missing else ARRIVE_S)
     wait_until(lambda: told.is_set() or folder.ready.exists(), 2 * ARRIVE_S)
     return OfNode(
         names=found,
@@ -193,10 +194,10 @@ def _neighbours(
     return [nodes[number] for number in of(nodes.index(node), len(nodes))]
 
 
-def _let_signal_come(folder: Folder) -> None:
+def _let_signal_come(folder: Folder, patience_s: float) -> None:
     """A rank that has not got so far as to expect it would be ended by it."""
     ranks = int(os.environ["WORLD_SIZE"])
-    wait_until(lambda: len(list(folder.started.iterdir())) >= ranks, ARRIVE_S)
+    wait_until(lambda: len(list(folder.started.iterdir())) >= ranks, patience_s)
     write_atomically(folder.ready, "")
 
 
