@@ -239,7 +239,10 @@ def doctor(
     nodes: names, ports, clocks, versions, disks, the shared folder and its locks, the signal that
     asks to save, GPUs, and the bandwidth of an all-reduce over all ranks.
 
-    Exit codes: 0 nothing found, 1 something found, 2 a mistake in what was asked for.
+    What was measured is kept where something is found, in a hidden folder of DIR.
+
+    Exit codes: 0 nothing found, 1 something found or no answer from Slurm, 2 a mistake in what was
+    asked for.
     """
     from rich.console import Console
 
