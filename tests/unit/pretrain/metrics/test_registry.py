@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.metrics.definitions import DEFINITIONS
 from pretrain.metrics.registry import METRICS, as_markdown, check_names
 
 PAGE = Path(__file__).resolve().parents[4] / "docs" / "metrics.md"
@@ -22,7 +23,16 @@ def test_documentation_is_current():
 def test_documentation_table_has_one_whole_row_per_metric():
     rows = [line for line in as_markdown().splitlines() if line.startswith("| `")]
     assert len(rows) == len(METRICS)
-    assert all(row.count("|") == 5 for row in rows)
+    assert all(row.count("|") == 7 for row in rows)
+
+
+def test_each_name_is_defined_once():
+    assert len(METRICS) == len(DEFINITIONS)
+
+
+def test_sources_are_files_of_ours():
+    root = PAGE.parents[1]
+    assert [m.name for m in DEFINITIONS if not (root / m.source).is_file()] == []
 
 
 def test_metrics_need_neither_torch_nor_wandb():

@@ -1,0 +1,218 @@
+"""Every number that a run reports."""
+
+from pretrain.metrics.metric import Metric
+
+QUESTIONS = "questions with each token of the answer likeliest, given those before it / questions"
+
+DEFINITIONS: tuple[Metric, ...] = (
+    Metric(
+        "train/step",
+        "steps",
+        "optimizer steps finished, the first is 1",
+        "The horizontal axis of every chart; each logged step stands once in metrics.jsonl.",
+        "equal",
+        "pretrain/trainer.py",
+    ),
+    Metric(
+        "train/loss",
+        "nats/token",
+        "sum of -ln p(token) over the loss tokens of the global batch / their global count",
+        "Cross-entropy alone, without the balance loss. It should fall below the unigram "
+        "entropy of the tokens within the first steps.",
+        "sum",
+        "pretrain/trainer.py",
+    ),
+    Metric(
+        "train/aux_loss",
+        "1",
+        "mean over expert layers of E * sum_e f_e P_e",
+        "Balance loss; the gradient is that of train/loss + model.moe.aux_loss * this + "
+        "model.moe.z_loss * train/z_loss. f_e are the expert frequencies of the previous step "
+        "(of each sequence with model.moe.balance=sequence), P_e this step's mean router "
+        "probabilities. 1 is balanced, E is everything to one expert. With "
+        "model.moe.balance=bias it is measured only, and has no gradient.",
+        "sum",
+        "pretrain/model/moe.py",
+    ),
+    Metric(
+        "train/z_loss",
+        "1",
+        "mean over tokens and expert layers of logsumexp(router logits)^2",
+        "How large the routers' logits are; model.moe.z_loss keeps it from growing.",
+        "sum",
+        "pretrain/model/moe.py",
+    ),
+    Metric(
+        "train/tokens",
+        "tokens",
+        "tokens trained on since step 0, over all ranks",
+        "Cumulative, across restarts.",
+        "equal",
+        "pretrain/trainer.py",
+    ),
+    Metric(
+        "train/seq_len",
+        "tokens",
+        "data.seq_len",
+        "Changes where a phase of the run sets another one.",
+        "equal",
+        "pretrain/config.py",
+    ),
+    Metric(
+        "train/grad_norm",
+        "1",
+        "L2 norm of the gradient of all parameters, before clipping",
+        "Spikes come before divergence; compare it with optim.clip.",
+        "sum",
+        "parallel/gradients.py",
+    ),
+    Metric(
+        "train/lr",
+        "1",
+        "learning rate of this step's update",
+        "The schedule as it was applied.",
+        "equal",
+        "pretrain/schedule.py",
+    ),
+    Metric(
+        "guard/skipped",
+        "batches",
+        "global batches of this attempt that left the weights as they were",
+        "For a loss or a gradient that was not finite, or after a spike; the ledger and "
+        "`farspan audit` name each of them, and why.",
+        "equal",
+        "pretrain/recorder.py",
+    ),
+    Metric(
+        "guard/rollbacks",
+        "1",
+        "how often this attempt has gone back to a checkpoint because of a spike",
+        "Rows of the steps that were undone are no longer there.",
+        "equal",
+        "pretrain/recorder.py",
+    ),
+    Metric(
+        "perf/tokens_per_s",
+        "tokens/s",
+        "tokens of the global batch / perf/step_s",
+        "Throughput of the whole run, not of one rank.",
+        "rank 0",
+        "pretrain/train.py",
+    ),
+    Metric(
+        "perf/step_s",
+        "s",
+        "wall-clock time of the step, waiting for data included",
+        "A step that stands out is a slow rank or a stalled loader. Checkpoints are not in it.",
+        "rank 0",
+        "pretrain/train.py",
+    ),
+    Metric(
+        "perf/data_wait_s",
+        "s",
+        "part of perf/step_s spent waiting for the next batch",
+        "Near zero unless the loader is the bottleneck.",
+        "rank 0",
+        "pretrain/trainer.py",
+    ),
+    Metric(
+        "perf/slowest_rank",
+        "rank",
+        "argmax over ranks of the time per step outside of collectives, since the last report",
+        "The rank that waits least for the others, and so keeps them waiting. From heartbeats, "
+        "every 10 s and 5 steps at least; on GPUs unless TORCH_NCCL_ENABLE_TIMING=0.",
+        "max",
+        "parallel/stragglers.py",
+    ),
+    Metric(
+        "perf/slowest_over_median",
+        "1",
+        "the time of perf/slowest_rank / the median over ranks",
+        "1 is even. Above 1.25 for the same rank in three reports in a row, the log warns, and "
+        "names its host. Stages of a pipeline may differ by their layers.",
+        "max",
+        "parallel/stragglers.py",
+    ),
+    Metric(
+        "moe/load",
+        "share",
+        "token-slots sent to the expert / token-slots of the layer, as [layers][experts]",
+        "Each layer's shares add up to 1; balanced routing gives every expert 1 / E.",
+        "sum",
+        "pretrain/metrics/expert_load.py",
+    ),
+    Metric(
+        "moe/max_violation",
+        "1",
+        "max over layers of (max_e load_e * E - 1)",
+        "How much busier than balanced the busiest expert is: 0 is perfect, 1 is twice its share.",
+        "sum",
+        "pretrain/metrics/expert_load.py",
+    ),
+    Metric(
+        "moe/dead_experts",
+        "experts",
+        "experts with no token in this step, over all layers",
+        "Experts that stay dead are parameters that are not trained.",
+        "sum",
+        "pretrain/metrics/expert_load.py",
+    ),
+    Metric(
+        "moe/dropped",
+        "share",
+        "token-slots over their expert's capacity / token-slots, over all layers",
+        "0 without model.moe.capacity_factor; a token whose slots are all dropped passes the "
+        "experts unchanged.",
+        "sum",
+        "pretrain/metrics/expert_load.py",
+    ),
+    Metric(
+        "eval/needle",
+        "share",
+        QUESTIONS,
+        "One value that stands once in the document, by how much comes before it. This and "
+        "those below are of `farspan eval --suite long`, in RUN/evals, not in metrics.jsonl.",
+        "sum",
+        "pretrain/evals/long.py",
+    ),
+    Metric(
+        "eval/multi_key",
+        "share",
+        QUESTIONS,
+        "Each of several keys has a value; to mix them up is wrong.",
+        "sum",
+        "pretrain/evals/long.py",
+    ),
+    Metric(
+        "eval/multi_value",
+        "share",
+        QUESTIONS,
+        "All values of a key, in their order.",
+        "sum",
+        "pretrain/evals/long.py",
+    ),
+    Metric(
+        "eval/variable_tracking",
+        "share",
+        QUESTIONS,
+        "All variables of a chain of copies, from the value that its first one got.",
+        "sum",
+        "pretrain/evals/long.py",
+    ),
+    Metric(
+        "eval/overwrite",
+        "share",
+        QUESTIONS,
+        "The last of several values that were written for a key.",
+        "sum",
+        "pretrain/evals/long.py",
+    ),
+    Metric(
+        "eval/loss_by_position",
+        "nats/token",
+        "mean of -ln p(token) over tokens predicted from 2^n to 2^(n+1) - 1 others",
+        "It falls as far as more context helps; where it rises, the context is too long.",
+        "sum",
+        "pretrain/evals/by_position.py",
+    ),
+)
