@@ -28,7 +28,7 @@ from launch.slurm.excludes import avoidable, excluded_now, learn
 from launch.slurm.job import read_job
 from launch.slurm.profile import Profile
 from launch.slurm.requeue import MAX_RESTARTS, requeue_elsewhere
-from launch.slurm.start import Start, start_of
+from launch.slurm.start import Start, has_stopped, start_of
 from pretrain.config import Config, read_run_config
 from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory
@@ -89,7 +89,9 @@ def catch_up(run: RunDirectory, start: Start, slurm: Slurm, profile: Profile) ->
     """Note why the start before this one ended, if it could not: its node may be gone."""
     attempts = run.all_attempts()
     before = start_of(run, attempts[-1]) if attempts else None
-    if before is None or before.job != start.job or read_failure(run, attempts[-1]):
+    if before is None or before.job != start.job:
+        return
+    if read_failure(run, attempts[-1]) or has_stopped(run, attempts[-1]):
         return
     for node in slurm.nodes(",".join(before.nodes)):
         began = datetime.fromisoformat(before.began)

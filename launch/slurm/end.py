@@ -16,7 +16,6 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
 from enum import Enum
-from json import loads
 from pathlib import Path
 
 from launch.cancelled import mark_cancelled, read_cancelled
@@ -28,7 +27,7 @@ from launch.slurm.excludes import learn
 from launch.slurm.job import read_job
 from launch.slurm.profile import Profile
 from launch.slurm.requeue import MAX_RESTARTS, avoid_excluded, requeue_elsewhere
-from launch.slurm.start import Start, attempt_of
+from launch.slurm.start import Start, attempt_of, has_stopped
 from launch.train import try_to_report
 from pretrain.errors import CANNOT_GO_ON, UserError
 from pretrain.run_dir import RunDirectory
@@ -102,7 +101,7 @@ def end_of(start: Start, job: JobInfo | None) -> End:
 def note_end(run: RunDirectory, start: Start, code: int, how: End) -> Failure | None:
     """Write down what the attempt of this start died of; None if it did not fail."""
     attempt = attempt_of(run, start)
-    if how in (End.cancelled, End.preempted) or (attempt and _has_stopped(run, attempt)):
+    if how in (End.cancelled, End.preempted) or (attempt and has_stopped(run, attempt)):
         return None
     if attempt and (failure := read_failure(run, attempt)):
         return failure
@@ -129,12 +128,6 @@ def codes_of_ranks(attempt: Path) -> dict[int, int | None]:
             is_signal = 128 < code <= 128 + signal.NSIG
             codes[int(path.stem.removeprefix("rank-"))] = 128 - code if is_signal else code
     return codes
-
-
-def _has_stopped(run: RunDirectory, attempt: int) -> bool:
-    with suppress(OSError, ValueError, KeyError):
-        return int(loads(run.stopped.read_text())["attempt"]) == attempt
-    return False
 
 
 def main(arguments: Sequence[str]) -> int:

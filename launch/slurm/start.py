@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Self
@@ -87,3 +88,10 @@ def attempt_of(run: RunDirectory, start: Start) -> int | None:
         if other and (other.job, other.restart) == (start.job, start.restart):
             return attempt
     return None
+
+
+def has_stopped(run: RunDirectory, attempt: int) -> bool:
+    """Whether an attempt was asked to stop and has saved everything; the newest one, that is."""
+    with suppress(OSError, ValueError, KeyError):
+        return int(json.loads(run.stopped.read_text())["attempt"]) == attempt
+    return False

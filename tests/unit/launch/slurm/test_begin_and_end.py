@@ -159,10 +159,14 @@ def test_nodes_that_are_well_are_not_blamed(run: RunDirectory) -> None:
     for nodes in (well, drained):
         begin.catch_up(run, replace(START, restart=2), Nodes(nodes), Profile())
         assert read_failure(run, before) is None
-    # Another job is another story, and what is known stays.
+    # Another job is another story, a start that has saved needs none, and what is known stays.
     dead = Nodes([replace(well[0], state="DOWN")])
     begin.catch_up(run, replace(START, job="8"), dead, Profile())
     assert read_failure(run, before) is None
+    run.stopped.write_text(json.dumps({"step": 3, "attempt": before}))
+    begin.catch_up(run, replace(START, restart=2), dead, Profile())
+    assert read_failure(run, before) is None
+    run.stopped.unlink()
     noted = note_failure(run, before, "7", Cause("error", 0, "n1", "known"))
     begin.catch_up(run, replace(START, restart=2), dead, Profile())
     assert read_failure(run, before) == noted
