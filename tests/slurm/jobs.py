@@ -50,9 +50,11 @@ class Job:
         return self.slurm("scontrol", "show", "hostnames", shown[1]).split()
 
     def field(self, name: str) -> str:
-        return dict(re.findall(r"(\w+)=(\S+)", self.slurm("scontrol", "show", "job", self.number)))[
-            name
-        ]
+        shown = self.slurm("scontrol", "show", "job", self.number)
+        # Paths come last, and may look like fields.
+        found = re.search(rf"\b{name}=(\S+)", shown)
+        assert found, shown
+        return found[1]
 
     def log(self) -> str:
         log = self.run.root / f"slurm-{self.number}.log"
@@ -117,15 +119,22 @@ class Job:
 
 
 def submit(
-    cluster: Cluster, shards: Path, folder: Path, *settings: str, nodes: int = 2, profile: str = ""
+    cluster: Cluster,
+    shards: Path,
+    folder: Path,
+    *settings: str,
+    nodes: int = 2,
+    profile: str = "",
+    name: str = "run",
 ) -> Job:
     """Submit a run of 16 steps by `farspan launch slurm`: two nodes, one rank each.
 
     Args:
         settings: besides those that all runs have.
         profile: lines of YAML, over those of local-sandbox.
+        name: of the run directory.
     """
-    run = RunDirectory(folder / "run")
+    run = RunDirectory(folder / name)
     site = folder / "site.yaml"
     site.write_text(f"extends: local-sandbox\n{profile or 'ranks_per_node: 1'}\n")
     options = ["--nodes", str(nodes), "--profile", str(site), "--run-dir", str(run.root)]

@@ -1,7 +1,6 @@
 """The life of a training job on a real Slurm: what ends it early leaves the run whole."""
 
 import os
-import re
 import signal
 import subprocess
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 from launch.slurm.excludes import excluded_now
 from slurm.sandbox.cluster import Cluster
 from tests.ranks import TIMEOUT_S
-from tests.slurm.jobs import FARSPAN, Job, read_json, run_here, submit, submit_by_hand
+from tests.slurm.jobs import FARSPAN, read_json, run_here, submit, submit_by_hand
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +24,8 @@ def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]
 def test_two_nodes_of_two_ranks_end_with_the_losses_of_four_ranks_here(
     cluster: Cluster, shards: Path, tmp_path: Path
 ) -> None:
-    job = submit(cluster, shards, tmp_path, profile="ranks_per_node: 2")
+    name = "a 'run\" $(touch pwned) `touch pwned` ; \n   JobState=FAILED ü€"
+    job = submit(cluster, shards, tmp_path, profile="ranks_per_node: 2", name=name)
     job.wait_for_the_end()
     (tmp_path / "here").mkdir()
     job.assert_whole(run_here(shards, tmp_path / "here", nproc=4))
@@ -38,6 +38,7 @@ def test_two_nodes_of_two_ranks_end_with_the_losses_of_four_ranks_here(
     assert "OMP_NUM_THREADS=1" in job.log()
     allocation = read_json(job.run.allocation_of(1))
     assert (allocation["nodes"], allocation["tasks"]) == (job.nodes(), [2, 2])
+    assert not list(tmp_path.rglob("pwned"))
 
 
 def test_a_job_stopped_in_time_saves_and_requeues_itself(
@@ -208,21 +209,18 @@ def test_a_job_that_crashes_three_times_alike_is_given_up_with_a_diagnosis(
     assert "no room on /scratch" in job.log()
 
 
-def test_a_cancelled_run_leaves_no_process_and_goes_on_when_it_is_resubmitted(
-    cluster: Cluster, shards: Path, tmp_path: Path, whole: list[float]
+def test_a_job_that_a_person_ends_stays_ended(
+    cluster: Cluster, shards: Path, tmp_path: Path
 ) -> None:
     job = submit(cluster, shards, tmp_path)
     job.wait_until(lambda: job.saved() >= 4)
-    cluster.call(*FARSPAN, "launch", "cancel", str(job.run.root), timeout_s=TIMEOUT_S)
+    job.slurm("scancel", job.number)
+    job.wait_until(job.has_ended)
+    assert (job.field("JobState"), job.requeues()) == ("CANCELLED", 0)
     assert not job.ranks()
-    assert job.has_ended()
     assert not job.run.done.exists()
-    printed = cluster.call(*FARSPAN, "launch", "resubmit", str(job.run.root), timeout_s=TIMEOUT_S)
-    found = re.search(r"resubmitted job (\d+)", printed)
-    assert found, printed
-    job = Job(cluster, job.run, found[1])
-    job.wait_for_the_end()
-    job.assert_whole(whole)
+    assert not job.run.failure_of(1).exists()
+    assert "not started again, it was cancelled" in job.log()
 
 
 def test_a_run_that_is_there_already_is_not_submitted_twice(
