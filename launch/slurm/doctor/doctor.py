@@ -108,7 +108,8 @@ def _check_nodes(
     write_atomically(folder.request, request.model_dump_json() + "\n")
     job = slurm.submit(SCRIPT, options, [str(folder.root)], {"FARSPAN_PYTHON": sys.executable})
     try:
-        requeue = check_job(records(slurm.call("scontrol", "show", "job", job), "JobId")[0])
+        fields = records(slurm.call("scontrol", "show", "job", job), "JobId")[0]
+        requeue = check_job(site, fields)
         waited_for = _wait(slurm, job, wait_s, console)
     finally:
         slurm.cancel(job)

@@ -22,6 +22,8 @@ from pretrain.errors import UserError
 # The first whose steps share a job's nodes as those of today do (srun --overlap, --exact).
 OLDEST = (20, 11)
 REASONS_AT_MOST = 3
+# It comes before what the batch script says.
+NO_REQUEUE = "SBATCH_NO_REQUEUE"
 
 
 @dataclass(frozen=True)
@@ -149,10 +151,14 @@ def _requeue(site: Site) -> Check:
         what += "starts only those jobs again that were submitted with --requeue"
         fix = "farspan's batch scripts say --requeue; say so in yours, or ask for JobRequeue=1"
         findings.append(Finding("slurm.conf", what, fix))
-    if "SBATCH_NO_REQUEUE" in site.environment:
-        findings.append(_forbids("SBATCH_NO_REQUEUE", "your environment"))
-    if "--no-requeue" in site.profile.options:
-        findings.append(_forbids("--no-requeue", "the profile's options"))
+    findings += [
+        Finding(
+            place,
+            f"{name} forbids Slurm to start a job again, and farspan to requeue it",
+            f"remove it from {place}",
+        )
+        for name, place in _forbidding(site).items()
+    ]
     mode = site.partition.preempt_mode
     if "CANCEL" in mode.split(","):
         what = "PreemptMode=CANCEL: a job whose nodes another one takes is ended, not requeued"
@@ -162,9 +168,12 @@ def _requeue(site: Site) -> Check:
     return Check("requeue", f"{shown}, PreemptMode={mode or 'unknown'}", tuple(findings))
 
 
-def _forbids(name: str, place: str) -> Finding:
-    what = f"{name} forbids Slurm to start a job again, and farspan to requeue it"
-    return Finding(place, what, f"remove it from {place}")
+def _forbidding(site: Site) -> dict[str, str]:
+    """What forbids to requeue a job, and where it stands."""
+    found = {NO_REQUEUE: "your environment"} if NO_REQUEUE in site.environment else {}
+    if "--no-requeue" in site.profile.options:
+        found["--no-requeue"] = "the profile's options"
+    return found
 
 
 def _directory(site: Site, directory: Path) -> Check:
@@ -201,16 +210,18 @@ FIXES = {
 }
 
 
-def check_job(fields: Mapping[str, str]) -> Check:
+def check_job(site: Site, fields: Mapping[str, str]) -> Check:
     """Whether Slurm would start the doctor's own job again, which was submitted with --requeue.
 
     Args:
         fields: `scontrol show job`.
     """
+    requeue = fields.get("Requeue", "unknown")
     finding = Finding(
-        "this cluster",
+        site.partition.name,
         "a job submitted with --requeue may not be requeued (Requeue=0): a failed node ends it",
         "ask the administrators for a partition, QOS or submit plugin that lets jobs requeue",
     )
-    requeue = fields.get("Requeue", "unknown")
-    return Check("job", f"Requeue={requeue}", (finding,) if requeue == "0" else ())
+    is_explained = bool(_forbidding(site))
+    is_found = requeue == "0" and not is_explained
+    return Check("job", f"Requeue={requeue}", (finding,) if is_found else ())

@@ -160,6 +160,8 @@ def test_what_sbatch_refuses_is_told_with_the_setting_to_change(refusal: str, fi
 
 
 def test_a_job_that_may_not_be_requeued_is_found() -> None:
-    assert check_job({"Requeue": "1"}).findings == ()
-    (finding,) = check_job({"Requeue": "0"}).findings
+    assert check_job(_site(), {"Requeue": "1"}).findings == ()
+    (finding,) = check_job(_site(), {"Requeue": "0"}).findings
     assert "may not be requeued" in finding.what
+    explained = _site(environment={"SBATCH_NO_REQUEUE": "1"})
+    assert check_job(explained, {"Requeue": "0"}).findings == ()
