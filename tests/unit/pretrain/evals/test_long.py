@@ -71,6 +71,17 @@ def test_documents_follow_from_the_seed_and_not_from_how_many_there_are() -> Non
     assert (asked(samples=5) != asked(samples=5, seed=1)).any()
 
 
+def test_with_a_gap_of_a_segment_no_answer_stands_in_the_segment_of_its_question() -> None:
+    model, segment = Knowing(set()), 64
+    ask(model, FORM, Request(lengths=(192,), samples=9, gap=segment), "multi_key", 192)
+    tokens = np.concatenate(model.passes)
+    stated, asked = (tokens == FORM.alphabet.names.index(word) for word in ("set", "ask"))
+    assert (stated.sum(1) == 4).all()
+    in_segment_of_question = asked.reshape(9, 3, segment).any(2)
+    assert in_segment_of_question.any()
+    assert not (stated.reshape(9, 3, segment).any(2) & in_segment_of_question).any()
+
+
 def test_no_document_is_one_of_a_training_of_the_same_seed(tmp_path: Path) -> None:
     task = Task(name="needle")
     shards = {"length": 100, "documents": 20, "vocab_size": 128, "seed": 7}

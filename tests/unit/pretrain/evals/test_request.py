@@ -36,6 +36,7 @@ def test_no_length_at_all_is_refused() -> None:
         ({"tasks": ()}, UserError, "--tasks is empty, and there are no --shards"),
         ({"form": "words"}, UserError, "--form words is not known; allowed: auto, tokens, text"),
         ({"pairs": 0}, DataError, "pairs = 0: must be at least 1"),
+        ({"gap": -1}, DataError, "gap = -1: must be 0 or more tokens"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused(fields, error, message) -> None:
