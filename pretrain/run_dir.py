@@ -73,6 +73,12 @@ def _put_into_place(aside: Path, path: Path, text: str) -> None:
         sync_folder(path.parent)
 
 
+def _this_process() -> str:
+    attempt = os.environ.get(ATTEMPT_VARIABLE)
+    of = f", attempt {attempt}" if attempt else ""
+    return f"process {os.getpid()} on {socket.gethostname()}{of}"
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -231,7 +237,33 @@ class RunDirectory:
             UserError: another process holds it, and the message says which; or it is read-only.
             WriteError: there is no room to note who holds it.
         """
-        return self._hold(self.root / "lock")
+        return self._hold(self._lock)
+
+    def take_from(self, attempt: int) -> str | None:
+        """Take the run directory from an attempt that nobody reaches any more.
+
+        Its rank 0 may live on, on a machine that is cut off from all but the file system, and
+        holds the lock. Another lock file gets the name, and the next attempt fences it off.
+
+        Args:
+            attempt: one that is over, according to who started it.
+
+        Returns:
+            The process that holds the directory; None if it is not that attempt's.
+        """
+        with suppress(OSError), self._lock.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = file.read().decode().strip()
+                if holder.endswith(f", attempt {attempt}"):
+                    self._lock.unlink()
+                    return holder
+        return None
+
+    @property
+    def _lock(self) -> Path:
+        return self.root / "lock"
 
     def launching(self) -> AbstractContextManager[None]:
         """Hold the right to start attempts, also between two of them; raises as `exclusive`."""
@@ -264,7 +296,7 @@ class RunDirectory:
                 )
             with writing(path):
                 file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                file.write(f"{_this_process()}\n".encode())
             yield
 
     def all_attempts(self) -> list[int]:

@@ -87,24 +87,50 @@ def test_a_directory_that_has_vanished_is_named(run: RunDirectory) -> None:
     assert not run.root.exists()
 
 
-def test_who_holds_the_directory_is_named(run: RunDirectory) -> None:
+@contextmanager
+def held_by_another(run: RunDirectory, attempt: str = "") -> Iterator[int]:
+    """Another process holds the directory; its id."""
     hold = (
         "import sys; from pathlib import Path; from pretrain.run_dir import RunDirectory\n"
         "with RunDirectory(Path(sys.argv[1])).exclusive():\n"
         "    print('held', flush=True); sys.stdin.read()"
     )
-    command = [sys.executable, "-c", hold, str(run.root)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(run.root)],
+        env=os.environ | {"FARSPAN_ATTEMPT": attempt},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as holder:
         assert holder.stdout is not None
         holder.stdout.readline()
-        with (
-            pytest.raises(UserError, match=f"is in use by process {holder.pid} on"),
-            run.exclusive(),
-        ):
-            pass
+        yield holder.pid
         holder.communicate()
+
+
+def test_who_holds_the_directory_is_named(run: RunDirectory) -> None:
+    with (
+        held_by_another(run) as holder,
+        pytest.raises(UserError, match=f"is in use by process {holder} on"),
+        run.exclusive(),
+    ):
+        pass
     with run.exclusive():
         pass
+
+
+def test_the_directory_is_taken_from_an_attempt_that_is_out_of_reach_and_from_no_other(
+    run: RunDirectory,
+) -> None:
+    assert run.take_from(1) is None
+    with run.exclusive():
+        assert run.take_from(1) is None
+    with held_by_another(run, attempt="11") as holder:
+        assert run.take_from(1) is None
+        taken = run.take_from(11)
+        assert taken is not None
+        assert taken.startswith(f"process {holder} on ")
+        with run.exclusive(), pytest.raises(UserError, match=f"process {os.getpid()} on"):
+            run.exclusive().__enter__()
 
 
 NOBODY = 65534
