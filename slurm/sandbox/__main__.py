@@ -39,7 +39,7 @@ def start(
         typer.Option("--netns", help="Each node has a network, which `cut` unplugs; needs root."),
     ] = False,
     dbd: Annotated[
-        bool, typer.Option("--dbd", help="With accounting, for sacct; needs root and MariaDB.")
+        bool, typer.Option("--dbd", help="With accounting, for sacct; needs MariaDB and slurmdbd.")
     ] = False,
     conf: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="A line of slurm.conf.")

@@ -1,18 +1,16 @@
 """Accounting for a sandbox: a database behind a socket in its folder, and slurmdbd."""
 
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from slurm.sandbox.configuration import slurmdbd_conf
+from slurm.sandbox.configuration import slurmdbd_conf, user_name
 from slurm.sandbox.processes import client_environment, start_daemon
 from slurm.sandbox.programs import require
 from slurm.sandbox.settings import Settings
 
-# The empty database that the package of Debian and Ubuntu makes.
-_EMPTY = Path("/var/lib/mysql")
-
+PROGRAMS = ("mariadb-install-db", "mariadbd", "mariadb", "slurmdbd", "sacctmgr")
+INSTALL = "apt-get install mariadb-server slurmdbd"
 Wait = Callable[[str, Callable[[], bool]], None]
 
 
@@ -25,27 +23,32 @@ def start(folder: Path, settings: Settings, in_network: list[str], wait: Wait) -
     Raises:
         ValueError: MariaDB or slurmdbd is not installed.
     """
-    install = "apt-get install mariadb-server slurmdbd"
-    server, client = require("mariadbd", install), require("mariadb", install)
-    slurmdbd, sacctmgr = require("slurmdbd", install), require("sacctmgr", install)
-    socket = f"{folder}/run/mysql.sock"
-    subprocess.run(["cp", "-a", "--sparse=always", str(_EMPTY), f"{folder}/db"], check=True)
-    shutil.chown(folder / "run", user="mysql")
-    files = [f"--datadir={folder}/db", f"--socket={socket}", f"--pid-file={folder}/run/db.pid"]
-    memory = ["--innodb-buffer-pool-size=32M", "--innodb-flush-log-at-trx-commit=0"]
-    options = ["--no-defaults", "--user=mysql", "--skip-networking"]
-    start_daemon(folder, "mariadbd", [server, *options, *files, *memory])
-    create = [client, "--no-defaults", "-S", socket, "-uroot", "-e", "create database slurm"]
-    wait("mariadbd", lambda: _succeeds(create))
-
+    _start_database(folder, wait)
     conf = folder / "slurmdbd.conf"
     conf.write_text(slurmdbd_conf(folder, settings))
     conf.chmod(0o600)
-    environment = {"SLURM_CONF": str(conf), "MYSQL_UNIX_PORT": socket}
-    start_daemon(folder, "slurmdbd", [*in_network, slurmdbd, "-D"], environment)
-    add = [*in_network, sacctmgr, "--immediate", "add", "cluster", "sandbox"]
+    environment = {"SLURM_CONF": str(conf), "MYSQL_UNIX_PORT": f"{folder}/run/mysql.sock"}
+    slurmdbd = [*in_network, require("slurmdbd", INSTALL), "-D"]
+    start_daemon(folder, "slurmdbd", slurmdbd, environment)
+    add = [*in_network, require("sacctmgr", INSTALL), "--immediate", "add", "cluster", "sandbox"]
     clients = client_environment(folder)
     wait("slurmdbd", lambda: _succeeds(add, clients))
+
+
+def _start_database(folder: Path, wait: Wait) -> None:
+    """A MariaDB that is reached through a socket alone."""
+    socket = f"{folder}/run/mysql.sock"
+    own = ["--no-defaults", f"--user={user_name()}", f"--datadir={folder}/db"]
+    no_password = "--auth-root-authentication-method=normal"
+    with (folder / "log" / "install-db.out").open("wb") as printed:
+        install = [require("mariadb-install-db", INSTALL), *own, no_password]
+        subprocess.run(install, stdout=printed, stderr=printed, check=True, timeout=60)
+    files = [f"--socket={socket}", f"--pid-file={folder}/run/db.pid"]
+    memory = ["--innodb-buffer-pool-size=32M", "--innodb-flush-log-at-trx-commit=0"]
+    server = [require("mariadbd", INSTALL), *own, "--skip-networking", *files, *memory]
+    start_daemon(folder, "mariadbd", server)
+    client = [require("mariadb", INSTALL), "--no-defaults", "-S", socket, "-uroot"]
+    wait("mariadbd", lambda: _succeeds([*client, "-e", "create database slurm"]))
 
 
 def _succeeds(command: list[str], environment: dict[str, str] | None = None) -> bool:

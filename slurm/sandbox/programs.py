@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterable
 
 # Debian and Ubuntu install daemons there, which not every PATH has.
 _SYSTEM = "/usr/local/sbin:/usr/sbin:/sbin"
@@ -16,9 +17,9 @@ def find(name: str) -> str | None:
     return shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:{_SYSTEM}")
 
 
-def missing() -> list[str]:
-    """Which programs of a cluster this machine lacks."""
-    return [name for name in CLUSTER if not find(name)]
+def missing(names: Iterable[str] = CLUSTER) -> list[str]:
+    """Which of the programs this machine lacks."""
+    return [name for name in names if not find(name)]
 
 
 def require(name: str, install: str = INSTALL) -> str:

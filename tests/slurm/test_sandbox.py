@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from slurm.sandbox import accounting, programs
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.settings import Settings
 from tests.ranks import TIMEOUT_S
-from tests.slurm.conftest import started_cluster
+from tests.slurm.conftest import lacks, started_cluster
 
 pytestmark = pytest.mark.slow
 
@@ -81,3 +82,11 @@ def test_a_node_that_is_cut_off_runs_on_until_it_is_joined_again(tmp_path: Path)
         wait_until(lambda: cluster.nodes()["node1"] == "idle", cluster)
         wait_until(lambda: not writes(cut_off), cluster)
     assert not left_behind()
+
+
+def test_accounting_remembers_a_job() -> None:
+    if missing := programs.missing(accounting.PROGRAMS):
+        lacks(f"no {', '.join(missing)} ({accounting.INSTALL})")
+    with started_cluster(Settings(nodes=1, cpus=1, gpus=0, accounting=True)) as cluster:
+        cluster.call("sbatch", "--output=/dev/null", "--wrap=true")
+        wait_until(lambda: "COMPLETED" in cluster.call("sacct", "-nX", "-o", "State"), cluster)
