@@ -63,7 +63,7 @@ def begin(run: RunDirectory, words: Path, slurm: Slurm) -> None:
     take_from_start_before(run, start)
     attempt = run.new_attempt()
     start.note(run, attempt)
-    variables = _environment(start, profile, attempt, slurm)
+    variables = environment_of_start(start, profile, slurm, attempt)
     note_environment(run, attempt, variables)
     print(
         f"attempt {attempt} of {run.root}: job {start.job}, start {start.restart + 1}, "
@@ -192,11 +192,10 @@ def _in_vain(run: RunDirectory, start: Start) -> bool:
     return start.restart - before.restart > AVOIDED_TIMES
 
 
-def _environment(start: Start, profile: Profile, attempt: int, slurm: Slurm) -> list[Variable]:
+def environment_of_start(
+    start: Start, profile: Profile, slurm: Slurm, attempt: int | None
+) -> list[Variable]:
     address, port = rendezvous(start, slurm)
-    scratch = profile.scratch
-    if scratch:
-        scratch = scratch.replace("{user}", getpass.getuser()).replace("{job}", start.job)
     return environment_of_ranks(
         ranks=start.ranks,
         ranks_here=max(start.tasks),
@@ -205,8 +204,15 @@ def _environment(start: Start, profile: Profile, attempt: int, slurm: Slurm) -> 
         cpus=int(os.environ.get("SLURM_CPUS_PER_TASK") or 1),
         attempt=attempt,
         profile=profile,
-        scratch=scratch,
+        scratch=scratch_of(profile, start),
     )
+
+
+def scratch_of(profile: Profile, start: Start) -> str | None:
+    """The folder on each node's own disk."""
+    if profile.scratch is None:
+        return None
+    return profile.scratch.replace("{user}", getpass.getuser()).replace("{job}", start.job)
 
 
 def _folders(run: RunDirectory, config: Config) -> list[str]:

@@ -5,14 +5,13 @@ launch.slurm.begin does: `modules`, `options` of srun, and the commands `node` a
 each rank.
 """
 
-import getpass
 import os
 import sys
 import tempfile
 from pathlib import Path
 
-from launch.environment import describe, environment_of_ranks
-from launch.slurm.begin import rendezvous, write_words
+from launch.environment import describe
+from launch.slurm.begin import environment_of_start, scratch_of, write_words
 from launch.slurm.client import Slurm, SlurmError
 from launch.slurm.container import in_container, options_of_srun
 from launch.slurm.doctor import disk
@@ -39,19 +38,10 @@ def begin(folder: Folder, words: Path, slurm: Slurm) -> None:
         addresses={node: request.addresses[node] for node in start.nodes},
         tasks=start.tasks,
         interface=profile.network.interface,
-        folders=_folders(profile, start.job, folder.root),
+        folders=_folders(profile, start, folder.root),
     )
+    variables = environment_of_start(start, profile, slurm, attempt=None)
     write_atomically(folder.meeting, meeting.model_dump_json() + "\n")
-    address, port = rendezvous(start, slurm)
-    variables = environment_of_ranks(
-        ranks=start.ranks,
-        ranks_here=max(start.tasks),
-        address=address,
-        port=port,
-        cpus=int(os.environ.get("SLURM_CPUS_PER_TASK") or 1),
-        profile=profile,
-        scratch=_scratch(profile, start.job),
-    )
     print(f"{start.ranks} ranks on {', '.join(start.nodes)}\n{describe(variables)}", flush=True)
     python = os.environ.get("FARSPAN_PYTHON", "python")
     if profile.container.runtime != "none":
@@ -66,25 +56,19 @@ def begin(folder: Folder, words: Path, slurm: Slurm) -> None:
         write_words(words / step, in_container(profile, mounts, command))
 
 
-def _folders(profile: Profile, job: str, shared: Path) -> tuple[disk.Folder, ...]:
+def _folders(profile: Profile, start: Start, shared: Path) -> tuple[disk.Folder, ...]:
     """Where ranks write, and how much room they want there."""
     found = [
         disk.Folder(path=str(shared), why="runs", wants=ROOM),
         disk.Folder(path=tempfile.gettempdir(), why="temporary files", wants=ROOM // 4),
     ]
-    if scratch := _scratch(profile, job):
+    if scratch := scratch_of(profile, start):
         why = "compiled kernels, scratch in the profile"
         found.append(disk.Folder(path=scratch, why=why, wants=ROOM, made=True))
     if profile.gpus != "none":
         why = "memory that ranks share: NCCL, data loaders"
         found.append(disk.Folder(path="/dev/shm", why=why, wants=ROOM))
     return tuple(found)
-
-
-def _scratch(profile: Profile, job: str) -> str | None:
-    if profile.scratch is None:
-        return None
-    return profile.scratch.replace("{user}", getpass.getuser()).replace("{job}", job)
 
 
 def main() -> int:
