@@ -11,10 +11,11 @@ import struct
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 
 from launch.slurm.doctor.findings import Check, Finding, listed
+from launch.slurm.doctor.waiting import wait_until
 from pretrain.settings import Section
 
 # A packet that a firewall drops is never answered.
@@ -92,20 +93,13 @@ def connect(node: str, address: str, port: int, stage: int = 0) -> Reached:
         with socket.create_connection((address, port), CONNECT_S) as connection:
             connection.settimeout(ANSWER_S)
             within, ahead = min(_round_trip(connection)[:2] for _ in range(ROUND_TRIPS))
-            _wait_until(lambda: _round_trip(connection)[2] >= stage)
+            if not wait_until(lambda: _round_trip(connection)[2] >= stage, ANSWER_S):
+                raise TimeoutError("it answers, and has got stuck in checks of its own")
     except OSError as error:
         return Reached(**here, error=error.strerror or str(error) or type(error).__name__)
     except (ValueError, KeyError, TypeError):
         return Reached(**here, error="something else listens there")
     return Reached(**here, ahead_s=ahead, within_s=within)
-
-
-def _wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + ANSWER_S
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError("it has got stuck in the checks of its own")
-        time.sleep(0.05)
 
 
 def _round_trip(connection: socket.socket) -> tuple[float, float, int]:

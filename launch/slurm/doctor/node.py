@@ -13,7 +13,8 @@ from pathlib import Path
 from types import FrameType
 
 from launch.slurm.doctor import adapters, disk, gpus, names, network, shared_folder, versions
-from launch.slurm.doctor.shared_folder import ARRIVE_S, Board, Seen, wait_until
+from launch.slurm.doctor.shared_folder import ARRIVE_S, Board, Seen
+from launch.slurm.doctor.waiting import wait_until
 from launch.slurm.profile import Profile
 from pretrain.run_dir import write_atomically
 from pretrain.settings import Section

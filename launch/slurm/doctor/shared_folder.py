@@ -8,12 +8,13 @@ import fcntl
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 from launch.slurm.doctor.findings import Check, Finding, listed
+from launch.slurm.doctor.waiting import wait_until
 from pretrain.run_dir import NO_LOCKS, write_atomically
 from pretrain.settings import Section
 
@@ -23,7 +24,6 @@ ARRIVE_S = 180.0
 STALE_S = 60.0
 # What is seen later than that is found fault with.
 LAG_S = 3.0
-POLL_S = 0.1
 
 
 class Seen(Section):
@@ -89,16 +89,6 @@ class Board:
 
     def _file(self, node: str) -> Path:
         return self._folder / f"{node}.json"
-
-
-def wait_until(condition: Callable[[], bool], patience_s: float) -> bool:
-    """Whether a condition has come true in time."""
-    deadline = time.monotonic() + patience_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(POLL_S)
-    return True
 
 
 def hold(lock: Path) -> IO[bytes]:
