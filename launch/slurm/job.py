@@ -71,8 +71,8 @@ def read_job(run: RunDirectory) -> Job | None:
     except ValidationError as error:
         problem = "; ".join(str(line["msg"]) for line in error.errors())
         raise UserError(
-            f"{run.job} cannot be read ({problem}): submit the run again with "
-            "`farspan launch slurm`, which writes it anew"
+            f"{run.job} cannot be read ({problem}): remove it, and submit the run again with "
+            "`farspan launch slurm`"
         ) from None
 
 

@@ -127,7 +127,7 @@ def submit(
     profile: str = "",
     name: str = "run",
 ) -> Job:
-    """Submit a run of 16 steps by `farspan launch slurm`: two nodes, one rank each.
+    """Submit a run of 24 steps by `farspan launch slurm`: two nodes, one rank each.
 
     Args:
         settings: besides those that all runs have.
@@ -168,7 +168,7 @@ def submit_by_hand(
 
 
 def run_settings(shards: Path) -> list[str]:
-    return [f"data.shards={shards}", "train.steps=16", "checkpoint.every=4", "parallel.ep=2"]
+    return [f"data.shards={shards}", "train.steps=24", "checkpoint.every=4", "parallel.ep=2"]
 
 
 def run_here(shards: Path, folder: Path, nproc: int) -> list[float]:

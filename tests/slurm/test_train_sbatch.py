@@ -41,20 +41,6 @@ def test_two_nodes_of_two_ranks_end_with_the_losses_of_four_ranks_here(
     assert not list(tmp_path.rglob("pwned"))
 
 
-def test_a_job_stopped_in_time_saves_and_requeues_itself(
-    cluster: Cluster, shards: Path, tmp_path: Path, whole: list[float]
-) -> None:
-    job = submit(cluster, shards, tmp_path)
-    job.wait_until(lambda: len(job.losses()) >= 5)
-    job.ask_to_stop()
-    job.wait_until(lambda: job.requeues() == 1)
-    at_the_stop = job.saved()
-    job.wait_for_the_end()
-    job.assert_whole(whole)
-    assert "requeued: it was asked to stop" in job.log()
-    assert job.first_step(2) == at_the_stop + 1
-
-
 # A rank takes long to import, and ignores what it gets meanwhile, as its wrapper has told it to.
 IMPORTS_UNTIL_TOLD = """
 while [[ $* == *launch.rank* && ! -e ../go ]]; do sleep 0.05; done
@@ -62,7 +48,7 @@ exec "$REAL" "$@"
 """
 
 
-def test_a_request_that_comes_while_the_ranks_still_import_is_kept(
+def test_a_request_to_stop_that_comes_while_ranks_import_is_kept_and_a_requeue_loses_little(
     cluster: Cluster, shards: Path, tmp_path: Path, whole: list[float]
 ) -> None:
     job = submit_by_hand(cluster, shards, tmp_path, python=IMPORTS_UNTIL_TOLD)
@@ -72,24 +58,19 @@ def test_a_request_that_comes_while_the_ranks_still_import_is_kept(
     job.wait_until(lambda: job.requeues() == 1 or job.run.done.exists())
     assert job.requeues() == 1
     assert "requeued: it was asked to stop" in job.log()
-    assert len(job.losses()) < 16
-    job.wait_for_the_end()
-    job.assert_whole(whole)
-    assert job.run.current_attempt() == 2
-
-
-def test_a_job_requeued_by_a_person_goes_on_from_the_last_checkpoint(
-    cluster: Cluster, shards: Path, tmp_path: Path, whole: list[float]
-) -> None:
-    job = submit(cluster, shards, tmp_path)
-    job.wait_until(lambda: job.saved() >= 4)
+    stopped_at, wandb_id = job.saved(), job.run.wandb_id.read_text()
+    assert stopped_at < 16
+    job.wait_until(lambda: job.saved() >= stopped_at + 4)
     saved = job.saved()
+    # By a person, without a warning.
     job.slurm("scontrol", "requeue", job.number)
     job.wait_for_the_end()
     job.assert_whole(whole)
-    assert job.first_step(2) > saved
-    # It says nothing of the run, nor of its nodes.
-    assert not job.run.failure_of(1).exists()
+    assert job.first_step(2) == stopped_at + 1
+    assert job.first_step(3) > saved
+    assert job.run.wandb_id.read_text() == wandb_id
+    # Neither says anything of the run, nor of its nodes.
+    assert not list(job.run.attempts.glob("*/failure.json"))
     assert not excluded_now(job.run)
 
 
@@ -161,8 +142,8 @@ def test_a_job_whose_second_node_dies_goes_on_with_a_spare_one(
 def test_a_job_that_hangs_until_its_time_limit_is_ended_and_goes_on(
     cluster: Cluster, shards: Path, tmp_path: Path, whole: list[float]
 ) -> None:
-    # Asked for by hand: farspan wants more time than that.
-    job = submit_by_hand(cluster, shards, tmp_path, "--time=1", "--signal=KILL@1")
+    # By hand, as farspan wants more time; and a signal that nobody heeds instead of a request.
+    job = submit_by_hand(cluster, shards, tmp_path, "--time=1", "--signal=URG@1")
     job.wait_until(lambda: job.saved() >= 4)
     os.kill(job.rank(0), signal.SIGSTOP)
     job.wait_for_the_end()

@@ -139,5 +139,5 @@ def test_what_was_never_submitted_cannot_be_submitted_again(
     with pytest.raises(UserError, match="was never submitted by farspan"):
         resubmit(run)
     run.job.write_text(json.dumps({"recipe": "tiny"}))
-    with pytest.raises(UserError, match=r"cannot be read .*submit the run again"):
+    with pytest.raises(UserError, match=r"cannot be read .*remove it, and submit"):
         resubmit(run)
