@@ -1,32 +1,39 @@
 """A data run in parts, done by processes of many machines that share its folder.
 
-    clean 1/N ... N/N  ->  deduplicate  ->  write shards 1/N ... N/N  ->  `data_pipeline.run.run`
+    clean 1/N ... N/N  ->  deduplicate  ->  write shards 1/N ... N/N  ->  finish
 
-Each step may be repeated, and does what is left of it. The last one checks all, and ends the run.
+Each step may be repeated, and does what is left of it, and `data_pipeline.run.run` does the rest at
+any time. A file is checked against its hash by each step that reads it.
 """
 
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from uuid import uuid4
 
+from data_pipeline.clean import Piece
 from data_pipeline.crawl import CRAWL_URL, Source, identify
 from data_pipeline.dedup import check_memory
+from data_pipeline.dedup.outputs import CLUSTERS
 from data_pipeline.engine import Native
 from data_pipeline.errors import DataError, file_errors
 from data_pipeline.kept import read_texts
 from data_pipeline.recipe import Recipe
 from data_pipeline.run import (
+    DOCUMENTS,
     PLANS,
     TOKENIZER,
     Progress,
     Resources,
+    RunResult,
     asked_for,
     clean,
     deduplicate_pieces,
+    finished,
     identity_file,
     no_progress,
     piece_of,
@@ -35,10 +42,11 @@ from data_pipeline.run import (
     refuse_changed,
     shards_of,
     train_tokenizer_on,
+    write_out,
 )
 from data_pipeline.run_folder import UNKNOWN, check_plan, exclusive, record_plan, shared
 from data_pipeline.shards.planned import load_plans, write_planned_shard
-from data_pipeline.stage import is_made
+from data_pipeline.stage import damage_of, is_made
 
 
 @dataclass(frozen=True)
@@ -142,15 +150,7 @@ class PartedRun:
                 record_plan(self.out, plan)
                 if (self.out / "manifest.json").exists():
                     return 0
-                pieces = [piece_of(self._work, number) for number in range(len(sources))]
-                with ThreadPoolExecutor() as pool:
-                    are_made = list(pool.map(is_made, [piece.folder for piece in pieces]))
-                missing = [number for number, made in enumerate(are_made) if not made]
-                if missing:
-                    raise DataError(
-                        f"{self.out}: {len(missing)} of {len(sources)} archives are not cleaned, "
-                        f"the first of them {sources[missing[0]].name}: clean these first"
-                    )
+                pieces = self._cleaned(sources, lambda piece: is_made(piece.folder))
                 resources = Resources(workers, memory=memory)
                 documents = deduplicate_pieces(pieces, self._work, self.recipe, resources, progress)
                 tokenizer = self.tokenizer or train_tokenizer_on(
@@ -168,17 +168,16 @@ class PartedRun:
             record_plan(self.out, self._asked_for()[1])
             if (self.out / "manifest.json").exists():
                 return 0
-            if not self._plans.exists():
-                raise DataError(
-                    f"{self.out}: its documents are not deduplicated yet, so that nobody knows its "
-                    "shards: do this first"
-                )
-            plans = load_plans(self._plans, self._work / "dedup" / "documents")
+            self._require_plans()
+            documents = self._work / "dedup" / DOCUMENTS
+            plans = load_plans(self._plans, documents)
             mine = [plans[number] for number in part.among(len(plans))]
-            tokenizer = self.tokenizer or self._work / "tokenizer" / TOKENIZER
+            self._require_sound(
+                {f"{DOCUMENTS}/{rows.file.name}" for plan in mine for rows in plan.rows}
+            )
             folder = shards_of(self._work)
             tasks = [
-                (plan, folder / plan.name, tokenizer, read_texts)
+                (plan, folder / plan.name, self._tokenizer, read_texts)
                 for plan in mine
                 if not is_made(folder / plan.name)
             ]
@@ -188,6 +187,71 @@ class PartedRun:
                 done += 1
                 progress("shards", done, len(mine))
             return len(mine)
+
+    def finish(self, workers: int = 1, progress: Progress = no_progress) -> RunResult:
+        """Write the audit, put the shards in place, and end the run.
+
+        Archives are not read again: what a part has recorded of one is what was cleaned.
+
+        Raises:
+            DataError: an archive is not cleaned yet or the documents not deduplicated, too.
+        """
+        with file_errors():
+            sources, plan = self._asked_for()
+            with exclusive(self.out):
+                record_plan(self.out, plan | {"inputs": self._identities(sources)})
+                if (self.out / "manifest.json").exists():
+                    return finished(self.out)
+                pieces = self._cleaned(sources, _has_sound_audit)
+                self._require_plans()
+                self._require_sound({CLUSTERS})
+                resources = Resources(workers)
+                return write_out(
+                    pieces, self._tokenizer, self.out, self.recipe, resources, progress
+                )
+
+    def _cleaned(self, sources: Sequence[Source], is_sound: Callable[[Piece], bool]) -> list[Piece]:
+        """The cleaned forms of all archives. Raises DataError where one is missing or damaged."""
+        pieces = [piece_of(self._work, number) for number in range(len(sources))]
+        with ThreadPoolExecutor() as pool:
+            are_sound = list(pool.map(is_sound, pieces))
+        if missing := [
+            source.name for source, ok in zip(sources, are_sound, strict=True) if not ok
+        ]:
+            raise DataError(
+                f"{self.out}: {len(missing)} of {len(sources)} archives are not cleaned, the first "
+                f"of them {missing[0]}: clean these first"
+            )
+        return pieces
+
+    def _identities(self, sources: Sequence[Source]) -> dict[str, Any]:
+        """Which contents the parts have cleaned; unknown where a run of one process has."""
+        paths = [identity_file(self._work, number) for number in range(len(sources))]
+        return {
+            source.name: json.loads(path.read_text()) if path.exists() else UNKNOWN
+            for source, path in zip(sources, paths, strict=True)
+        }
+
+    def _require_plans(self) -> None:
+        if not self._plans.exists():
+            raise DataError(
+                f"{self.out}: its documents are not deduplicated yet, so that nobody knows its "
+                "shards: do this first"
+            )
+
+    def _require_sound(self, files: set[str]) -> None:
+        """Refuse what deduplication has left if one of these files of it is damaged."""
+        if damage := damage_of(self._work / "dedup", files):
+            self._work_again(damage)
+
+    def _work_again(self, damage: str) -> NoReturn:
+        # Deduplication looks at all its files, and makes anew what is damaged.
+        shutil.rmtree(self._plans.parent, ignore_errors=True)
+        raise DataError(f"{damage}; deduplicate again, which mends it")
+
+    @property
+    def _tokenizer(self) -> Path:
+        return self.tokenizer or self._work / "tokenizer" / TOKENIZER
 
     @property
     def _work(self) -> Path:
@@ -212,6 +276,12 @@ class PartedRun:
         plans = load_plans(self._plans, Path())
         made = _names(shards_of(self._work))
         return tuple(plan.name in made for plan in plans)
+
+
+def _has_sound_audit(piece: Piece) -> bool:
+    """Whether what is left to be read of a cleaned archive is whole; else it is removed."""
+    damage = damage_of(piece.folder, (piece.audit.name, piece.summary.name))
+    return damage is None or is_made(piece.folder)
 
 
 def _names(folder: Path) -> set[str]:

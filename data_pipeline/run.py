@@ -26,6 +26,7 @@ from data_pipeline import ledger
 from data_pipeline.clean import Piece, clean_archive, get_ready, own_ids
 from data_pipeline.crawl import CRAWL_URL, Source, find_archives, identify
 from data_pipeline.dedup import check_memory, deduplicate
+from data_pipeline.dedup.outputs import CLUSTERS
 from data_pipeline.engine import NATIVE, Engine, Native, open_cluster, open_engine
 from data_pipeline.errors import DataError, file_errors
 from data_pipeline.kept import kept_files, read_sizes, read_texts
@@ -48,6 +49,7 @@ from data_pipeline.tokenize import load_tokenizer, require_vocab_size, train_tok
 
 TOKENIZER = "tokenizer.json"
 PLANS = "plans.json"
+DOCUMENTS = "documents"
 TICK_S = 0.5
 ROWS_AT_ONCE = 1 << 16
 
@@ -198,21 +200,39 @@ def _run(
     resources: Resources,
     progress: Progress,
 ) -> RunResult:
-    work = out / "work"
     if (out / "manifest.json").exists():
-        (out / GROWING).unlink(missing_ok=True)
-        shutil.rmtree(work, ignore_errors=True)
-        return _result(load_manifest(out), out, is_new=False)
+        return finished(out)
+    work = out / "work"
     pieces, documents = clean_and_deduplicate(sources, work, recipe, id_header, resources, progress)
-    _write_audit(pieces, work / "dedup" / "clusters.parquet", out / "audit")
     tokenizer = tokenizer or train_tokenizer_on(documents, work, vocab_size, progress)
+    return write_out(pieces, tokenizer, out, recipe, resources, progress)
+
+
+def finished(out: Path) -> RunResult:
+    """The run that a folder holds already."""
+    (out / GROWING).unlink(missing_ok=True)
+    shutil.rmtree(out / "work", ignore_errors=True)
+    return _result(load_manifest(out), out, is_new=False)
+
+
+def write_out(
+    pieces: Sequence[Piece],
+    tokenizer: Path,
+    out: Path,
+    recipe: Recipe,
+    resources: Resources,
+    progress: Progress,
+) -> RunResult:
+    """Write audit and shards of what is deduplicated, and end the run."""
+    work = out / "work"
+    _write_audit(pieces, work / "dedup" / CLUSTERS, out / "audit")
     funnel = ledger.funnel(out / "audit")
     extra = {
         "recipe": recipe.model_dump(mode="json"),
         "inputs": [json.loads(piece.summary.read_text()) for piece in pieces],
         "funnel": funnel,
     }
-    plans = planned_shards(documents, tokenizer, work)
+    plans = planned_shards(work / "dedup" / DOCUMENTS, tokenizer, work)
     manifest = write_planned_shards(
         plans,
         read_texts,
@@ -323,7 +343,7 @@ def deduplicate_pieces(
         signed = [piece.signed for piece in pieces]
         make_stage(finished, lambda out: deduplicate(texts, out, signed=signed, **settings))
     progress("dedup", 1, 1)
-    return finished / "documents"
+    return finished / DOCUMENTS
 
 
 def _write_audit(pieces: Sequence[Piece], clusters_file: Path, out: Path) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
@@ -69,7 +69,7 @@ def is_made(folder: Path) -> bool:
     """
     if not folder.is_dir():
         return False
-    damage = _damage(folder)
+    damage = damage_of(folder)
     if damage is None:
         return True
     print(f"warning: {damage}; it is made again", file=sys.stderr, flush=True)
@@ -77,14 +77,20 @@ def is_made(folder: Path) -> bool:
     return False
 
 
-def _damage(folder: Path) -> str | None:
+def damage_of(folder: Path, files: Collection[str] | None = None) -> str | None:
+    """What is wrong with the files of a finished stage.
+
+    Args:
+        files: the ones to look at, by their paths in it; None: all.
+    """
     try:
         own, _, listed = (folder / FILES).read_bytes().partition(b"\n")
     except FileNotFoundError:
         return f"{folder / FILES} is missing"
     if hashlib.sha256(listed).hexdigest().encode() != own:
         return f"{folder / FILES} is damaged: its sha256 is not the one that it begins with"
-    for name, sha256 in json.loads(listed).items():
+    hashes = json.loads(listed)
+    for name, sha256 in hashes.items() if files is None else [(n, hashes.get(n)) for n in files]:
         path = folder / name
         if not path.is_file():
             return f"{path} is missing"

@@ -166,11 +166,14 @@ def write_planned_shards(
     for plan, shard in zip(plans, shards, strict=False):
         occurrences += _occurrences(manifest, shard, work / plan.name)
     manifest = writer.list_shards(manifest, out, tuple(shards), occurrences)
-    tasks = [
-        (plan, work / plan.name, tokenizer, read)
-        for plan in plans[len(shards) :]
-        if not is_made(work / plan.name)
-    ]
+    left = plans[len(shards) :]
+    with ThreadPoolExecutor() as pool:
+        are_made = pool.map(is_made, [work / plan.name for plan in left])
+        tasks = [
+            (plan, work / plan.name, tokenizer, read)
+            for plan, made in zip(left, are_made, strict=True)
+            if not made
+        ]
     done = len(plans) - len(tasks)
     progress(done)
     for finished in chain((1 for _ in engine.do_each(write_planned_shard, tasks, out)), [0]):

@@ -67,7 +67,7 @@ def do_job(out: Path, stage: Stage, console: Console) -> None:
                 shards = run.write_shards(part, workers, progress)
                 print(f"{out}: wrote part {part.number}/{part.of}, {shards} shards")
             case Stage.finish:
-                report(job.run.run(out, workers, "native", progress), out, console)
+                report(run.finish(workers, progress), out, console)
     folder.done(number).touch()
     folder.starts(number).unlink(missing_ok=True)
 

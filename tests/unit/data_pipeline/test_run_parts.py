@@ -94,7 +94,7 @@ def test_a_run_does_what_parts_have_left(
 def test_every_step_in_parts_makes_the_shards_of_one_process(
     crawl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_pipeline.run.TOKENS_PER_SHARD", 20_000)
+    monkeypatch.setattr("data_pipeline.run.TOKENS_PER_SHARD", 50_000)
     recipe = load_recipe("demo")
     run([str(crawl)], tmp_path / "whole", recipe, vocab_size=600)
     out = tmp_path / "data"
@@ -110,18 +110,20 @@ def test_every_step_in_parts_makes_the_shards_of_one_process(
         parted.deduplicate()
     parted.clean(Part(3, 3))
     shards = parted.deduplicate()
-    assert shards > 5
+    assert shards >= 4
     assert parted.state() == State((True,) * FILES, (False,) * shards, is_finished=False)
     assert parted.write_shards(Part(2, 3)) == len(range(1, shards, 3))
     assert parted.state().written == tuple(number % 3 == 1 for number in range(shards))
-    run([str(crawl)], out, recipe, vocab_size=600)
+    result = parted.finish()
+    assert result.is_new
+    assert not parted.finish().is_new
     assert parted.state() == State((True,) * FILES, (), is_finished=True)
     assert contents(out) == contents(tmp_path / "whole")
     assert parted.deduplicate() == parted.write_shards(Part(1, 3)) == 0
 
 
-def test_an_archive_whose_cleaned_form_is_damaged_is_not_deduplicated(
-    crawl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_what_is_damaged_on_the_way_is_named_and_made_again(
+    crawl: Path, whole: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parted = PartedRun([str(crawl)], tmp_path / "data", load_recipe("demo"), vocab_size=600)
     parted.clean(Part(1, 1))
@@ -131,6 +133,26 @@ def test_an_archive_whose_cleaned_form_is_damaged_is_not_deduplicated(
         parted.deduplicate()
     assert "documents.parquet is damaged" in capsys.readouterr().err
     assert parted.state().cleaned == (True, True, True, False, True)
+    parted.clean(Part(4, 5))
+    shards = parted.deduplicate()
+    for name, step in (
+        ("dedup/documents/part-00001.parquet", lambda: parted.write_shards(Part(1, 1))),
+        ("dedup/clusters.parquet", parted.finish),
+    ):
+        damaged = tmp_path / "data" / "work" / name
+        damaged.write_bytes(damaged.read_bytes()[:-1])
+        with pytest.raises(DataError, match=f"{damaged} is damaged: .*; deduplicate again, which"):
+            step()
+        assert parted.state().written is None
+        assert parted.deduplicate() == shards
+    damaged = tmp_path / "data" / "work" / "pieces" / "00003" / "audit.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"1 of 5 archives are not cleaned, .*-00003"):
+        parted.finish()
+    assert parted.state().cleaned == (True, True, True, False, True)
+    parted.clean(Part(4, 5))
+    parted.finish()
+    assert contents(tmp_path / "data") == whole
 
 
 def test_parts_of_other_options_and_of_changed_archives_are_refused(
