@@ -12,6 +12,7 @@ from pretrain.errors import UserError
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Pretrain Mixture-of-Experts language models on very long contexts, "
     "from raw Common Crawl to a Hugging Face checkpoint.",
