@@ -64,7 +64,7 @@ def prepare_run(config: Config, directory: Path, allowed: Sequence[str] = ()) ->
             write_atomically(run.data, json.dumps(data, indent=1) + "\n")
             run.done.unlink(missing_ok=True)
             run.cancelled.unlink(missing_ok=True)
-            write_atomically(run.root / "versions.json", json.dumps(_versions(), indent=1) + "\n")
+            write_atomically(run.versions, json.dumps(_versions(), indent=1) + "\n")
             write_atomically(run.config, config.to_yaml())
     except OSError as error:
         raise UserError(run.explain(error)) from None

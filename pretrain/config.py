@@ -137,6 +137,7 @@ class GuardConfig(Section):
 class WandbConfig(Section):
     mode: Literal["offline", "online", "disabled"] = "offline"
     project: str = "farspan"
+    entity: str | None = Field(None, description="The user or team [the account's default].")
 
 
 class RunConfig(Section):

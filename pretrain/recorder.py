@@ -13,7 +13,8 @@ from pretrain.data_config import ShardSource
 from pretrain.guard import Rollback, Verdict
 from pretrain.ledger import Ledger, LedgerSource
 from pretrain.metrics.expert_load import DeadExperts
-from pretrain.metrics.sinks import JsonlSink, MetricsWriter, WandbSink, step_line
+from pretrain.metrics.sinks import JsonlSink, MetricsWriter, step_line
+from pretrain.metrics.wandb_sink import WandbSink
 from pretrain.numerics import numerics_of
 from pretrain.run_dir import RunDirectory, write_atomically
 from pretrain.trainer import StepResult, Trainer
@@ -36,14 +37,6 @@ class Recorder:
         self._aside = run.aside(attempt)
         self._rows = JsonlSink(run.metrics)
         self._rows.cut_back(trainer.progress.step, self._aside)
-        mirror = WandbSink(
-            run,
-            config.wandb.mode,
-            config.wandb.project,
-            run.root.name,
-            config.model_dump(mode="json"),
-        )
-        self._metrics = MetricsWriter([self._rows, mirror], fence)
         data = config.data
         self.ledger = Ledger.open(
             run.ledger,
@@ -63,6 +56,8 @@ class Recorder:
         ranks = {"ranks": dist.get_world_size(), "layout": str(trainer.layout)}
         ranks |= numerics_of(config, trainer.device)
         write_atomically(run.ranks_of(attempt), json.dumps(ranks) + "\n")
+        self._mirror = WandbSink(run, config)
+        self._metrics = MetricsWriter([self._rows, self._mirror], fence)
         self._dead_experts = DeadExperts(config.guard.window)
         self._run, self._attempt = run, attempt
         self._last_step = self._saved = trainer.progress.step
@@ -86,7 +81,9 @@ class Recorder:
         self._last_step = step
 
     def warn_of_skip(self, verdict: Verdict) -> None:
-        print(f"warning: step {self._last_step}: {verdict.reason}; batch skipped", flush=True)
+        what = f"step {self._last_step}: {verdict.reason}; batch skipped"
+        print(f"warning: {what}", flush=True)
+        self._mirror.alert("batch skipped", what)
 
     def enter_rollback(self, rollback: Rollback) -> None:
         """Enter that the run is about to go back: from here on it cannot forget to."""
@@ -108,11 +105,12 @@ class Recorder:
         self._rows.cut_back(step, self._aside)
         self._rollbacks += 1
         batches = (rollback.skip.stop - rollback.skip.first) // trainer.tokens_per_step
-        print(
-            f"warning: step {rollback.step}: {rollback.reason}; rolled back to step {step}, "
-            f"{batches} {'batch' if batches == 1 else 'batches'} will be skipped",
-            flush=True,
+        what = (
+            f"step {rollback.step}: {rollback.reason}; rolled back to step {step}, "
+            f"{batches} {'batch' if batches == 1 else 'batches'} will be skipped"
         )
+        print(f"warning: {what}", flush=True)
+        self._mirror.alert("rolled back", what)
 
     def enter_checkpoint(self, trainer: Trainer) -> None:
         """Enter the newest finished checkpoint, if it is a new one."""

@@ -137,6 +137,11 @@ class RunDirectory:
         return self.wandb / "run_id"
 
     @property
+    def wandb_step(self) -> Path:
+        """How many rows all attempts have given to W&B."""
+        return self.wandb / "rows"
+
+    @property
     def report(self) -> Path:
         return self.root / "report.html"
 
@@ -196,6 +201,11 @@ class RunDirectory:
     def saved(self) -> Path:
         """The newest checkpoint that was committed, and where."""
         return self.root / "saved.json"
+
+    @property
+    def versions(self) -> Path:
+        """Of Python, torch and farspan, and the git revision."""
+        return self.root / "versions.json"
 
     @property
     def data(self) -> Path:

@@ -1,24 +1,21 @@
-"""Where logged rows go: metrics.jsonl, the truth of a run, and W&B, its mirror."""
+"""Where logged rows go: metrics.jsonl, the truth of a run; wandb_sink.py mirrors it."""
 
 import json
 import math
 import os
-import secrets
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from pretrain.errors import UserError
 from pretrain.metrics.registry import check_names
-from pretrain.run_dir import RunDirectory, write_atomically, writing
+from pretrain.run_dir import writing
 
 Row = Mapping[str, Any]
 
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-WANDB_FINISH_TIMEOUT_S = 60.0
 
 
 class Sink(Protocol):
@@ -188,102 +185,3 @@ def _to_json(value: Any) -> Any:
 
 def _from_json(value: Any) -> Any:
     return NON_FINITE.get(value, value) if isinstance(value, str) else value
-
-
-class WandbSink:
-    """Mirrors the scalars of each row to Weights & Biases, against train/step.
-
-    One rank creates it. `offline` needs neither an account nor the network and leaves the run
-    under RUN/wandb for `wandb sync`. The run's id is kept in the run directory, so that every
-    attempt continues the same W&B run; rows after the checkpoint an attempt resumed from stand
-    there twice. A failure of W&B is reported once on stderr and ends the mirroring, never the
-    training.
-    """
-
-    def __init__(
-        self,
-        run: RunDirectory,
-        mode: Literal["offline", "online", "disabled"],
-        project: str,
-        name: str,
-        config: dict[str, Any],
-    ) -> None:
-        self._run: Any = None
-        if mode == "disabled":
-            return
-        try:
-            self._run = _start_wandb(run, mode, project, name, config)
-        except Exception as error:
-            self._give_up(error)
-
-    def write(self, row: Row) -> None:
-        if self._run is None:
-            return
-        try:
-            self._run.log({k: v for k, v in row.items() if isinstance(v, int | float)})
-        except Exception as error:
-            self._give_up(error)
-
-    def close(self) -> None:
-        if self._run is None:
-            return
-        try:
-            self._run.finish()
-        except Exception as error:
-            self._give_up(error)
-        self._run = None
-
-    def _give_up(self, error: Exception) -> None:
-        self._run = None
-        _tear_down_wandb()
-        print(f"wandb: stopped mirroring, training goes on: {error!r}", file=sys.stderr)
-
-
-def _start_wandb(
-    run: RunDirectory,
-    mode: Literal["offline", "online"],
-    project: str,
-    name: str,
-    config: dict[str, Any],
-) -> Any:
-    if mode == "offline":
-        # W&B's reports of its own errors would go over the network.
-        os.environ["WANDB_ERROR_REPORTING"] = "false"
-    import wandb
-
-    run.wandb.mkdir(parents=True, exist_ok=True)
-    wandb_run = wandb.init(
-        dir=run.root,
-        project=project,
-        name=name,
-        id=_wandb_id(run.wandb_id),
-        mode=mode,
-        resume="allow" if mode == "online" else None,
-        config=config,
-        save_code=False,
-        settings=wandb.Settings(
-            silent=True,
-            console="off",
-            finish_timeout=WANDB_FINISH_TIMEOUT_S,
-            # The command line, the environment and git remotes may hold credentials.
-            x_disable_meta=True,
-            disable_git=True,
-        ),
-    )
-    wandb_run.define_metric("train/step")
-    wandb_run.define_metric("*", step_metric="train/step")
-    return wandb_run
-
-
-def _tear_down_wandb() -> None:
-    """End W&B's service now, or its hook at exit would fail again, with a traceback."""
-    with suppress(Exception):
-        import wandb
-
-        wandb.teardown()
-
-
-def _wandb_id(path: Path) -> str:
-    if not path.exists():
-        write_atomically(path, secrets.token_hex(4))
-    return path.read_text()

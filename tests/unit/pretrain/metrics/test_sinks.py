@@ -1,15 +1,13 @@
 import json
 import math
 import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pretrain.errors import FencedError, UserError
-from pretrain.metrics.sinks import JsonlSink, MetricsWriter, WandbSink, read_metrics
+from pretrain.metrics.sinks import JsonlSink, MetricsWriter, read_metrics
 from pretrain.run_dir import RunDirectory, WriteError
 from tests.disks import files_of_at_most
 
@@ -157,97 +155,3 @@ def test_writer_refuses_unregistered_names_and_rows_without_a_step(tmp_path):
         writer.log({"train/loss": 2.0})
     writer.log({"train/step": 1})
     assert steps_in(path) == [1]
-
-
-def wandb_records(run: RunDirectory) -> list[list[dict]]:
-    """The records of each W&B fragment in the run directory, as W&B's own tool prints them."""
-    tool = Path(sys.executable).with_name("wandb")
-    fragments = sorted(run.wandb.glob("offline-run-*/*.wandb"))
-    outputs = [
-        subprocess.run(
-            [tool, "leet", "inspect", "--json", file], capture_output=True, text=True, check=True
-        ).stdout
-        for file in fragments
-    ]
-    return [[json.loads(line) for line in output.splitlines()] for output in outputs]
-
-
-@pytest.fixture
-def no_account(monkeypatch, tmp_path):
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-
-
-def test_wandb_mirrors_scalars_against_train_step(tmp_path, no_account, capfd):
-    run = RunDirectory(tmp_path / "run")
-    run.root.mkdir()
-    sink = WandbSink(run, "offline", "farspan", "test", {"train": {"steps": 2}})
-    sink.write({"train/step": 7, "train/loss": 0.1 + 0.2, "moe/load": [[0.5, 0.5]]})
-    sink.close()
-    (records,) = wandb_records(run)
-    (history,) = [r["history"]["item"] for r in records if r["type"] == "history"]
-    assert {k: v for k, v in history.items() if not k.startswith("_")} == {
-        "train/step": 7,
-        "train/loss": 0.1 + 0.2,
-    }
-    metrics = [r["metric"] for r in records if r["type"] == "metric"]
-    assert {"glob_name": "*", "step_metric": "train/step"}.items() <= metrics[1].items()
-    assert capfd.readouterr() == ("", "")
-
-
-def test_wandb_continues_the_same_run_after_a_restart(tmp_path, no_account):
-    run = RunDirectory(tmp_path / "run")
-    run.root.mkdir()
-    for step in (1, 2):
-        sink = WandbSink(run, "offline", "farspan", "test", {})
-        sink.write({"train/step": step})
-        sink.close()
-    ids = {r["run"]["run_id"] for records in wandb_records(run) for r in records if "run" in r}
-    assert ids == {(run.wandb / "run_id").read_text()}
-
-
-def test_a_full_disk_leaves_no_wandb_run_without_an_id(tmp_path, no_account, capsys):
-    run = RunDirectory(tmp_path / "run")
-    run.root.mkdir()
-    with files_of_at_most(0):
-        WandbSink(run, "offline", "farspan", "test", {})
-    assert f"{run.wandb_id} cannot be written: File too large" in capsys.readouterr().err
-    assert not run.wandb_id.exists()
-
-
-KILL_WANDB = """
-import os, signal, sys
-from pathlib import Path
-from pretrain.metrics.sinks import WandbSink
-from pretrain.run_dir import RunDirectory
-
-sink = WandbSink(RunDirectory(Path(sys.argv[1])), "offline", "farspan", "test", {})
-for children in Path("/proc/self/task").glob("*/children"):
-    for child in children.read_text().split():
-        os.kill(int(child), signal.SIGKILL)
-        os.waitpid(int(child), 0)
-for step in range(1, 50):
-    sink.write({"train/step": step})
-sink.close()
-print("trained")
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="finds W&B's process in /proc")
-def test_wandb_failure_is_reported_once_and_never_raised(tmp_path, no_account):
-    done = subprocess.run(
-        [sys.executable, "-c", KILL_WANDB, tmp_path], capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout) == (0, "trained\n")
-    # W&B may have said something itself.
-    assert done.stderr.count("wandb: stopped mirroring, training goes on") == 1
-
-
-def test_disabled_wandb_leaves_nothing(tmp_path):
-    run = RunDirectory(tmp_path)
-    sink = WandbSink(run, "disabled", "farspan", "test", {})
-    sink.write({"train/step": 1})
-    sink.close()
-    assert list(tmp_path.iterdir()) == []
