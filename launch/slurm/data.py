@@ -121,6 +121,8 @@ def submit_data_run(run: DataRun, out: Path, request: Request, console: Console)
             folder.write(job)
         for line in lines:
             say(line)
+    if request.is_dry:
+        say(f"\n{SCRIPT}:\n{SCRIPT.read_text()}")
 
 
 def steps_left(state: "State", tasks: int) -> list[Step]:

@@ -210,6 +210,19 @@ def test_jobs_get_their_words_unchanged_whatever_is_in_them(commands: Commands) 
         assert sorted(given) == sorted([*expected, "--parsable", "--export=ALL"])
 
 
+def test_a_dry_run_says_what_would_be_submitted_and_submits_nothing(commands: Commands) -> None:
+    printed = _submit(Path("data"), replace(REQUEST, is_dry=True))
+    assert "0 of 6 archives are cleaned" in printed
+    assert "ok       partition main: 1 nodes, 1 usable now; 8 CPUs a job" in printed
+    clean, dedup, shards, finish = re.findall(r"(?m)^(?:clean|dedup|shards|finish)=.*$", printed)
+    assert " --array=1-3 " in clean
+    for line, before in ((dedup, "clean"), (shards, "dedup"), (finish, "shards")):
+        assert f" --dependency=afterok:${before} --kill-on-invalid-dep=yes " in line
+    assert SCRIPT.read_text() in printed
+    assert [words[1:2] for words in commands.submitted()] == [["--test-only"]]
+    assert not Path("data").exists()
+
+
 def test_a_job_that_slurm_refuses_takes_those_before_it_along(commands: Commands) -> None:
     commands.refused.write_text("43")
     with pytest.raises(SlurmError, match="Invalid account"):
