@@ -15,7 +15,13 @@ from parallel.fsdp import local_tensor
 from parallel.mesh import Mesh
 from pretrain.build import build_mesh, build_model
 from pretrain.config import Config
-from pretrain.dry_run.assumptions import Elsewhere, drop_nothing, fake_tensors, with_all_to_all
+from pretrain.dry_run.assumptions import (
+    Elsewhere,
+    drop_nothing,
+    fake_tensors,
+    update_as_gpus_do,
+    with_all_to_all,
+)
 from pretrain.dry_run.step import Step
 from pretrain.dry_run.tracker import OTHER, WEIGHTS, StepTracker, Traffic
 from pretrain.errors import UserError
@@ -98,7 +104,10 @@ def plan_rank(config: Config, ranks: int, rank: int, *, on_gpus: bool = True) ->
             tracker.part = WEIGHTS
             for stage in parallelised.stages:
                 stage.to_empty(device=device)
-            return _plan(Step(config, layout, mesh, parallelised, tracker))
+            step = Step(config, layout, mesh, parallelised, tracker)
+            if on_gpus:
+                update_as_gpus_do(step.optimizer)
+            return _plan(step)
     finally:
         dist.destroy_process_group()
 
