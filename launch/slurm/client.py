@@ -172,8 +172,8 @@ class Slurm:
         if missing:
             raise UserError(
                 f"no Slurm on this machine: {' and '.join(missing)} not found on PATH. Log in to "
-                "the cluster's login node (or `module load slurm`), or train on this machine with "
-                "`farspan launch local RECIPE --nproc N`"
+                "the cluster's login node (or `module load slurm`), or stay on this machine: "
+                "`farspan launch local RECIPE --nproc N`, `farspan data run` without --engine"
             )
 
     def submit(
