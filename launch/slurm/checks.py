@@ -24,10 +24,15 @@ NAME_LENGTH = 200
 
 @dataclass
 class Checks:
-    """What holds of a job, and what is wrong with it."""
+    """What holds of a job, and what is wrong with it.
+
+    Attributes:
+        waits: whether nodes have to come back before it can start.
+    """
 
     holds: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    waits: bool = False
 
     def __str__(self) -> str:
         lines = [f"ok       {line}" for line in self.holds]
@@ -67,7 +72,9 @@ def check_job(
         *problems_of_container(profile),
     )
     checks.problems += [problem for problem in found if problem]
-    checks.holds.append(_describe(partition, members, profile, nodes))
+    usable = sum(node.is_usable for node in _with_features(members, profile.constraint))
+    checks.waits = usable < nodes
+    checks.holds.append(_describe(partition, len(members), usable, profile, nodes))
     for check in (
         lambda: layout_of(config, nodes, profile.ranks_per_node),
         lambda: _folders(config, directory, profile),
@@ -288,13 +295,12 @@ def refuse_mounts(folders: dict[str, Path], profile: Profile) -> None:
 
 
 def _describe(
-    partition: PartitionInfo, members: Sequence[NodeInfo], profile: Profile, nodes: int
+    partition: PartitionInfo, members: int, usable: int, profile: Profile, nodes: int
 ) -> str:
-    usable = sum(node.is_usable for node in _with_features(members, profile.constraint))
     waits = "" if usable >= nodes else ": the job waits until enough of them are"
     gpus = "no GPUs" if profile.gpus == "none" else "a GPU"
     return (
-        f"partition {partition.name}: {len(members)} nodes, {usable} usable now{waits}; "
+        f"partition {partition.name}: {members} nodes, {usable} usable now{waits}; "
         f"{nodes} x {profile.ranks_per_node} ranks, each with {profile.cpus_per_rank} CPUs, {gpus}"
     )
 

@@ -84,8 +84,10 @@ def submit_run(request: Request, dry_run: bool = False) -> None:
     )
     if problem := _problem_of_state(run, slurm):
         checks.problems.append(problem)
+    if not checks.problems:
+        _ask_slurm(run, job, checks, slurm)
     if dry_run:
-        _print_plan(run, job, checks, slurm)
+        _print_plan(run, job, checks)
     if checks.problems:
         problems = "\n".join(checks.problems)
         raise UserError(f"nothing was submitted:\n{problems}" if dry_run else problems)
@@ -193,15 +195,20 @@ def _problem_of_state(run: RunDirectory, slurm: Slurm) -> str | None:
     )
 
 
-def _print_plan(run: RunDirectory, job: Job, checks: Checks, slurm: Slurm) -> None:
-    options = options_of(run, job)
-    if not checks.problems:
-        try:
-            checks.holds.append(f"Slurm: {slurm.when_it_would_start(SCRIPT, options)}")
-        except SlurmError as error:
-            checks.problems.append(f"Slurm would refuse it: {error}")
+def _ask_slurm(run: RunDirectory, job: Job, checks: Checks, slurm: Slurm) -> None:
+    """Let Slurm check what only it knows, such as limits of an account, and submit nothing."""
+    try:
+        checks.holds.append(f"Slurm: {slurm.when_it_would_start(SCRIPT, options_of(run, job))}")
+    except SlurmError as error:
+        # While too many nodes are down it says the same of a job that it takes.
+        if checks.waits and "node configuration is not available" in str(error):
+            return
+        checks.problems.append(f"Slurm would refuse the job: {error}")
+
+
+def _print_plan(run: RunDirectory, job: Job, checks: Checks) -> None:
     print(f"{checks}\n")
-    command = ["sbatch", "--export=ALL", *options, str(SCRIPT), str(run.root)]
+    command = ["sbatch", "--export=ALL", *options_of(run, job), str(SCRIPT), str(run.root)]
     print(f"FARSPAN_PYTHON={shlex.quote(job.python)} {shlex.join(command)}\n")
     print(f"{run.job}:\n{job.model_dump_json(indent=1)}\n")
     print(f"{SCRIPT}:\n{SCRIPT.read_text()}", end="", flush=True)

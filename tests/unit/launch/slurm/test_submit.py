@@ -24,7 +24,10 @@ case "$2" in
 esac
 """
 SBATCH = """
-if [[ $1 == --test-only ]]; then echo "sbatch: Job 9 to start at once" >&2; exit; fi
+if [[ $1 == --test-only ]]; then
+  echo "${REFUSAL:-sbatch: Job 9 to start at once}" >&2
+  exit ${REFUSAL:+1}
+fi
 printf "%s\\0" "$FARSPAN_PYTHON" "$@" >"$SUBMITTED"
 echo 42
 """
@@ -130,6 +133,27 @@ def test_a_run_directory_that_the_nodes_do_not_see(
     with pytest.raises(UserError, match="the run directory is not on a shared file system"):
         submit_run(request(shards, tmp_path, profile="generic"))
     assert not submitted()
+
+
+def test_what_slurm_itself_would_refuse(
+    submitted: Callable[[], list[str]],
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("REFUSAL", "allocation failure: Invalid qos specification")
+    with pytest.raises(UserError, match=r"Slurm would refuse the job: .*Invalid qos"):
+        submit_run(request(shards, tmp_path))
+    assert not submitted()
+    assert not (tmp_path / "run").exists()
+    # As it says of a job that asks for more than there is, and of one whose nodes are down.
+    monkeypatch.setenv("REFUSAL", "Requested node configuration is not available")
+    with pytest.raises(UserError, match="Slurm would refuse the job"):
+        submit_run(request(shards, tmp_path))
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.write_text(scontrol.read_text().replace("State=IDLE", "State=DOWN*"))
+    submit_run(request(shards, tmp_path))
+    assert submitted()
 
 
 def test_what_was_never_submitted_cannot_be_submitted_again(
