@@ -109,7 +109,8 @@ def test_a_run_is_cancelled_resubmitted_and_followed_over_a_requeue(
     assert (cancelled["state"], cancelled["attempt"]) == ("cancelled", 1)
     assert cancelled["checkpoint"] == cancelled["step"] >= 2
     assert (ranks_of(run), cluster.call("squeue", "--noheader")) == ([], "")
-    assert "cancelled; `farspan launch resubmit" in farspan.run("logs", str(run.root), "--job")
+    log = farspan.run("logs", str(run.root), "--job")
+    assert re.search("^cancelled by .*; `farspan launch resubmit", log, re.MULTILINE)
 
     assert "resubmitted job" in farspan.run("resubmit", str(run.root))
     third = newest_job(run)
