@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from launch import data, launch
+from launch import data, launch, wandb
 from pretrain.errors import UserError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.add_typer(launch.app, name="launch")
+app.add_typer(wandb.app, name="wandb")
 
 Recipe = Annotated[str, typer.Argument(help="A shipped recipe or the path of a .yaml file.")]
 Overrides = Annotated[

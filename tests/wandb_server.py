@@ -60,8 +60,7 @@ class WandbServer:
         self.refuse: Callable[[str, bytes], int | None] = lambda path, body: None
         self.lock = Lock()
         handler = type("Handler", (_Handler,), {"state": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     @contextmanager
@@ -173,7 +172,8 @@ class WandbServer:
             return {"project": {"run": None}}
         more = {
             "projectId": 1,
-            **dict.fromkeys(("sweepName", "group", "jobType", "commit", "notes", "user")),
+            **dict.fromkeys(("sweepName", "group", "jobType", "commit", "notes")),
+            "user": {"name": "lab", "username": "lab"},
             "tags": [],
             "state": "finished",
             "readOnly": False,
@@ -213,6 +213,13 @@ class WandbServer:
 def _project(asked: dict[str, Any]) -> dict[str, Any]:
     entity = {"id": "e", "name": asked.get("entity") or "lab"}
     return {"id": "p", "name": asked.get("project") or "farspan", "entity": entity}
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing: clients that are killed reset their connections."""
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -73,7 +73,7 @@ class JsonlSink:
         try:
             line = json.dumps(row, allow_nan=False)
         except ValueError:
-            line = json.dumps(_map_numbers(row, _to_json))
+            line = json.dumps(_map_numbers(row, to_json))
         with writing(self.path):
             try:
                 self._append(line.encode() + b"\n")
@@ -177,7 +177,8 @@ def _map_numbers(value: Any, change: Callable[[Any], Any]) -> Any:
     return change(value)
 
 
-def _to_json(value: Any) -> Any:
+def to_json(value: Any) -> Any:
+    """A number that is not finite as the string that stands for it in JSON."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

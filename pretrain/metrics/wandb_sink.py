@@ -98,14 +98,16 @@ class Mirror:
     def __init__(self, run: RunDirectory, wandb_run: Any) -> None:
         self._run = wandb_run
         self._numbers = os.open(run.wandb_step, os.O_RDWR | os.O_CREAT, 0o666)
-        last = int(os.pread(self._numbers, STEP_DIGITS, 0) or 0)
-        self._next = max(last, wandb_run.step)
+        self._next = wandb_run.step
 
     def log(self, values: Mapping[str, int | float]) -> None:
-        self._next += 1
+        # `farspan wandb sync` may have taken some since the row before.
+        taken = int(os.pread(self._numbers, STEP_DIGITS, 0) or 0)
+        number = max(self._next, taken)
+        self._next = number + 1
         # In one write: a number is never half there.
         os.pwrite(self._numbers, f"{self._next:0{STEP_DIGITS}d}".encode(), 0)
-        self._run.log(dict(values), step=self._next - 1, commit=True)
+        self._run.log(dict(values), step=number, commit=True)
 
     def alert(self, title: str, text: str) -> None:
         self._run.alert(title, text, "WARN")

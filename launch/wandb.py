@@ -1,0 +1,28 @@
+"""`farspan wandb`: send a run to Weights & Biases, and the dashboards that show it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Send runs and dashboards to Weights & Biases.")
+
+
+@app.command()
+def sync(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.")],
+    wait: Annotated[
+        float, typer.Option(min=0, help="Seconds that W&B may take to show what it was sent.")
+    ] = 30.0,
+) -> None:
+    """Send what W&B does not have of a run, and verify that each row of metrics.jsonl arrived.
+
+    Safe to repeat, and while the run trains offline. The key is that of WANDB_API_KEY or
+    `wandb login`.
+
+    Exit codes: 0 W&B has every row, 1 it has not, 2 a mistake in what was asked for.
+    """
+    from launch.wandb_sync import sync_run
+
+    if not sync_run(run, wait):
+        raise typer.Exit(1)

@@ -1,0 +1,254 @@
+"""`farspan wandb sync`: sends W&B what it does not have of a run, and verifies that it arrived.
+
+`wandb sync` of a list of fragments uploads none of them, and exits with 0, if one was torn by a
+kill. So each is sent by itself, then W&B is asked for its rows, and those of metrics.jsonl that it
+does not have are sent from there.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from launch.run_state import read_state
+from launch.starters import slurm_here
+from pretrain.config import Config, read_run_config
+from pretrain.errors import TrainingError, UserError
+from pretrain.metrics.sinks import read_metrics, to_json
+from pretrain.metrics.wandb_sink import Mirror, has_key, scalars, start_wandb, wandb_id
+from pretrain.run_dir import RunDirectory
+
+ANSWER_TIMEOUT_S = 30
+FIRST_POLL_S, LONGEST_POLL_S = 0.5, 8.0
+FRAGMENT_TIMEOUT_S = 3600.0
+NAMED_AT_MOST = 8
+# W&B's own retries last for hours.
+RETRIES = {"GRAPHQL": 4, "FILE_STREAM": 4, "FILE_TRANSFER": 4}
+# States in which rank 0 may be adding to the newest fragment.
+WRITING = ("running", "cancelling", "ending")
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """How metrics.jsonl and W&B differ.
+
+    Attributes:
+        rows: of metrics.jsonl.
+        missing: the steps whose row W&B does not have, or has with other values.
+        undone: steps that W&B has and metrics.jsonl has not: a rollback or a kill undid them.
+    """
+
+    rows: int
+    missing: tuple[int, ...]
+    undone: int
+
+
+class WandbHistory:
+    """The rows that a W&B server has of a run.
+
+    Raises: UserError, there is no key; TrainingError, the server does not answer.
+    """
+
+    def __init__(self, config: Config, name: str) -> None:
+        api = connect()
+        self._owner = f"{config.wandb.entity or api.default_entity}/{config.wandb.project}"
+        self._name = name
+        self._api = api
+
+    def latest(self) -> dict[int, int]:
+        """The digest of the last row of each step."""
+        return {int(row["train/step"]): digest(row) for row in self._rows() if "train/step" in row}
+
+    def url(self) -> str:
+        import wandb
+
+        return f"{wandb.setup().settings.app_url}/{self._owner}/runs/{self._name}"
+
+    def _rows(self) -> Iterator[Mapping[str, Any]]:
+        from wandb.apis.public.runs import RunNotFoundError
+        from wandb.errors import CommError
+
+        try:
+            self._api.flush()
+            yield from self._api.run(f"{self._owner}/{self._name}").scan_history(use_cache=False)
+        except CommError as error:
+            if isinstance(error.exc, RunNotFoundError):
+                return
+            raise TrainingError(f"W&B does not say what it has of {self.url()}: {error}") from error
+
+
+def connect() -> Any:
+    """W&B's API with the key of this account.
+
+    Raises:
+        UserError: no key.
+        TrainingError: no answer.
+    """
+    import wandb
+
+    if not has_key():
+        raise UserError(
+            "there is no W&B API key: set WANDB_API_KEY, or run `wandb login`; another server than "
+            "W&B's own is named by WANDB_BASE_URL"
+        )
+    try:
+        api = wandb.Api(timeout=ANSWER_TIMEOUT_S)
+        # The first thing that is asked of the server.
+        if not api.default_entity:
+            raise UserError("W&B knows no account with this API key: `wandb login --relogin`")
+    except (wandb.errors.Error, ValueError, OSError) as error:
+        host = wandb.setup().settings.base_url
+        raise TrainingError(f"the W&B server {host} does not answer: {error}") from error
+    return api
+
+
+def digest(row: Mapping[str, Any]) -> int:
+    """Equal for rows with the same scalars, whatever W&B adds to them."""
+    mirrored = (
+        (name, to_json(value))
+        for name, value in row.items()
+        if isinstance(value, int | float | str) and not name.startswith("_")
+    )
+    return hash(frozenset(mirrored))
+
+
+def sync_run(directory: Path, wait_s: float) -> bool:
+    """Send what W&B lacks of a run, and print what was sent.
+
+    Args:
+        wait_s: how long W&B may take to show what it was sent.
+
+    Returns:
+        Whether W&B has each row of metrics.jsonl.
+
+    Raises:
+        UserError: no run, no key, or a run that is being trained online.
+        TrainingError: the server does not answer.
+    """
+    run = RunDirectory(directory.resolve())
+    config = read_run_config(run)
+    if not run.metrics.exists():
+        raise UserError(f"{run.root} has no metrics.jsonl yet: nothing was logged")
+    os.environ.update({f"WANDB__{name}_RETRY_MAX": str(n) for name, n in RETRIES.items()})
+    # Of the command, not of the run that it sends.
+    os.environ.pop("WANDB_MODE", None)
+    written = fragment_being_written(run)
+    run.wandb.mkdir(exist_ok=True)
+    history = WandbHistory(config, wandb_id(run.wandb_id))
+    for fragment in unsent_fragments(run):
+        if fragment != written:
+            send_fragment(fragment)
+    found = compare(run, history, wait_s)
+    if found.missing:
+        print(f"W&B lacks {len(found.missing)} of {found.rows:,} rows: {steps_text(found.missing)}")
+        send_rows(run, config, set(found.missing))
+        found = compare(run, history, wait_s)
+    if found.undone:
+        print(f"W&B also has {found.undone} steps that were undone by a kill or a rollback")
+    if found.missing:
+        print(f"still missing, say it again later: {steps_text(found.missing)}")
+        return False
+    print(f"all {found.rows:,} rows of metrics.jsonl are at {history.url()}")
+    return True
+
+
+def fragment_being_written(run: RunDirectory) -> Path | None:
+    """The file that rank 0 of a run adds to now; it is sent once its attempt is over.
+
+    Raises UserError: W&B gets the rows from rank 0 itself, and two writers would mix them up.
+    """
+    files = sorted(run.wandb.glob("*run-*/run-*.wandb"), key=lambda file: started(file.parent))
+    if not files or read_state(run, slurm_here()).state not in WRITING:
+        return None
+    if not files[-1].parent.name.startswith("offline-"):
+        raise UserError(
+            f"{run.root} is being trained with wandb.mode=online, and sends its rows itself: sync "
+            "it when it has ended or stopped"
+        )
+    return files[-1]
+
+
+def started(folder: Path) -> str:
+    """When a W&B folder was made, from its name: offline-run-20261127_120000-ID."""
+    return folder.name.rpartition("run-")[2]
+
+
+def unsent_fragments(run: RunDirectory) -> list[Path]:
+    """Files of attempts that were mirrored offline, the oldest first."""
+    files = sorted(run.wandb.glob("offline-run-*/run-*.wandb"))
+    return [file for file in files if not file.with_name(f"{file.name}.synced").exists()]
+
+
+def send_fragment(file: Path) -> None:
+    """Let W&B's own command send what an attempt has left: rows, alerts, load of the machine."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "wandb", "sync", str(file.parent)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=FRAGMENT_TIMEOUT_S,
+            check=False,
+        )
+        is_sent = file.with_name(f"{file.name}.synced").exists()
+        why = (done.stdout.strip().splitlines() or ["it says nothing"])[-1]
+    except subprocess.TimeoutExpired:
+        is_sent, why = False, f"it took more than {FRAGMENT_TIMEOUT_S:.0f} s"
+    outcome = "sent" if is_sent else f"not sent as a whole: {why}"
+    print(f"{file.parent.name}: {outcome}", flush=True)
+
+
+def compare(run: RunDirectory, history: WandbHistory, wait_s: float) -> Arrival:
+    """How W&B differs from metrics.jsonl, once it has nothing missing or the wait is over."""
+    pause, deadline = FIRST_POLL_S, time.monotonic() + wait_s
+    while True:
+        found = compare_now(run, history)
+        if not found.missing or time.monotonic() + pause > deadline:
+            return found
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_POLL_S)
+
+
+def compare_now(run: RunDirectory, history: WandbHistory) -> Arrival:
+    # In this order: a live run adds to both.
+    rows = list(rows_of(run))
+    latest = history.latest()
+    missing = tuple(step for step, of_row in rows if latest.get(step) != of_row)
+    return Arrival(len(rows), missing, len(latest.keys() - {step for step, _ in rows}))
+
+
+def rows_of(run: RunDirectory) -> Iterator[tuple[int, int]]:
+    for row in read_metrics(run.metrics):
+        yield int(row["train/step"]), digest(scalars(row))
+
+
+def send_rows(run: RunDirectory, config: Config, steps: set[int]) -> None:
+    """Send the rows of some steps from metrics.jsonl.
+
+    Raises TrainingError: W&B does not let the run go on.
+    """
+    import wandb
+
+    try:
+        mirror = Mirror(run, start_wandb(run, config, "online", x_disable_stats=True))
+        for row in read_metrics(run.metrics):
+            if row["train/step"] in steps:
+                mirror.log(scalars(row))
+        mirror.finish()
+    except (wandb.errors.Error, OSError) as error:
+        raise TrainingError(f"W&B does not take rows: {error}") from error
+
+
+def steps_text(steps: tuple[int, ...]) -> str:
+    """As in `steps 3-5, 9`."""
+    ends = [number for number, (a, b) in enumerate(pairwise(steps), start=1) if b != a + 1]
+    spans = [steps[a:b] for a, b in pairwise([0, *ends, len(steps)])]
+    named = [f"{span[0]}-{span[-1]}" if len(span) > 1 else f"{span[0]}" for span in spans]
+    more = f" and {len(named) - NAMED_AT_MOST} more spans" if len(named) > NAMED_AT_MOST else ""
+    return f"steps {', '.join(named[:NAMED_AT_MOST])}{more}"
