@@ -9,17 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-REPEATS = 5
+from pretrain.metrics.peaks import peak_by_name
 
-# Dense bf16 operations per second, from the data sheets; the first name that fits.
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-}
+REPEATS = 5
 
 
 @dataclass(frozen=True)
@@ -36,7 +28,7 @@ class Machine:
 
     @property
     def peak_flops(self) -> float | None:
-        return next((peak for name, peak in PEAK_FLOPS.items() if name in self.name), None)
+        return peak_by_name(self.name, torch.bfloat16)
 
     def versions(self) -> str:
         """Of what its numbers depend on."""

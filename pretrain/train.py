@@ -31,6 +31,7 @@ from pretrain.errors import (
 )
 from pretrain.guard import Verdict
 from pretrain.metrics.expert_load import summarise_load
+from pretrain.metrics.utilization import peak_of_device, utilization
 from pretrain.numerics import numerics_of
 from pretrain.recorder import Recorder
 from pretrain.run_dir import ATTEMPT_VARIABLE, NO_ROOM, RunDirectory
@@ -174,6 +175,14 @@ def metrics_row(trainer: Trainer, result: StepResult, lr: float, seconds: float)
         "perf/step_s": seconds,
         "perf/data_wait_s": result.data_wait_s,
         **summarise_load(measured.expert_counts, measured.dropped),
+        **utilization(
+            trainer.config,
+            trainer.plan,
+            float(measured.dropped.sum()),
+            seconds,
+            dist.get_world_size(),
+            peak_of_device(trainer.config, trainer.device),
+        ),
     }
 
 

@@ -116,6 +116,39 @@ DEFINITIONS: tuple[Metric, ...] = (
         "pretrain/trainer.py",
     ),
     Metric(
+        "perf/tflops_per_device",
+        "TFLOP/s",
+        "model FLOP of the step / (perf/step_s * devices)",
+        "Model FLOP: 2 m k n for each product of [m, k] and [k, n], forward and backward: "
+        "projections, router, the model.moe.top_k chosen experts of each token (less what was "
+        "dropped), shared expert and output embedding, 6 for each active weight and token; "
+        "attention, 12 * n_heads * head_dim for each pair of a query and a key that it sees, in "
+        "the documents of this batch, each pair once; the gated delta net, the products of its "
+        "chunks and of their gradients. Element-wise work and the embedding lookup are left out.",
+        "rank 0",
+        "pretrain/metrics/utilization.py",
+    ),
+    Metric(
+        "perf/mfu",
+        "share",
+        "perf/tflops_per_device / the device's dense peak in train.dtype",
+        "Model FLOPs utilization. The peak is that of the data sheet, for GPUs that are known by "
+        "name, or train.peak_tflops; on other devices there is no such number. In float32 it is "
+        "the peak without tensor cores.",
+        "rank 0",
+        "pretrain/metrics/utilization.py",
+    ),
+    Metric(
+        "perf/hfu",
+        "share",
+        "(model FLOP + FLOP computed again) / (perf/step_s * devices * peak)",
+        "Hardware FLOPs utilization: perf/mfu and what activation recompute, tiles, the first pass "
+        "over segments, and the backward passes of attention and gated delta net compute again. "
+        "Padding and the kernels of other libraries may compute more.",
+        "rank 0",
+        "pretrain/metrics/utilization.py",
+    ),
+    Metric(
         "perf/slowest_rank",
         "rank",
         "argmax over ranks of the time per step outside of collectives, since the last report",
