@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from launch.data_run import DataRun
+from launch.data_run import DataRun, report
 from launch.slurm.checks import Checks
 from launch.slurm.client import JobInfo, Slurm, SlurmError
 from launch.slurm.data_checks import check_data_jobs
@@ -88,7 +88,8 @@ def submit_data_run(run: DataRun, out: Path, request: Request, console: Console)
     slurm = Slurm()
     folder = JobFolder(out.resolve())
     run.memory_bytes()
-    state = run.parted(out).state()
+    parted = run.parted(out)
+    state = parted.state()
     tasks = min(request.tasks, len(state.cleaned))
     checks = check_data_jobs(
         slurm, profile, run, folder.out, tasks=tasks, workers=request.workers, time=request.time
@@ -101,7 +102,7 @@ def submit_data_run(run: DataRun, out: Path, request: Request, console: Console)
         say(line)
     steps = steps_left(state, tasks)
     if not steps:
-        say(f"{out} is finished already: same inputs, same options")
+        report(parted.finish(), out, console)
         return
     options = [_options(step, profile, request, folder) for step in steps]
     if request.is_dry:

@@ -91,7 +91,7 @@ class JobFolder:
 
     def job_name(self, stage: Stage) -> str:
         """In Slurm's queue; no other folder's jobs have it."""
-        name = re.sub(r"[^\w.+-]+", "-", self.out.name)[:NAME_LENGTH]
+        name = re.sub(r"[^A-Za-z0-9_.+-]+", "-", self.out.name)[:NAME_LENGTH]
         folder = hashlib.sha256(os.fsencode(self.out)).hexdigest()[:HASH_LENGTH]
         return f"{stage}-{name}-{folder}"
 

@@ -360,6 +360,14 @@ def test_a_job_that_finishes_nothing_is_given_up(tmp_path: Path) -> None:
         count_start(path, 1)
 
 
+def test_without_slurm_it_is_said_what_works_here(
+    commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match=r"no Slurm .* `farspan data run` without --engine"):
+        _submit(Path("data"))
+
+
 def test_options_of_slurm_belong_to_it() -> None:
     for options in (["--tasks", "3"], ["--profile", "generic"], ["--time", "90"], ["--dry-run"]):
         done = CliRunner().invoke(app, ["data", "run", "crawl", "--out", "data", *options])
