@@ -22,7 +22,7 @@ from launch.cancelled import mark_cancelled, read_cancelled
 from launch.causes import Cause, find_cause
 from launch.failures import Failure, judge, note_failure, read_failure
 from launch.slurm.begin import catch_up
-from launch.slurm.client import PATIENCE_OF_JOBS_S, JobInfo, Slurm, SlurmError
+from launch.slurm.client import OVER, PATIENCE_OF_JOBS_S, JobInfo, Slurm, SlurmError
 from launch.slurm.excludes import learn
 from launch.slurm.job import read_job
 from launch.slurm.profile import Profile
@@ -85,7 +85,7 @@ def end(run: RunDirectory, code: int, slurm: Slurm) -> int:
 
 def end_of(start: Start, job: JobInfo | None) -> End:
     """How a start has ended. While its processes end Slurm calls all jobs alike, COMPLETING."""
-    if job is None or job.state == "RUNNING":
+    if job is None or job.state not in ("COMPLETING", "PENDING", *OVER):
         return End.by_itself
     if job.restarts > start.restart or job.state == "PENDING":
         return End.requeued

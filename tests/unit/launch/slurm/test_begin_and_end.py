@@ -75,6 +75,7 @@ def test_how_a_start_has_ended() -> None:
     now = datetime.now(UTC)
     minute_ago = now - timedelta(seconds=60)
     assert end_of(START, job(state="RUNNING")) is End.by_itself
+    assert end_of(START, job(state="RESIZING")) is End.by_itself
     assert end_of(START, None) is End.by_itself
     # Slurm calls a job COMPLETING in all of these.
     assert end_of(START, job(restarts=2)) is End.requeued
