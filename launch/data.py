@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Make token shards from web archives.")
 console = Console()
 SLURM = "slurm"
+UNDER_SLURM = "With --engine slurm"
 
 
 class Mode(StrEnum):
@@ -74,7 +75,7 @@ Engine = Annotated[
 ]
 RunEngine = Annotated[
     str,
-    typer.Option(help="What reads texts: native (--workers), ray, ray=ADDRESS; slurm: jobs."),
+    typer.Option(help="What does it: native (--workers), ray, ray=ADDRESS; slurm submits jobs."),
 ]
 IdHeader = Annotated[str, typer.Option(help="WARC header that holds a document's id.")]
 
@@ -84,7 +85,7 @@ def run(
     inputs: Archives,
     out: Annotated[Path, typer.Option(help="Folder to fill; a killed run continues there.")],
     recipe: Annotated[str, typer.Option(help="A shipped recipe or a .yaml file.")] = "c4-gopher",
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, of each job under Slurm.")] = 1,
     engine: RunEngine = "native",
     memory: Memory = None,
     task: Annotated[
@@ -97,26 +98,36 @@ def run(
     ] = None,
     tasks: Annotated[
         int | None,
-        typer.Option(min=1, help="With --engine slurm: jobs that clean, and that write shards."),
+        typer.Option(
+            min=1, rich_help_panel=UNDER_SLURM, help="Jobs that clean, and that write shards."
+        ),
     ] = None,
     profile: Annotated[
         str | None,
-        typer.Option(help="With --engine slurm: the site, by name or .yaml file (generic)."),
+        typer.Option(
+            rich_help_panel=UNDER_SLURM, help="The site, by name or .yaml file (default: generic)."
+        ),
     ] = None,
     time: Annotated[
         str | None,
-        typer.Option(help="With --engine slurm: limit of a job, as in 12:00:00 (the profile's)."),
+        typer.Option(
+            rich_help_panel=UNDER_SLURM, help="Limit of a job, as in 12:00:00 (the profile's)."
+        ),
     ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="With --engine slurm: print what is left and would be submitted."
+            "--dry-run",
+            rich_help_panel=UNDER_SLURM,
+            help="Print what is left and would be submitted.",
         ),
     ] = False,
     prepare_only: Annotated[
         bool,
         typer.Option(
-            "--prepare-only", help="With --engine slurm: leave it to you to submit the jobs."
+            "--prepare-only",
+            rich_help_panel=UNDER_SLURM,
+            help="Leave it to you to submit the jobs.",
         ),
     ] = False,
     id_header: IdHeader = "WARC-Record-ID",
@@ -153,6 +164,8 @@ def run(
         request = Request(tasks, workers, profile, time, dry_run, prepare_only)
         submit_data_run(asked, out, request, console)
         return
+    if engine.partition("=")[0] not in ("native", "ray"):
+        raise UserError(f"--engine {engine}: must be native, ray, ray=ADDRESS or slurm")
     if not (tasks is profile is time is None) or dry_run or prepare_only:
         raise UserError(
             "--tasks, --profile, --time, --dry-run and --prepare-only belong to --engine slurm"

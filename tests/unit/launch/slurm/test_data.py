@@ -369,6 +369,8 @@ def test_without_slurm_it_is_said_what_works_here(
 
 
 def test_options_of_slurm_belong_to_it() -> None:
+    done = CliRunner().invoke(app, ["data", "run", "crawl", "--out", "data", "--engine", "slrum"])
+    assert str(done.exception) == "--engine slrum: must be native, ray, ray=ADDRESS or slurm"
     for options in (["--tasks", "3"], ["--profile", "generic"], ["--time", "90"], ["--dry-run"]):
         done = CliRunner().invoke(app, ["data", "run", "crawl", "--out", "data", *options])
         assert isinstance(done.exception, UserError)
