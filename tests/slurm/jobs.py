@@ -99,10 +99,12 @@ class Job:
         raise AssertionError(f"rank {number} does not run\n{self.log()}")
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Raises AssertionError where the job ends before, or after far too long."""
         deadline = time.monotonic() + TIMEOUT_S
         while not condition():
-            assert time.monotonic() < deadline, self.log()
-            time.sleep(0.1)
+            is_in_vain = time.monotonic() > deadline or self.has_ended()
+            assert not is_in_vain or condition(), self.log()
+            time.sleep(0.2)
 
     def wait_for_the_end(self) -> None:
         """Until the run is done, and Slurm knows it."""

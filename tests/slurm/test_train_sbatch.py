@@ -139,32 +139,31 @@ def test_a_job_whose_second_node_dies_goes_on_with_a_spare_one(
     assert job.failure(1)["node"] == dead
 
 
-def test_a_job_that_hangs_until_its_time_limit_is_ended_and_goes_on(
+def test_jobs_that_hang_are_ended_by_the_watchdog_or_at_their_time_limit_and_go_on(
     cluster: Cluster, shards: Path, tmp_path: Path, whole: list[float]
 ) -> None:
+    (tmp_path / "watched").mkdir()
+    (tmp_path / "limited").mkdir()
+    watched = submit(cluster, shards, tmp_path / "watched", "train.hang_timeout_s=5")
     # By hand, as farspan wants more time; and a signal that nobody heeds instead of a request.
-    job = submit_by_hand(cluster, shards, tmp_path, "--time=1", "--signal=URG@1")
-    job.wait_until(lambda: job.saved() >= 4)
-    os.kill(job.rank(0), signal.SIGSTOP)
-    job.wait_for_the_end()
-    job.assert_whole(whole)
-    assert job.requeues() == 1
-    assert "time limit" in job.failure(1)["error"]
-
-
-def test_a_rank_that_hangs_is_ended_and_its_node_avoided(
-    cluster: Cluster, shards: Path, tmp_path: Path, whole: list[float]
-) -> None:
-    job = submit(cluster, shards, tmp_path, "train.hang_timeout_s=5")
-    job.wait_until(lambda: job.saved() >= 4)
-    stopped, node = job.rank(1), job.nodes()[1]
-    os.kill(stopped, signal.SIGSTOP)
-    job.wait_for_the_end()
-    job.assert_whole(whole)
-    assert "does not answer" in job.failure(1)["error"]
-    assert [entry.node for entry in excluded_now(job.run)] == [node]
-    assert node not in job.nodes()
-    assert not Path(f"/proc/{stopped}").exists()
+    limits = ["--time=2", "--signal=URG@1"]
+    limited = submit_by_hand(cluster, shards, tmp_path / "limited", *limits)
+    stopped = []
+    for job in (limited, watched):
+        job.wait_until(lambda job=job: job.saved() >= 4)
+        stopped.append(job.rank(1))
+        os.kill(stopped[-1], signal.SIGSTOP)
+    node = watched.nodes()[1]
+    for job in (limited, watched):
+        job.wait_for_the_end()
+        job.assert_whole(whole)
+    assert limited.requeues() >= 1
+    assert watched.requeues() == 1
+    assert "time limit" in limited.failure(1)["error"]
+    assert "does not answer" in watched.failure(1)["error"]
+    assert [entry.node for entry in excluded_now(watched.run)] == [node]
+    assert node not in watched.nodes()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in stopped)
 
 
 def test_a_mistake_is_not_made_again(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
