@@ -1,6 +1,7 @@
 """How a start of a job finds out where it is and how it has ended."""
 
 import json
+import signal
 import socket
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,9 +16,11 @@ from launch.failures import note_failure, read_failure
 from launch.slurm import begin
 from launch.slurm.client import JobInfo, NodeInfo, Slurm
 from launch.slurm.end import End, codes_of_ranks, end_of, note_end
-from launch.slurm.excludes import excluded_now
+from launch.slurm.excludes import exclude, excluded_now
 from launch.slurm.profile import Profile
+from launch.slurm.requeue import avoid_excluded
 from launch.slurm.start import Start, attempt_of, start_of, tasks_per_node
+from pretrain.config import load_config
 from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory
 
@@ -25,10 +28,29 @@ START = Start("7", 1, "gpu", ("n1", "n2"), (2, 2), "2026-11-27T10:00:00+00:00")
 
 
 class Nodes(Slurm):
-    """A Slurm that knows nodes, and nothing else."""
+    """A Slurm that knows nodes and one job, and notes what is done to that.
 
-    def __init__(self, nodes: Sequence[NodeInfo]) -> None:
+    Attributes:
+        avoided: what it was told to keep the job from, each time.
+    """
+
+    def __init__(self, nodes: Sequence[NodeInfo], job: JobInfo | None = None) -> None:
         self._nodes = nodes
+        self._job = job
+        self.requeued: list[str] = []
+        self.avoided: list[list[str]] = []
+
+    def requeue(self, job: str) -> None:
+        self.requeued.append(job)
+
+    def avoid(self, job: str, nodes: Sequence[str]) -> None:
+        self.avoided.append(list(nodes))
+
+    def job(self, job: str) -> JobInfo | None:
+        return self._job
+
+    def hostnames(self, nodes: str) -> tuple[str, ...]:
+        return tuple(nodes.split(","))
 
     def nodes(self, names: str | None = None) -> list[NodeInfo]:
         return [node for node in self._nodes if names is None or node.name in names.split(",")]
@@ -204,3 +226,83 @@ def test_each_attempt_has_a_port_of_its_own_that_is_free(monkeypatch: pytest.Mon
         taken.bind(("", first))
         taken.listen()
         assert begin.rendezvous(START, Nodes([]))[1] == first + 1
+
+
+@pytest.fixture
+def on_n1_and_n2(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch script of job 7, after one requeue, on nodes n1 and n2; its run is prepared."""
+    run.config.write_text(load_config("tiny").to_yaml())
+    for name, value in {
+        "SLURM_JOB_ID": "7",
+        "SLURM_RESTART_COUNT": "1",
+        "SLURM_JOB_PARTITION": "gpu",
+        "SLURM_JOB_NODELIST": "n1,n2",
+        "SLURM_TASKS_PER_NODE": "1(x2)",
+    }.items():
+        monkeypatch.setenv(name, value)
+    addresses(monkeypatch, {"n1": "10.9.9.9"})
+    # What keeps a start alive that goes back to the queue.
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+
+
+def three_nodes() -> list[NodeInfo]:
+    return [NodeInfo(name=f"n{i}", state="IDLE", partitions=("gpu",)) for i in (1, 2, 3)]
+
+
+@pytest.mark.usefixtures("on_n1_and_n2")
+def test_a_start_on_a_node_that_is_avoided_goes_back_to_the_queue(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    exclude(run, "n2", "it is broken", 3600)
+    slurm = Nodes(three_nodes(), job(excluded=("mine",)))
+    begin.begin(run, tmp_path, slurm)
+    assert not (tmp_path / "command").exists()
+    assert (slurm.requeued, slurm.avoided) == (["7"], [["mine", "n2"]])
+    assert not run.all_attempts()
+
+
+@pytest.mark.usefixtures("on_n1_and_n2")
+def test_a_node_is_used_again_where_there_are_too_few_others(
+    run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exclude(run, "n2", "it is broken", 3600)
+    slurm = Nodes(three_nodes()[:2], job())
+    begin.begin(run, tmp_path, slurm)
+    assert (tmp_path / "command").exists()
+    assert not slurm.requeued
+    assert "n2 is used again, there are too few others: it is broken" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("on_n1_and_n2")
+def test_a_job_that_gets_such_nodes_again_and_again_uses_them(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exclude(run, "n2", "it is broken", 3600)
+    begun(run, replace(START, restart=0))
+    # It has stopped and is in the queue; no node is to blame for that.
+    run.stopped.write_text(json.dumps({"step": 3, "attempt": 1}))
+    slurm = Nodes(three_nodes(), job())
+    for restart in (1, 2, 3, 4):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        begin.begin(run, tmp_path, slurm)
+    assert len(slurm.requeued) == begin.AVOIDED_TIMES
+    assert (tmp_path / "command").exists()
+
+
+@pytest.mark.usefixtures("on_n1_and_n2")
+def test_what_has_been_given_up_is_not_started(run: RunDirectory, tmp_path: Path) -> None:
+    note_failure(run, begun(run, replace(START, restart=0)), "7", Cause("final", 0, "n1", "NaN"))
+    begin.begin(run, tmp_path, Nodes(three_nodes(), job()))
+    assert not (tmp_path / "command").exists()
+    assert run.all_attempts() == [1]
+
+
+@pytest.mark.usefixtures("on_n1_and_n2")
+def test_a_node_may_come_back_when_its_time_is_over(run: RunDirectory) -> None:
+    exclude(run, "n3", "it was broken", -1)
+    slurm = Nodes(three_nodes(), job(excluded=("mine", "n3")))
+    avoid_excluded(run, slurm, START, Profile())
+    assert slurm.avoided == [["mine"]]
+    slurm = Nodes(three_nodes(), job(excluded=("mine",)))
+    avoid_excluded(run, slurm, START, Profile())
+    assert slurm.avoided == []
