@@ -23,7 +23,7 @@ from pretrain.metrics.sinks import read_metrics, to_json
 from pretrain.metrics.wandb_sink import Mirror, has_key, scalars, start_wandb, wandb_id
 from pretrain.run_dir import RunDirectory
 
-ANSWER_TIMEOUT_S = 30
+ANSWER_TIMEOUT_S = 20
 FIRST_POLL_S, LONGEST_POLL_S = 0.5, 8.0
 FRAGMENT_TIMEOUT_S = 3600.0
 NAMED_AT_MOST = 8
@@ -103,7 +103,7 @@ def connect() -> Any:
             raise UserError("W&B knows no account with this API key: `wandb login --relogin`")
     except (wandb.errors.Error, ValueError, OSError) as error:
         host = wandb.setup().settings.base_url
-        raise TrainingError(f"the W&B server {host} does not answer: {error}") from error
+        raise TrainingError(f"the W&B server {host} does not let us in: {error}") from error
     return api
 
 

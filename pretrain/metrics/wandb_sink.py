@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pretrain.config import Config
 from pretrain.run_dir import RunDirectory, write_atomically
@@ -19,6 +20,8 @@ Mode = Literal["offline", "online"]
 
 # What the end of an attempt waits for W&B at most: Slurm's grace may be half a minute.
 CLOSE_TIMEOUT_S = 15.0
+# If it has not even begun by then, no server answers.
+BEGIN_TIMEOUT_S = 5.0
 INIT_TIMEOUT_S = 60.0
 STEP_DIGITS = 20
 # The sha256 of its manifest and of its tokenizer, and its weight.
@@ -45,6 +48,7 @@ class WandbSink:
 
     def __init__(self, run: RunDirectory, config: Config) -> None:
         self._tasks: SimpleQueue[Callable[[Any], None] | None] = SimpleQueue()
+        self._begun = Event()
         self._thread: Thread | None = None
         if config.wandb.mode != "disabled":
             self._thread = Thread(
@@ -68,9 +72,10 @@ class WandbSink:
         if self._thread is None:
             return
         self._tasks.put(None)
-        self._thread.join(CLOSE_TIMEOUT_S)
+        if self._begun.wait(BEGIN_TIMEOUT_S):
+            self._thread.join(CLOSE_TIMEOUT_S)
         if self._thread.is_alive():
-            _tell(f"it has not taken everything after {CLOSE_TIMEOUT_S:.0f} s")
+            _tell("not everything has arrived by the end of the attempt")
         self._thread = None
 
     def _do(self, task: Callable[[Any], None]) -> None:
@@ -80,12 +85,15 @@ class WandbSink:
     def _mirror(self, run: RunDirectory, config: Config, mode: Mode) -> None:
         try:
             mirror = Mirror(run, _start(run, config, mode))
+            self._begun.set()
             while task := self._tasks.get():
                 task(mirror)
             mirror.finish()
         except Exception as error:
             _tear_down()
             _tell(f"stopped mirroring, training goes on: {error!r}")
+        finally:
+            self._begun.set()
 
 
 class Mirror:
@@ -132,10 +140,12 @@ def _start(run: RunDirectory, config: Config, mode: Mode) -> Any:
 
 def has_key() -> bool:
     """Whether this account may talk to the W&B server of the environment, as far as it knows."""
-    import wandb
     from wandb.sdk.lib import wbauth
 
-    host = wandb.setup().settings.base_url
+    import wandb
+
+    # Or it says where it has found the key.
+    host = wandb.setup(wandb.Settings(silent=True)).settings.base_url
     return wbauth.authenticate_session(host=host, source="farspan", prompt=False) is not None
 
 
@@ -188,7 +198,20 @@ def described(run: RunDirectory, config: Config) -> dict[str, Any]:
         "versions": versions,
         "data": [{name: source[name] for name in OF_DATA if name in source} for source in data],
     }
-    return config.model_dump(mode="json") | {"farspan": about}
+    settings: dict[str, Any] = _without_credentials(config.model_dump(mode="json"))
+    return settings | {"farspan": about}
+
+
+def _without_credentials(value: Any) -> Any:
+    """Addresses of data may hold passwords (user:password@host) and signatures (?...)."""
+    if isinstance(value, dict):
+        return {name: _without_credentials(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_credentials(item) for item in value]
+    if isinstance(value, str) and "://" in value:
+        parts = urlsplit(value)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    return value
 
 
 def _read(path: Path, missing: Any) -> Any:

@@ -5,14 +5,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from threading import Event
 
 import pytest
 
 from launch.wandb_sync import digest, steps_text
-from pretrain.config import load_config
+from pretrain.config import load_config, read_run_config
 from pretrain.metrics.sinks import read_metrics
-from pretrain.metrics.wandb_sink import scalars
+from pretrain.metrics.wandb_sink import described, scalars
 from pretrain.run_dir import RunDirectory
 from tests.ranks import ROOT
 from tests.wandb_server import HISTORY, WandbServer
@@ -32,18 +35,18 @@ attempt = run.begin_attempt()
 write_atomically(run.ranks_of(attempt), json.dumps({"ranks": 1, "layout": layout}))
 rows = JsonlSink(run.metrics)
 rows.cut_back(first - 1, run.aside(attempt))
-began = time.monotonic()
 mirror = WandbSink(run, read_run_config(run))
 writer = MetricsWriter([rows, mirror])
 for step in range(first, stop):
     loss = float("nan") if step == 4 else 1 / step + attempt / 1000
     speed = {"perf/step_s": 0.5, "perf/tokens_per_s": 64.0}
     writer.log({"train/step": step, "train/loss": loss, "moe/load": [[0.5, 0.5]], **speed})
-print("logged in", time.monotonic() - began, flush=True)
+if len(sys.argv) > 5:
+    while not run.wandb_step.exists():
+        time.sleep(0.01)
 if stop == 9:
     mirror.alert("rolled back", "step 8: a spike")
 writer.close()
-print("closed in", time.monotonic() - began, flush=True)
 os._exit(0)
 """
 
@@ -57,10 +60,14 @@ def server() -> Iterator[WandbServer]:
 
 @pytest.fixture
 def home(tmp_path: Path, server: WandbServer) -> dict[str, str]:
-    """The environment of somebody with a key for the server."""
+    return home_of(tmp_path, server.url)
+
+
+def home_of(folder: Path, url: str) -> dict[str, str]:
+    """The environment of somebody with a key for a server."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
-    own = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "WANDB_ERROR_REPORTING": "false"}
-    return inherited | own | {"HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+    own = {"WANDB_BASE_URL": url, "WANDB_API_KEY": KEY, "WANDB_ERROR_REPORTING": "false"}
+    return inherited | own | {"HOME": str(folder / "home"), "PYTHONPATH": str(ROOT)}
 
 
 def make_run(root: Path, *settings: str) -> RunDirectory:
@@ -85,9 +92,13 @@ def python(environment: dict[str, str], *arguments: object) -> subprocess.Comple
 
 
 def attempt(
-    run: RunDirectory, environment: dict[str, str], first: int, stop: int, layout: str = "one"
+    run: RunDirectory, environment: dict[str, str], first: int, stop: int, *more: str
 ) -> subprocess.CompletedProcess[str]:
-    done = python(environment, "-c", ATTEMPT, run.root, first, stop, layout)
+    """
+    Args:
+        more: a layout; and whether to wait for W&B's first row.
+    """
+    done = python(environment, "-c", ATTEMPT, run.root, first, stop, *(more or ("one",)))
     assert done.returncode == 0, done.stderr
     return done
 
@@ -182,3 +193,87 @@ def test_rows_that_do_not_arrive_fail_the_sync(tmp_path, server, home):
     server.take_stream = take
     assert sync(run, home).returncode == 0
     assert_mirrored(server, run)
+
+
+def test_a_run_goes_on_online_with_its_key_nowhere(tmp_path, server, home):
+    run = make_run(tmp_path / "run", "wandb.mode=online", "wandb.entity=lab")
+    outputs = [
+        attempt(run, home, 1, 7, "dp 2", "wait"),
+        attempt(run, home, 5, 9, "tp 2", "wait"),
+        sync(run, home),
+    ]
+    assert outputs[-1].returncode == 0, outputs[-1].stdout + outputs[-1].stderr
+    assert [row["train/step"] for row in server.the_run().rows()] == [1, 2, 3, 4, 5, 6, 5, 6, 7, 8]
+    assert "W&B also has" not in outputs[-1].stdout
+    assert_mirrored(server, run)
+    assert server.the_run().values("farspan")["layout"] == "tp 2"
+    assert server.the_run().alerts == [("rolled back", "step 8: a spike")]
+    assert outputs[0].stdout + outputs[0].stderr == ""
+    files = [file for file in run.root.rglob("*") if file.is_file()]
+    assert any(file.name == "debug-internal.log" for file in files)
+    texts = [output.stdout + output.stderr for output in outputs]
+    assert not any(KEY in text for text in texts)
+    assert not [file for file in files if KEY.encode() in file.read_bytes()]
+
+
+@pytest.mark.slow
+def test_no_server_delays_or_ends_training(tmp_path):
+    """Each run has a server that fails in its own way until the run is over."""
+    over = Event()
+
+    def answer_late(path: str, body: bytes) -> int:
+        over.wait()
+        return 500
+
+    refusals = {
+        "answers 500": lambda path, body: 500,
+        "drops connections": lambda path, body: 0,
+        "drops the rows": lambda path, body: 0 if "file_stream" in path else None,
+        "takes our key for none": lambda path, body: 401,
+        "is not there": lambda path, body: 0,
+        "never answers": answer_late,
+    }
+    with ExitStack() as stack, ThreadPoolExecutor(len(refusals)) as pool:
+        servers, runs, attempts = {}, {}, {}
+        for kind, refuse in refusals.items():
+            servers[kind] = stack.enter_context(WandbServer().serving())
+            servers[kind].refuse = refuse
+            runs[kind] = make_run(tmp_path / kind, "wandb.mode=online")
+            url = "http://127.0.0.1:9" if kind == "is not there" else servers[kind].url
+            environment = home_of(tmp_path / kind, url)
+            attempts[kind] = pool.submit(attempt, runs[kind], environment, 1, 7)
+        errors = {kind: done.result().stderr for kind, done in attempts.items()}
+        over.set()
+        for kind, server in servers.items():
+            assert errors[kind].count("`farspan wandb sync RUN` sends the rest") == 1, errors[kind]
+            assert [row["train/step"] for row in read_metrics(runs[kind].metrics)] == [*range(1, 7)]
+            server.refuse = lambda path, body: None
+            done = sync(runs[kind], home_of(tmp_path / kind, server.url))
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert_mirrored(server, runs[kind])
+
+
+@pytest.mark.slow
+def test_sync_says_what_is_wrong(tmp_path, server, home):
+    run = make_run(tmp_path / "run")
+    done = sync(run, home)
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"error: {run.root} has no metrics.jsonl yet: nothing was logged\n",
+    )
+    run.metrics.write_text('{"train/step": 1, "perf/step_s": 1, "perf/tokens_per_s": 1}\n')
+    done = sync(run, {k: v for k, v in home.items() if k != "WANDB_API_KEY"})
+    assert done.returncode == 2
+    assert "set WANDB_API_KEY, or run `wandb login`" in done.stderr
+    done = sync(run, home | {"WANDB_BASE_URL": "http://127.0.0.1:9"})
+    assert done.returncode == 1
+    assert "error: the W&B server http://127.0.0.1:9 does not let us in" in done.stderr
+
+
+def test_credentials_in_addresses_stay_here(tmp_path):
+    secret = "https://me:word@host:81/a/b?X-Amz-Signature=5ec2e7"
+    run = make_run(tmp_path / "run", f"data.shards={secret}", "checkpoint.dir=s3://key:word@bucket")
+    sent = described(run, read_run_config(run))
+    assert sent["data"]["shards"] == "https://host:81/a/b"
+    assert sent["checkpoint"]["dir"] == "s3://bucket"
+    assert sent["data"]["seq_len"] == load_config("tiny").data.seq_len
