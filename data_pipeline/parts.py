@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from uuid import uuid4
 
 from data_pipeline.clean import Piece
@@ -169,12 +169,10 @@ class PartedRun:
             if (self.out / "manifest.json").exists():
                 return 0
             self._require_plans()
-            documents = self._work / "dedup" / DOCUMENTS
-            plans = load_plans(self._plans, documents)
+            plans = load_plans(self._plans, self._work / "dedup" / DOCUMENTS)
             mine = [plans[number] for number in part.among(len(plans))]
-            self._require_sound(
-                {f"{DOCUMENTS}/{rows.file.name}" for plan in mine for rows in plan.rows}
-            )
+            files = {f"{DOCUMENTS}/{rows.file.name}" for plan in mine for rows in plan.rows}
+            self._require_sound(self._work / "dedup", files)
             folder = shards_of(self._work)
             tasks = [
                 (plan, folder / plan.name, self._tokenizer, read_texts)
@@ -204,7 +202,7 @@ class PartedRun:
                     return finished(self.out)
                 pieces = self._cleaned(sources, _has_sound_audit)
                 self._require_plans()
-                self._require_sound({CLUSTERS})
+                self._require_sound(self._work / "dedup", {CLUSTERS})
                 resources = Resources(workers)
                 return write_out(
                     pieces, self._tokenizer, self.out, self.recipe, resources, progress
@@ -233,21 +231,22 @@ class PartedRun:
         }
 
     def _require_plans(self) -> None:
+        """Refuse to go on before deduplication, or behind one that has left damaged plans."""
         if not self._plans.exists():
             raise DataError(
                 f"{self.out}: its documents are not deduplicated yet, so that nobody knows its "
                 "shards: do this first"
             )
+        self._require_sound(self._plans.parent)
+        if self.tokenizer is None:
+            self._require_sound(self._tokenizer.parent)
 
-    def _require_sound(self, files: set[str]) -> None:
-        """Refuse what deduplication has left if one of these files of it is damaged."""
-        if damage := damage_of(self._work / "dedup", files):
-            self._work_again(damage)
-
-    def _work_again(self, damage: str) -> NoReturn:
-        # Deduplication looks at all its files, and makes anew what is damaged.
-        shutil.rmtree(self._plans.parent, ignore_errors=True)
-        raise DataError(f"{damage}; deduplicate again, which mends it")
+    def _require_sound(self, stage: Path, files: set[str] | None = None) -> None:
+        """Refuse a stage of deduplication if one of these files of it, or any, is damaged."""
+        if damage := damage_of(stage, files):
+            # Deduplication looks at all its files, and makes anew what is damaged.
+            shutil.rmtree(self._plans.parent, ignore_errors=True)
+            raise DataError(f"{damage}; deduplicate again, which mends it")
 
     @property
     def _tokenizer(self) -> Path:
@@ -271,7 +270,7 @@ class PartedRun:
         return sources, plan
 
     def _written(self) -> tuple[bool, ...] | None:
-        if not self._plans.exists():
+        if damage_of(self._plans.parent):
             return None
         plans = load_plans(self._plans, Path())
         made = _names(shards_of(self._work))

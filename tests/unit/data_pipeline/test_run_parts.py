@@ -138,6 +138,8 @@ def test_what_is_damaged_on_the_way_is_named_and_made_again(
     for name, step in (
         ("dedup/documents/part-00001.parquet", lambda: parted.write_shards(Part(1, 1))),
         ("dedup/clusters.parquet", parted.finish),
+        ("tokenizer/tokenizer.json", parted.finish),
+        ("plans/plans.json", lambda: parted.write_shards(Part(1, 1))),
     ):
         damaged = tmp_path / "data" / "work" / name
         damaged.write_bytes(damaged.read_bytes()[:-1])
