@@ -167,7 +167,9 @@ class Model:
 
     def step(self, tokens: Tensor, labels: Tensor, documents: Any) -> None:
         self.parallelised.forward_backward(tokens, labels, [documents], tokens.numel())
-        clip_gradients(self.parallelised.weights.parameters(), 1.0, self.mesh.pp.size())
+        weights = self.parallelised.weights.named_parameters()
+        n_layers = self.parallelised.stages[0].model.config.n_layers
+        clip_gradients(weights, 1.0, self.mesh.pp.size(), n_layers)
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -40,6 +40,9 @@ class TrainConfig(Section):
     microbatch: Positive = Field(1, description="Sequences per forward pass of one rank.")
     seed: NonNegative = Field(0, description="Decides the initial weights.")
     log_every: Positive = Field(1, description="Steps between two rows of metrics.jsonl.")
+    survey_every: Positive = Field(
+        10, description="Every so many of these rows tell of weights, updates and memory, too."
+    )
     peak_tflops: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Of a device, dense, in train.dtype, for MFU [what its data sheet says]."
     )

@@ -21,6 +21,9 @@ class Measured:
         loss: mean cross-entropy in nats.
         aux_loss: balance loss, the mean over layers; 1 where all experts get the same.
         z_loss: the router's z-loss, the mean over tokens and layers.
+        router_entropy: of the experts' probabilities in nats, the mean over tokens and layers.
+        loss_tokens: that the loss is the mean over.
+        data_wait_s: seconds that ranks waited for the batch, the mean over them.
         expert_counts: [layers, E], slots of each expert.
         dropped: [layers], slots over capacity.
         stop_requested: whether any rank was asked to stop.
@@ -30,6 +33,9 @@ class Measured:
     loss: float
     aux_loss: float
     z_loss: float
+    router_entropy: float
+    loss_tokens: int
+    data_wait_s: float
     expert_counts: Tensor
     dropped: Tensor
     stop_requested: bool
@@ -53,6 +59,9 @@ def tokens_per_step(config: Config) -> int:
 
 
 def measure_routers(out: TransformerOutput) -> Tensor:
-    """Of each layer with experts: balance, z, dropped slots, expert counts; float64 [L, 3 + E]."""
-    columns = torch.stack([out.balance.detach(), out.z.detach(), out.dropped.to(out.z.dtype)], 1)
+    """Of each layer with experts: balance, z, entropy, dropped slots, expert counts; float64
+    [L, 4 + E].
+    """
+    of_tokens = [out.balance.detach(), out.z.detach(), out.entropy, out.dropped.to(out.z.dtype)]
+    columns = torch.stack(of_tokens, 1)
     return torch.cat([columns.double(), out.expert_counts.double()], 1)

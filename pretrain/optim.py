@@ -54,7 +54,7 @@ class AdamWByWeight(torch.optim.AdamW):
         step_size = group["lr"] / (1 - beta_1**step)
         norm = (1 - beta_2**step) ** 0.5
         tensors = (weight, weight.grad, state["exp_avg"], state["exp_avg_sq"])
-        for w, grad, stored_m, stored_v in _in_parts(*map(local_tensor, tensors)):
+        for w, grad, stored_m, stored_v in in_parts(*map(local_tensor, tensors)):
             m, v, grad = stored_m.float(), stored_v.float(), grad.float()
             w.mul_(1 - group["lr"] * group["weight_decay"])
             m.lerp_(grad, 1 - beta_1)
@@ -65,7 +65,8 @@ class AdamWByWeight(torch.optim.AdamW):
             stored_v.copy_(v)
 
 
-def _in_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def in_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same elements of each, UPDATED_AT_A_TIME of them."""
     return zip(*(x.view(-1).split(UPDATED_AT_A_TIME) for x in tensors), strict=True)
 
 
@@ -98,8 +99,10 @@ def update_in_backward(
     """
     assert isinstance(optimizer, AdamWByWeight)
     summed_later = {id(weight) for weight in parallelised.replicas.whole.values()}
-    weights = (w for w in parallelised.weights.parameters() if id(w) not in summed_later)
-    return UpdatesInBackward(weights, optimizer.update, device)
+    named = parallelised.weights.named_parameters()
+    weights = ((name, weight) for name, weight in named if id(weight) not in summed_later)
+    n_layers = parallelised.stages[0].model.config.n_layers
+    return UpdatesInBackward(weights, optimizer.update, n_layers, device)
 
 
 def moments(optimizer: torch.optim.AdamW, weight: nn.Parameter) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ of the user's, 65 another attempt would fail alike, 70 another rank failed, 1 an
 import gc
 import os
 import sys
-import time
 from contextlib import nullcontext, suppress
 from datetime import timedelta
 from functools import partial
@@ -30,13 +29,13 @@ from pretrain.errors import (
     UserError,
 )
 from pretrain.guard import Verdict
-from pretrain.metrics.expert_load import summarise_load
-from pretrain.metrics.utilization import peak_of_device, utilization
+from pretrain.metrics.step import Clock, metrics_row
+from pretrain.metrics.survey import is_survey_due, survey
 from pretrain.numerics import numerics_of
 from pretrain.recorder import Recorder
 from pretrain.run_dir import ATTEMPT_VARIABLE, NO_ROOM, RunDirectory
 from pretrain.signals import StopRequest
-from pretrain.trainer import StepResult, Trainer
+from pretrain.trainer import Trainer
 
 
 def train(config: Config, run: RunDirectory) -> int:
@@ -119,12 +118,11 @@ def run_steps(
     """
     train, every = trainer.config.train, trainer.config.checkpoint.every
     until = train.steps if phase.stop is None else min(phase.stop, train.steps)
-    stopping = False
+    clock, stopping = Clock(), False
     while phase.first <= trainer.progress.step < until and not stopping:
         beat = partial(monitor.beat, trainer.progress.step + 1)
-        lr, began = trainer.lr(), time.perf_counter()
+        lr = trainer.lr()
         result = trainer.step(stop.requested, beat)
-        seconds = time.perf_counter() - began
         stopping = result.measured.stop_requested
         if recorder:
             recorder.enter(trainer, result)
@@ -133,13 +131,17 @@ def run_steps(
             recover(trainer, result.verdict, recorder)
         step = trainer.progress.step
         is_last = step == until or stopping
-        if recorder and not result.verdict and (is_last or step % train.log_every == 0):
-            recorder.log(metrics_row(trainer, result, lr, seconds) | slowest_rank(monitor))
+        if not result.verdict and (is_last or step % train.log_every == 0):
+            surveyed = survey(trainer, lr) if is_survey_due(step, train) else {}
+            if recorder:
+                row = metrics_row(trainer, result, lr, clock.take())
+                recorder.log(row | surveyed | slowest_rank(monitor))
         if is_last or (step % every == 0 and not result.verdict):
             beat("checkpoint", is_slow=True)
             if recorder:
                 recorder.ledger.sync()
-            trainer.save(is_last=is_last)
+            with clock:
+                trainer.save(is_last=is_last)
         if recorder:
             recorder.enter_checkpoint(trainer)
     monitor.beat(trainer.progress.step, "end", is_slow=True)
@@ -158,32 +160,6 @@ def recover(trainer: Trainer, verdict: Verdict, recorder: Recorder | None) -> No
     trainer.roll_back(rollback)
     if recorder:
         recorder.enter_rolled_back(trainer, rollback)
-
-
-def metrics_row(trainer: Trainer, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:
-    measured = result.measured
-    return {
-        "train/step": trainer.progress.step,
-        "train/loss": measured.loss,
-        "train/aux_loss": measured.aux_loss,
-        "train/z_loss": measured.z_loss,
-        "train/tokens": trainer.progress.tokens,
-        "train/seq_len": trainer.config.data.seq_len,
-        "train/grad_norm": result.grad_norm,
-        "train/lr": lr,
-        "perf/tokens_per_s": trainer.tokens_per_step / seconds,
-        "perf/step_s": seconds,
-        "perf/data_wait_s": result.data_wait_s,
-        **summarise_load(measured.expert_counts, measured.dropped),
-        **utilization(
-            trainer.config,
-            trainer.plan,
-            float(measured.dropped.sum()),
-            seconds,
-            dist.get_world_size(),
-            peak_of_device(trainer.config, trainer.device),
-        ),
-    }
 
 
 def slowest_rank(monitor: RankMonitor) -> dict[str, Any]:

@@ -56,14 +56,16 @@ class StepResult:
 
     Attributes:
         grad_norm: before clipping.
-        data_wait_s: seconds that the step waited for its batch.
+        grad_norms: of the parts of the model, as `parallel.gradients.Norms`.
+        seconds: that the step took on this rank, waiting for the batch included.
         passed_over: batches that were skipped again before, and the stream's tokens before each.
         verdict: why the step was not taken; None if it was.
     """
 
     measured: Measured
     grad_norm: float
-    data_wait_s: float
+    grad_norms: list[float]
+    seconds: float
     passed_over: list[tuple[BatchPlan, int]]
     verdict: Verdict | None
 
@@ -133,6 +135,8 @@ class Trainer:
             self._load(past.go_back_to, or_oldest=True)
         # What fills the newest batch, and how many tokens the stream had delivered before it.
         self.plan, self.first_token = self.stream.next_batch(0), self.stream.tokens
+        # Of the newest step, as `parallel.gradients.Norms.parts`.
+        self.grad_norms: list[float] = []
         # Since the checkpoint before.
         self._losses: list[float] = []
         check_copies(self._copies())
@@ -194,20 +198,24 @@ class Trainer:
         data_wait_s = time.perf_counter() - began
 
         beat("forward and backward")
-        measured = self.backward(batch, stop_requested)
+        measured = self.backward(batch, stop_requested, data_wait_s)
         beat("optimizer")
         grad_norm, verdict = self.finish_step(measured)
         if measured.is_written:
             self.store.finish_save()
-        return StepResult(measured, grad_norm, data_wait_s, passed_over, verdict)
+        seconds = time.perf_counter() - began
+        return StepResult(measured, grad_norm, self.grad_norms, seconds, passed_over, verdict)
 
-    def backward(self, batch: Batch, stop_requested: bool = False) -> Measured:
+    def backward(
+        self, batch: Batch, stop_requested: bool = False, data_wait_s: float = 0.0
+    ) -> Measured:
         """Leave the gradient of a global batch in the weights' `.grad`, or with
         `optim.in_backward` the updates of that.
 
         Args:
             batch: this rank's rows of it.
             stop_requested: whether this rank was asked to stop.
+            data_wait_s: how long this rank waited for the batch.
         """
         position = torch.from_numpy(batch.position)
         rows = [
@@ -228,7 +236,7 @@ class Trainer:
         if self.lanes and batch.is_continued is not None:
             lengths = [of_row for part in rows for of_row in part.lengths]
             self.lanes.end(lengths, batch.is_continued.tolist())
-        return self._measure(count, stop_requested)
+        return self._measure(count, stop_requested, data_wait_s)
 
     def _share_of(
         self, batch: Batch, microbatches: Sequence[Documents]
@@ -247,31 +255,34 @@ class Trainer:
         tokens, labels = (x.to(self.device, non_blocking=True) for x in (tokens, labels))
         return tokens, labels, [share.documents_on(self.device) for share in shares]
 
-    def _measure(self, loss_tokens: int, stop_requested: bool) -> Measured:
+    def _measure(self, loss_tokens: int, stop_requested: bool, data_wait_s: float) -> Measured:
         """Add up what the stages of all ranks measured."""
         moe = self.config.model.moe
         layers = self.config.model.n_layers if moe.n_experts else 0
-        routers = torch.zeros(layers, 3 + moe.n_experts, dtype=torch.float64, device=self.device)
+        routers = torch.zeros(layers, 4 + moe.n_experts, dtype=torch.float64, device=self.device)
         cross_entropy = torch.zeros(1, dtype=torch.float64, device=self.device)
         for stage in self.parallelised.stages:
             routers[[int(number) for number in stage.model.layers][:layers]] += stage.measured
             # The ranks of tp have each seen the loss of all their tokens.
             cross_entropy += stage.cross_entropy / self.mesh.tp.size()
-        flags = cross_entropy.new_tensor([stop_requested, self.store.is_written])
+        flags = cross_entropy.new_tensor([stop_requested, self.store.is_written, data_wait_s])
         plan = cross_entropy.new_tensor(evidence_of(self.plan.checksum))
         total = torch.cat([cross_entropy, flags, plan, routers.flatten()])
         dist.all_reduce(total)
         total = total.cpu()
-        self._check_plans(total[3:7].tolist())
-        routers = total[7:].view(layers, 3 + moe.n_experts)
-        balance, z = routers[:, :2].sum(0).tolist()
+        self._check_plans(total[4:8].tolist())
+        routers = total[8:].view(layers, 4 + moe.n_experts)
+        balance, z, entropy = routers[:, :3].sum(0).tolist()
         places = max(1, self.tokens_per_step * layers)
         return Measured(
             loss=float(total[0]) / loss_tokens,
             aux_loss=balance / places,
             z_loss=z / places,
-            expert_counts=routers[:, 3:],
-            dropped=routers[:, 2],
+            router_entropy=entropy / places,
+            loss_tokens=loss_tokens,
+            data_wait_s=float(total[3]) / dist.get_world_size(),
+            expert_counts=routers[:, 4:],
+            dropped=routers[:, 3],
             stop_requested=bool(total[1] > 0),
             is_written=int(total[2]) == dist.get_world_size(),
         )
@@ -305,9 +316,14 @@ class Trainer:
             The norm before clipping, and the verdict; None if the step was taken.
         """
         freed = self.updates.squares if self.updates else None
-        grad_norm = clip_gradients(
-            self.weights.parameters(), self.config.optim.clip, self.layout.pp, freed
-        ).item()
+        norms = clip_gradients(
+            self.weights.named_parameters(),
+            self.config.optim.clip,
+            self.layout.pp,
+            self.config.model.n_layers,
+            freed,
+        )
+        grad_norm, *self.grad_norms = torch.cat([norms.whole[None], norms.parts]).tolist()
         verdict = self.guard.judge(measured.loss, grad_norm)
         if verdict and self.updates:
             # The weights have been updated already.

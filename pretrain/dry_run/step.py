@@ -145,9 +145,10 @@ class Step:
     def update(self) -> None:
         """What comes after them."""
         self.tracker.part = UPDATE
-        weights = self.parallelised.weights.parameters()
+        weights = self.parallelised.weights.named_parameters()
         freed = self.updates.squares if self.updates else None
-        clip_gradients(weights, self.config.optim.clip, self.layout.pp, freed)
+        n_layers = self.config.model.n_layers
+        clip_gradients(weights, self.config.optim.clip, self.layout.pp, n_layers, freed)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.parallelised.replicas.refresh()

@@ -19,18 +19,20 @@ from pretrain.model.norm import upcast
 class Routing(NamedTuple):
     """What one layer's router did: sums over the tokens of a call.
 
-    Divided by the tokens of the global batch, `balance` and `z` are means over tokens.
+    Divided by the tokens of the global batch, `balance`, `z` and `entropy` are means over tokens.
 
     Attributes:
         balance: fp32 scalar with gradient, E * sum_e f_e P_e for each token.
         z: fp32 scalar with gradient, the squared logsumexp of each token's logits (Zoph et al.
             2022, arXiv:2202.08906, eq. 5).
+        entropy: fp32 scalar, that of each token's probabilities, in nats.
         counts: [E] int64, the (token, choice) slots that chose each expert.
         dropped: int64 scalar, the slots over their expert's capacity.
     """
 
     balance: Tensor
     z: Tensor
+    entropy: Tensor
     counts: Tensor
     dropped: Tensor
 
@@ -102,11 +104,14 @@ class MoE(nn.Module):
         balance = self._balance(probability_bte, counts_be)
         indices_btk, dropped = self._drop(indices_btk, counts_be, documents)
 
-        z = logits_bte.logsumexp(-1).square().sum()
+        lse_bt = logits_bte.logsumexp(-1)
+        z = lse_bt.square().sum()
+        with torch.no_grad():
+            entropy = (lse_bt - (probability_bte * logits_bte).sum(-1)).sum()
 
         tokens = (x_btd.flatten(0, 1), indices_btk.flatten(0, 1), weights_btk.flatten(0, 1))
         out_btd = self.mix(*tokens).view_as(x_btd)
-        return out_btd, Routing(balance, z, counts_be.sum(0), dropped)
+        return out_btd, Routing(balance, z, entropy, counts_be.sum(0), dropped)
 
     def mix(self, x: Tensor, expert_indices: Tensor, expert_weights: Tensor) -> Tensor:
         """x [N, d] through the experts and weights [N, k] that were chosen -> [N, d].

@@ -25,6 +25,7 @@ class TransformerOutput(NamedTuple):
         value: what `output` returned; by default the logits [B, T, V].
         balance: [L_moe] fp32 with gradient, see `Routing`; likewise the others.
         z: [L_moe] fp32 with gradient.
+        entropy: [L_moe] fp32.
         expert_counts: [L_moe, E] int64.
         dropped: [L_moe] int64.
     """
@@ -32,6 +33,7 @@ class TransformerOutput(NamedTuple):
     value: Any
     balance: Tensor
     z: Tensor
+    entropy: Tensor
     expert_counts: Tensor
     dropped: Tensor
 
@@ -156,5 +158,5 @@ class Transformer(nn.Module):
         if not routings:
             none = tokens.new_zeros(0)
             counts = none.view(0, self.config.moe.n_experts)
-            return Routing(none.float(), none.float(), counts, none)
+            return Routing(none.float(), none.float(), none.float(), counts, none)
         return Routing(*(torch.stack(parts) for parts in zip(*routings, strict=True)))

@@ -192,3 +192,23 @@ def test_experts_are_reached_by_all_to_all_only_where_they_are_spread(
 
     assert calls("dp_shard=2") == set()
     assert calls("dp_shard=2 ep=2") == {"ep"}
+
+
+def test_norms_of_layers_add_up_to_those_of_the_model(one_rank: dict[str, Any]) -> None:
+    series = one_rank["series"]
+    for whole, parts in zip(series["grad_norm"], series["grad_norms"], strict=True):
+        # Embedding, four layers, and what comes after them.
+        assert len(parts) == 6
+        assert min(parts) > 0
+        assert sum(part**2 for part in parts) == pytest.approx(whole**2, rel=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["dp_shard=2 ep=2", "dp_shard=2 tp=2 ep=4"])
+def test_the_size_of_an_update_does_not_depend_on_the_layout(
+    layout: str, one_rank: dict[str, Any], ranks: Ranks, parity_shards: Path
+) -> None:
+    setting = Setting("hybrid-moe", "packed", layout)
+    spread = ranks.run(setting.ranks, setting.overrides(parity_shards), STEPS)
+    assert min(one_rank["update_norms"]) > 0
+    for rank in spread.ranks:
+        assert rank["update_norms"] == pytest.approx(one_rank["update_norms"], rel=1e-3)

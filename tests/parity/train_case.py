@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from parallel.mesh import join_ranks
 from pretrain.config import Config, load_config
+from pretrain.metrics.survey import weight_and_update_norms
 from pretrain.run_dir import RunDirectory
 from pretrain.trainer import Trainer
 from tests.parity.broken import BREAKS
@@ -62,7 +63,9 @@ def train_case(case: Case, device: torch.device) -> dict[str, Any]:
     if case.breaks:
         BREAKS[case.breaks](trainer)
 
-    series: dict[str, list[float]] = {"loss": [], "aux_loss": [], "z_loss": [], "grad_norm": []}
+    measures = ("loss", "aux_loss", "z_loss", "router_entropy", "loss_tokens")
+    norms = ("grad_norm", "grad_norms", "weight_norms")
+    series: dict[str, list[Any]] = {name: [] for name in (*measures, *norms)}
     documents: list[int] = []
     out: dict[str, Any] = {"series": series, "documents": documents}
     for step in range(1, case.steps + 1):
@@ -73,9 +76,13 @@ def train_case(case: Case, device: torch.device) -> dict[str, Any]:
         measured = trainer.backward(batch)
         if step == 1:
             out["gradients"] = gradients(trainer.weights)
-        for name in ("loss", "aux_loss", "z_loss"):
+        for name in measures:
             series[name].append(getattr(measured, name))
+        lr = trainer.lr()
         series["grad_norm"].append(trainer.finish_step(measured)[0])
+        series["grad_norms"].append(trainer.grad_norms)
+        of_weights, out["update_norms"] = weight_and_update_norms(trainer, lr).parts.tolist()
+        series["weight_norms"].append(of_weights)
         if step == STEPS_TO_WEIGHTS:
             weights = trainer.weights.named_parameters()
             out["weights"] = {name: whole(weight) for name, weight in weights}

@@ -1,0 +1,86 @@
+"""What a step of training is logged with."""
+
+import time
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+from pretrain.metrics.expert_load import summarise_load
+from pretrain.metrics.utilization import peak_of_device, utilization
+from pretrain.trainer import StepResult, Trainer
+
+
+class Clock:
+    """Adds up the seconds spent within it, until they are taken."""
+
+    def __init__(self) -> None:
+        self._seconds = self._began = 0.0
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._seconds += time.perf_counter() - self._began
+
+    def take(self) -> float:
+        """The seconds since they were taken last."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+def metrics_row(
+    trainer: Trainer, result: StepResult, lr: float, checkpoint_stall_s: float
+) -> dict[str, Any]:
+    """The metrics of a step that was taken.
+
+    Args:
+        lr: that it was taken with.
+        checkpoint_stall_s: how long training has waited for checkpoints since the row before.
+    """
+    measured, seconds, devices = result.measured, result.seconds, dist.get_world_size()
+    tokens_per_s = trainer.tokens_per_step / seconds
+    return {
+        "train/step": trainer.progress.step,
+        "train/loss": measured.loss,
+        "train/aux_loss": measured.aux_loss,
+        "train/z_loss": measured.z_loss,
+        "train/tokens": trainer.progress.tokens,
+        "train/loss_tokens": measured.loss_tokens,
+        "train/seq_len": trainer.config.data.seq_len,
+        "train/grad_norm": result.grad_norm,
+        "train/grad_norm_by_layer": result.grad_norms,
+        "train/lr": lr,
+        "perf/tokens_per_s": tokens_per_s,
+        "perf/tokens_per_s_per_device": tokens_per_s / devices,
+        "perf/step_s": seconds,
+        "perf/data_wait_s": measured.data_wait_s,
+        "perf/data_wait_share": measured.data_wait_s / seconds,
+        "perf/checkpoint_stall_s": checkpoint_stall_s,
+        **summarise_load(measured.expert_counts, measured.dropped),
+        **_of_routers(trainer, measured.router_entropy),
+        **utilization(
+            trainer.config,
+            trainer.plan,
+            float(measured.dropped.sum()),
+            seconds,
+            devices,
+            peak_of_device(trainer.config, trainer.device),
+        ),
+    }
+
+
+def _of_routers(trainer: Trainer, entropy: float) -> dict[str, Any]:
+    moe = trainer.config.model.moe
+    if not moe.n_experts:
+        return {}
+    metrics = {"moe/router_entropy": entropy}
+    if moe.balance == "bias":
+        bias = trainer.routers.selection_bias
+        metrics["moe/selection_bias_range"] = float((bias.amax(-1) - bias.amin(-1)).max())
+    return metrics
