@@ -6,6 +6,14 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(no_args_is_help=True, help="Send runs and dashboards to Weights & Biases.")
+dashboard_app = typer.Typer(
+    no_args_is_help=True,
+    help="Panels of training health, MoE, long context, performance, data and reliability.",
+)
+app.add_typer(dashboard_app, name="dashboard")
+
+Entity = Annotated[str | None, typer.Option(help="The user or team (default: the account's own).")]
+Project = Annotated[str, typer.Option(help="As wandb.project of the runs.")]
 
 
 @app.command()
@@ -26,3 +34,23 @@ def sync(
 
     if not sync_run(run, wait):
         raise typer.Exit(1)
+
+
+@dashboard_app.command()
+def push(entity: Entity = None, project: Project = "farspan") -> None:
+    """Make the dashboard a saved view of a W&B project, or bring it up to date."""
+    from launch.wandb_dashboard import push_dashboard
+
+    push_dashboard(entity, project)
+
+
+@dashboard_app.command()
+def export(
+    entity: Entity = None,
+    project: Project = "farspan",
+    out: Annotated[Path | None, typer.Option(help="A file (default: print it).")] = None,
+) -> None:
+    """Write the dashboard as JSON, without a network or a key."""
+    from launch.wandb_dashboard import export_dashboard
+
+    export_dashboard(entity or "", project, out)

@@ -137,6 +137,8 @@ def sync_run(directory: Path, wait_s: float) -> bool:
     os.environ.update({f"WANDB__{name}_RETRY_MAX": str(n) for name, n in RETRIES.items()})
     # Of the command, not of the run that it sends.
     os.environ.pop("WANDB_MODE", None)
+    # Or W&B's logs would go to the working directory.
+    os.environ["WANDB_DIR"] = str(run.root)
     written = fragment_being_written(run)
     run.wandb.mkdir(exist_ok=True)
     history = WandbHistory(config, wandb_id(run.wandb_id))
@@ -239,7 +241,7 @@ def send_rows(run: RunDirectory, config: Config, steps: set[int]) -> None:
         mirror = Mirror(run, start_wandb(run, config, "online", x_disable_stats=True))
         for row in read_metrics(run.metrics):
             if row["train/step"] in steps:
-                mirror.log(scalars(row))
+                mirror.log(row)
         mirror.finish()
     except (wandb.errors.Error, OSError) as error:
         raise TrainingError(f"W&B does not take rows: {error}") from error

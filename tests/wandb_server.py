@@ -54,6 +54,7 @@ class WandbServer:
 
     def __init__(self) -> None:
         self.runs: dict[str, StoredRun] = {}
+        self.projects: list[str] = []
         self.views: dict[str, dict[str, Any]] = {}
         self.unknown: list[str] = []
         self.operations: list[str] = []
@@ -199,15 +200,22 @@ class WandbServer:
         rows = [row for row in self.runs[asked["run"]].history if first <= row["_step"] < stop]
         return {"project": {"run": {"history": [json.dumps(row) for row in rows]}}}
 
+    def _View(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        if asked["projectName"] not in self.projects:
+            return {"project": None}
+        found = [
+            {"id": key, "displayName": view["displayName"], "spec": view["spec"]}
+            for key, view in self.views.items()
+            if view["name"] == asked["viewName"]
+        ]
+        return {"project": {"allViews": {"edges": [{"node": node} for node in found]}}}
+
     def _UpsertView2(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
         view = asked.get("id") or f"view-{len(self.views)}"
         is_new = view not in self.views
         self.views[view] = asked
         name = asked["name"]
         return {"upsertView": {"view": {"id": view, "name": name}, "inserted": is_new}}
-
-    def _UpsertModel(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
-        return {"upsertModel": {"project": _project(asked), "model": _project(asked)}}
 
 
 def _project(asked: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from threading import Event, Thread
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+import numpy as np
+
 from pretrain.config import Config
 from pretrain.run_dir import RunDirectory, write_atomically
 
@@ -24,17 +26,35 @@ CLOSE_TIMEOUT_S = 15.0
 BEGIN_TIMEOUT_S = 5.0
 INIT_TIMEOUT_S = 60.0
 STEP_DIGITS = 20
+BINS = 32
 # The sha256 of its manifest and of its tokenizer, and its weight.
 OF_DATA = ("shards", "tokenizer", "weight")
 
 
 def scalars(row: Row) -> dict[str, int | float]:
-    """The part of a row that is mirrored."""
+    """The part of a row that is mirrored as it is."""
     return {name: value for name, value in row.items() if isinstance(value, int | float)}
 
 
+def histograms(row: Row) -> dict[str, Any]:
+    """Lists, such as the load of each expert, as what W&B draws as a heat map over the steps."""
+    import wandb
+
+    lists = {
+        name: np.ravel(np.asarray(value, dtype=float))
+        for name, value in row.items()
+        if isinstance(value, list)
+    }
+    finite = {name: values[np.isfinite(values)] for name, values in lists.items()}
+    return {
+        name: wandb.Histogram(np_histogram=np.histogram(values, bins=BINS))
+        for name, values in finite.items()
+        if values.size
+    }
+
+
 class WandbSink:
-    """Mirrors the scalars of each row to Weights & Biases, against train/step.
+    """Mirrors each row to Weights & Biases against train/step: numbers, and histograms of lists.
 
     One rank creates it. `offline` needs neither an account nor the network and leaves the run
     under RUN/wandb; `farspan wandb sync` sends it. `online` without a key, or without a server
@@ -60,8 +80,7 @@ class WandbSink:
             self._thread.start()
 
     def write(self, row: Row) -> None:
-        values = scalars(row)
-        self._do(lambda mirror: mirror.log(values))
+        self._do(lambda mirror: mirror.log(row))
 
     def alert(self, title: str, text: str) -> None:
         """Let W&B tell whoever asked for alerts of the project."""
@@ -108,14 +127,14 @@ class Mirror:
         self._numbers = os.open(run.wandb_step, os.O_RDWR | os.O_CREAT, 0o666)
         self._next = wandb_run.step
 
-    def log(self, values: Mapping[str, int | float]) -> None:
+    def log(self, row: Row) -> None:
         # `farspan wandb sync` may have taken some since the row before.
         taken = int(os.pread(self._numbers, STEP_DIGITS, 0) or 0)
         number = max(self._next, taken)
         self._next = number + 1
         # In one write: a number is never half there.
         os.pwrite(self._numbers, f"{self._next:0{STEP_DIGITS}d}".encode(), 0)
-        self._run.log(dict(values), step=number, commit=True)
+        self._run.log(scalars(row) | histograms(row), step=number, commit=True)
 
     def alert(self, title: str, text: str) -> None:
         self._run.alert(title, text, "WARN")

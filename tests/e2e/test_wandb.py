@@ -14,6 +14,7 @@ import pytest
 
 from launch.wandb_sync import digest, steps_text
 from pretrain.config import load_config, read_run_config
+from pretrain.metrics.registry import METRICS, check_names
 from pretrain.metrics.sinks import read_metrics
 from pretrain.metrics.wandb_sink import described, scalars
 from pretrain.run_dir import RunDirectory
@@ -26,6 +27,7 @@ ATTEMPT = """
 import json, os, sys, time
 from pathlib import Path
 from pretrain.config import read_run_config
+from pretrain.metrics.registry import METRICS, check_names
 from pretrain.metrics.sinks import JsonlSink, MetricsWriter
 from pretrain.metrics.wandb_sink import WandbSink
 from pretrain.run_dir import RunDirectory, write_atomically
@@ -83,6 +85,7 @@ def make_run(root: Path, *settings: str) -> RunDirectory:
 def python(environment: dict[str, str], *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
+        cwd=Path(environment["HOME"]).parent,
         env=environment,
         capture_output=True,
         text=True,
@@ -110,7 +113,10 @@ def sync(
 
 
 def assert_mirrored(server: WandbServer, run: RunDirectory) -> None:
-    """The last row of each step that the server has is that of metrics.jsonl."""
+    """The last row of each step that the server has is that of metrics.jsonl, and W&B's logs of all
+    this lie in the run directory.
+    """
+    assert not (run.root.parent / "wandb").exists()
     by_step = {row["train/step"]: digest(row) for row in server.the_run().rows()}
     expected = {row["train/step"]: digest(scalars(row)) for row in read_metrics(run.metrics)}
     assert {step: by_step.get(step) for step in expected} == expected
@@ -268,6 +274,41 @@ def test_sync_says_what_is_wrong(tmp_path, server, home):
     done = sync(run, home | {"WANDB_BASE_URL": "http://127.0.0.1:9"})
     assert done.returncode == 1
     assert "error: the W&B server http://127.0.0.1:9 does not let us in" in done.stderr
+
+
+def test_panels_are_of_registered_metrics_and_export_without_a_network(tmp_path):
+    environment = home_of(tmp_path, "http://127.0.0.1:9")
+    del environment["WANDB_API_KEY"]
+    command = ("-m", "launch.cli", "wandb", "dashboard", "export", "--project", "long")
+    printed, filed = python(environment, *command), python(environment, *command, "--out", "b.json")
+    assert (printed.returncode, filed.returncode) == (0, 0), printed.stderr + filed.stderr
+    assert printed.stdout == (tmp_path / "b.json").read_text()
+    bank = json.loads(printed.stdout)["spec"]["section"]["panelBankConfig"]
+    panels = [panel["config"] for section in bank["sections"] for panel in section["panels"]]
+    assert {panel["xAxis"] for panel in panels} == {"train/step"}
+    assert [section["name"] for section in bank["sections"]] == [
+        *("Training health", "MoE", "Long context", "Performance", "Data", "Reliability")
+    ]
+    check_names(name for panel in panels for name in panel["metrics"])
+    for panel in panels:
+        assert {METRICS[name].unit for name in panel["metrics"]} == {panel["yAxisTitle"]}
+
+
+@pytest.mark.slow
+def test_a_second_push_replaces_the_dashboard(tmp_path, server, home):
+    push = ("-m", "launch.cli", "wandb", "dashboard", "push", "--project", "long")
+    refused = python(home, *push)
+    assert refused.returncode == 2
+    assert "lab has no project 'long' at W&B: train with wandb.mode=online" in refused.stderr
+    server.projects.append("long")
+    for _ in range(2):
+        done = python(home, *push)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == f"{server.url}/lab/long?nw=farspan\n"
+    (view,) = server.views.values()
+    assert (view["entityName"], view["projectName"]) == ("lab", "long")
+    exported = python(home, *push[:-3], "export", "--entity", "lab", "--project", "long").stdout
+    assert json.loads(view["spec"]) == json.loads(exported)["spec"]
 
 
 def test_credentials_in_addresses_stay_here(tmp_path):

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from math import nan
 from pathlib import Path
 
 import pytest
@@ -48,12 +49,16 @@ def no_account(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
-def test_scalars_are_mirrored_against_train_step(run, no_account, capfd):
+def test_numbers_and_histograms_are_mirrored_against_train_step(run, no_account, capfd):
     sink = WandbSink(run, config_of("offline"))
-    sink.write({"train/step": 7, "train/loss": 0.1 + 0.2, "moe/load": [[0.5, 0.5]]})
+    sink.write({"train/step": 7, "train/loss": 0.1 + 0.2, "moe/load": [[0.5, 0.25], [nan, 0.25]]})
     sink.close()
     (records,) = wandb_records(run)
     (history,) = [history["item"] for history in values_of(records, "history")]
+    assert history.pop("moe/load._type") == "histogram"
+    assert [count for count in history.pop("moe/load.values") if count] == [2, 1]
+    bins = history.pop("moe/load.bins")
+    assert (bins[0], bins[-1]) == (0.25, 0.5)
     assert {k: v for k, v in history.items() if not k.startswith("_")} == {
         "train/step": 7,
         "train/loss": 0.1 + 0.2,
