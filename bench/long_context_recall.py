@@ -24,6 +24,8 @@ from bench.gated_delta import cpu_model
 
 SEGMENT, SAMPLES = 64, 80
 ROW = 2 * SEGMENT
+# Tokens of a step of the recipe.
+STEP = 64 * ROW
 DOCUMENTS = 20000
 REQUIRED = 0.95
 # Of some hundred answers, far beyond what guessing gives.
@@ -35,7 +37,8 @@ class Study(NamedTuple):
     """What is trained on, and what is asked.
 
     Attributes:
-        trained_on: options of `farspan data synthetic` for each source.
+        trained_on: options of `farspan data synthetic` for each source; only the first has a weight
+            unless the settings give one to the others.
         settings: further ones of the recipe.
         task, drawn: of what is asked.
         asked: tokens of a document to ask about.
@@ -59,14 +62,14 @@ STUDIES = {
     "needle": Study(
         ["--task multi_key --pairs 8 --spread"], [], "needle", [], 16 * SEGMENT, WITHOUT
     ),
-    # With values that are asked for before they are overwritten, most is learned soonest; the rest
-    # needs some that are not.
+    # With values that are asked for before they are overwritten, most is learned soonest; documents
+    # of others come later.
     "overwrite": Study(
         [
             "--task overwrite --pairs 4 --values 2 --spread",
             f"--task overwrite --pairs 6 --values 2 --at-end --gap {SEGMENT}",
         ],
-        ["train.steps=400"],
+        ["train.steps=400", f"data.curriculum=[{{tokens: {200 * STEP}, weights: {{data-1: 1}}}}]"],
         "overwrite",
         ["--pairs", "4", "--values", "2"],
         4 * SEGMENT,
@@ -116,7 +119,7 @@ def shows(name: str, study: Study) -> bool:
         sources = []
         for number, options in enumerate(study.trained_on):
             shards = str(Path(folder) / f"data-{number}")
-            sources.append(f"{{path: {shards}}}")
+            sources.append(f"{{path: {shards}, weight: {int(number == 0)}}}")
             farspan(
                 *("data", "synthetic", *options.split(), "--length", str(ROW)),
                 *("--documents", str(DOCUMENTS), "--vocab-size", "64", "--out", shards),
@@ -125,7 +128,8 @@ def shows(name: str, study: Study) -> bool:
             train(study, setting, sources, str(Path(folder) / str(number)))
             for number, setting in enumerate((EXACT, study.other))
         ]
-    print(f"\n### {name}\n\nTrained on documents of {ROW} tokens: {'; '.join(study.trained_on)}\n")
+    trained_on = "; ".join(study.trained_on + study.settings)
+    print(f"\n### {name}\n\nTrained on documents of {ROW} tokens: {trained_on}\n")
     print_curves(both)
     print(f"\n| trained with | tokens | CPU s | {study.task}, {study.asked} tokens | {WITHOUT} |")
     print("|---|---:|---:|---:|---:|")
