@@ -15,6 +15,12 @@ from pretrain.run_dir import RunDirectory
 from slurm.sandbox.cluster import Cluster
 from tests.ranks import ROOT, TIMEOUT_S
 
+# For `submit_by_hand`: a rank imports until there is a file `go` beside the run directory, and
+# ignores what it gets meanwhile, as its wrapper has told it to.
+IMPORTS_UNTIL_TOLD = """
+while [[ $* == *launch.rank* && ! -e ../go ]]; do sleep 0.05; done
+exec "$REAL" "$@"
+"""
 FARSPAN = (sys.executable, "-m", "launch.cli")
 # A job trains twenty steps while Slurm answers on a busy machine.
 ASK_SLURM_S = 5.0
