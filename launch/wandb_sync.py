@@ -19,7 +19,7 @@ from launch.run_state import read_state
 from launch.starters import slurm_here
 from pretrain.config import Config, read_run_config
 from pretrain.errors import TrainingError, UserError
-from pretrain.metrics.sinks import read_metrics, to_json
+from pretrain.metrics.sinks import last_step, read_metrics, to_json
 from pretrain.metrics.wandb_sink import Mirror, has_key, scalars, start_wandb, wandb_id
 from pretrain.run_dir import RunDirectory
 
@@ -141,21 +141,23 @@ def sync_run(directory: Path, wait_s: float) -> bool:
     os.environ["WANDB_DIR"] = str(run.root)
     written = fragment_being_written(run)
     run.wandb.mkdir(exist_ok=True)
+    # What a live run logs meanwhile is for the next time.
+    last = last_step(run.metrics)
     history = WandbHistory(config, wandb_id(run.wandb_id))
     for fragment in unsent_fragments(run):
         if fragment != written:
             send_fragment(fragment)
-    found = compare(run, history, wait_s)
+    found = compare(run, last, history, wait_s)
     if found.missing:
         print(f"W&B lacks {len(found.missing)} of {found.rows:,} rows: {steps_text(found.missing)}")
         send_rows(run, config, set(found.missing))
-        found = compare(run, history, wait_s)
+        found = compare(run, last, history, wait_s)
     if found.undone:
         print(f"W&B also has {found.undone} steps that were undone by a kill or a rollback")
     if found.missing:
         print(f"still missing, say it again later: {steps_text(found.missing)}")
         return False
-    print(f"all {found.rows:,} rows of metrics.jsonl are at {history.url()}")
+    print(f"all {found.rows:,} rows of metrics.jsonl up to step {last} are at {history.url()}")
     return True
 
 
@@ -206,20 +208,19 @@ def send_fragment(file: Path) -> None:
     print(f"{file.parent.name}: {outcome}", flush=True)
 
 
-def compare(run: RunDirectory, history: WandbHistory, wait_s: float) -> Arrival:
-    """How W&B differs from metrics.jsonl, once it has nothing missing or the wait is over."""
+def compare(run: RunDirectory, last: int, history: WandbHistory, wait_s: float) -> Arrival:
+    """How W&B differs from metrics.jsonl up to a step, once nothing is missing or the wait over."""
     pause, deadline = FIRST_POLL_S, time.monotonic() + wait_s
     while True:
-        found = compare_now(run, history)
+        found = compare_now(run, last, history)
         if not found.missing or time.monotonic() + pause > deadline:
             return found
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_POLL_S)
 
 
-def compare_now(run: RunDirectory, history: WandbHistory) -> Arrival:
-    # In this order: a live run adds to both.
-    rows = list(rows_of(run))
+def compare_now(run: RunDirectory, last: int, history: WandbHistory) -> Arrival:
+    rows = [(step, of_row) for step, of_row in rows_of(run) if step <= last]
     latest = history.latest()
     missing = tuple(step for step, of_row in rows if latest.get(step) != of_row)
     return Arrival(len(rows), missing, len(latest.keys() - {step for step, _ in rows}))

@@ -36,6 +36,11 @@ def _one_line(text: str) -> str:
 def _variable_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
         raise ValueError("must be the name of an environment variable, as in NCCL_IB_HCA")
+    if re.search(r"(KEY|TOKEN|SECRET|PASSWORD)$", name):
+        raise ValueError(
+            "is a secret by its name, and logs and run directories are read by others: export it "
+            "before you submit; jobs get the environment of the shell (--export=ALL)"
+        )
     return name
 
 

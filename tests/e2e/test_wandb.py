@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -12,10 +14,12 @@ from threading import Event
 
 import pytest
 
+from data_pipeline.shards import load_manifest
+from launch.local import rank_pids
 from launch.wandb_sync import digest, steps_text
 from pretrain.config import load_config, read_run_config
 from pretrain.metrics.registry import METRICS, check_names
-from pretrain.metrics.sinks import read_metrics
+from pretrain.metrics.sinks import last_step, read_metrics
 from pretrain.metrics.wandb_sink import described, scalars
 from pretrain.run_dir import RunDirectory
 from tests.ranks import ROOT
@@ -122,6 +126,11 @@ def assert_mirrored(server: WandbServer, run: RunDirectory) -> None:
     assert {step: by_step.get(step) for step in expected} == expected
 
 
+def assert_no_key(run: RunDirectory) -> None:
+    files = [file for file in run.root.rglob("*") if file.is_file()]
+    assert not [file for file in files if KEY.encode() in file.read_bytes()]
+
+
 def test_steps_are_told_as_spans():
     assert steps_text((3,)) == "steps 3"
     assert steps_text((1, 2, 3, 7, 9, 10)) == "steps 1-3, 7, 9-10"
@@ -138,7 +147,10 @@ def test_offline_attempts_become_one_run_with_every_row(tmp_path, server, home):
     done = sync(run, home)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(": sent\n") == 2
-    assert f"all 8 rows of metrics.jsonl are at {server.url}/lab/farspan/runs/" in done.stdout
+    assert (
+        f"all 8 rows of metrics.jsonl up to step 8 are at {server.url}/lab/farspan/runs/"
+        in done.stdout
+    )
     assert "W&B lacks" not in done.stdout
     assert_mirrored(server, run)
     stored = server.the_run()
@@ -215,11 +227,10 @@ def test_a_run_goes_on_online_with_its_key_nowhere(tmp_path, server, home):
     assert server.the_run().values("farspan")["layout"] == "tp 2"
     assert server.the_run().alerts == [("rolled back", "step 8: a spike")]
     assert outputs[0].stdout + outputs[0].stderr == ""
-    files = [file for file in run.root.rglob("*") if file.is_file()]
-    assert any(file.name == "debug-internal.log" for file in files)
+    assert list(run.root.rglob("debug-internal.log"))
     texts = [output.stdout + output.stderr for output in outputs]
     assert not any(KEY in text for text in texts)
-    assert not [file for file in files if KEY.encode() in file.read_bytes()]
+    assert_no_key(run)
 
 
 @pytest.mark.slow
@@ -274,6 +285,39 @@ def test_sync_says_what_is_wrong(tmp_path, server, home):
     done = sync(run, home | {"WANDB_BASE_URL": "http://127.0.0.1:9"})
     assert done.returncode == 1
     assert "error: the W&B server http://127.0.0.1:9 does not let us in" in done.stderr
+
+
+@pytest.mark.slow
+def test_training_is_synced_while_it_runs_and_after_a_kill(shards, tmp_path, server, home):
+    """Rank 0 stands still while the first part is synced, is killed, and another attempt ends."""
+    run = RunDirectory(tmp_path / "run")
+    command = [
+        *(sys.executable, "-m", "launch.cli", "train", "tiny", "--run-dir", run.root),
+        *("--max-restarts", "0", f"data.shards={shards}", "train.steps=12", "checkpoint.every=4"),
+    ]
+    training = subprocess.Popen(command, env=home, stdout=subprocess.PIPE, text=True)
+    while not (run.metrics.exists() and last_step(run.metrics) >= 6 and run.wandb_step.exists()):
+        assert training.poll() is None
+        time.sleep(0.02)
+    (rank,) = rank_pids(run)
+    os.kill(rank, signal.SIGSTOP)
+    logged = last_step(run.metrics)
+    live = sync(run, home)
+    assert f"rows of metrics.jsonl up to step {logged} are at" in live.stdout, live.stderr
+    assert ": sent" not in live.stdout
+    assert_mirrored(server, run)
+    os.kill(rank, signal.SIGKILL)
+    killed, _ = training.communicate()
+    assert training.returncode == 1
+    ended = subprocess.run(command, env=home, capture_output=True, text=True, check=True)
+    done = sync(run, home)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all 12 rows of metrics.jsonl up to step 12 are at" in done.stdout
+    assert_mirrored(server, run)
+    assert server.the_run().values("farspan")["attempt"] == 2
+    assert server.the_run().values("farspan")["data"][0]["shards"] == load_manifest(shards).sha256
+    assert KEY not in killed + ended.stdout + ended.stderr
+    assert_no_key(run)
 
 
 def test_panels_are_of_registered_metrics_and_export_without_a_network(tmp_path):

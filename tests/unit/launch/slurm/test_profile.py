@@ -35,6 +35,7 @@ def test_a_profile_extends_another_one(tmp_path: Path) -> None:
         ({"partition": "a\nb"}, "must be one line of text"),
         ({"environment": {"A B": {"value": "1", "why": "x"}}}, "name of an environment variable"),
         ({"environment": {"A": {"value": "1"}}}, "environment.A.why"),
+        ({"environment": {"WANDB_API_KEY": {"value": "1", "why": "x"}}}, "export it before you"),
         ({"options": ["-N 2"]}, "must be a long option with its value"),
         ({"options": ["--job-name=a/b"]}, "--job-name is set by farspan"),
         ({"scratch": "/tmp/{usr}"}, "in which {user} and {job} may stand"),
