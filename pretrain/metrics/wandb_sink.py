@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -22,8 +23,8 @@ Mode = Literal["offline", "online"]
 
 # What the end of an attempt waits for W&B at most: Slurm's grace may be half a minute.
 CLOSE_TIMEOUT_S = 15.0
-# If it has not even begun by then, no server answers.
-BEGIN_TIMEOUT_S = 5.0
+# If it has not even begun so long after the start of the attempt, no server answers.
+BEGIN_TIMEOUT_S = 10.0
 INIT_TIMEOUT_S = 60.0
 STEP_DIGITS = 20
 BINS = 32
@@ -69,6 +70,7 @@ class WandbSink:
     def __init__(self, run: RunDirectory, config: Config) -> None:
         self._tasks: SimpleQueue[Callable[[Any], None] | None] = SimpleQueue()
         self._begun = Event()
+        self._begin_until = time.monotonic() + BEGIN_TIMEOUT_S
         self._thread: Thread | None = None
         if config.wandb.mode != "disabled":
             self._thread = Thread(
@@ -91,7 +93,7 @@ class WandbSink:
         if self._thread is None:
             return
         self._tasks.put(None)
-        if self._begun.wait(BEGIN_TIMEOUT_S):
+        if self._begun.wait(max(0.0, self._begin_until - time.monotonic())):
             self._thread.join(CLOSE_TIMEOUT_S)
         if self._thread.is_alive():
             _tell("not everything has arrived by the end of the attempt")
@@ -159,9 +161,8 @@ def _start(run: RunDirectory, config: Config, mode: Mode) -> Any:
 
 def has_key() -> bool:
     """Whether this account may talk to the W&B server of the environment, as far as it knows."""
-    from wandb.sdk.lib import wbauth
-
     import wandb
+    from wandb.sdk.lib import wbauth
 
     # Or it says where it has found the key.
     host = wandb.setup(wandb.Settings(silent=True)).settings.base_url
