@@ -1,5 +1,6 @@
 """How a model is spread over ranks: the one function to read first."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +14,7 @@ from parallel.expert.sequence import split_rows
 from parallel.expert.shard import Dispatcher, shard_experts
 from parallel.feed_forward import tile_feed_forwards
 from parallel.fsdp import shard_weights
+from parallel.fsdp_traffic import Sent
 from parallel.mesh import Mesh
 from parallel.offload import Store
 from parallel.pipeline.schedule import Pipeline, PipelineShape, SingleStage
@@ -63,6 +65,7 @@ class Parallelised:
         weights: a module that holds each weight of this rank once, under its name in the model.
         replicas: what completes gradients after the last backward pass of a step.
         traffic: the counted collectives, by axis.
+        of_fsdp: bytes that FSDP has sent, by axis and kind.
     """
 
     stages: Sequence[Stage]
@@ -70,6 +73,17 @@ class Parallelised:
     weights: nn.Module
     replicas: Replicas
     traffic: dict[str, Communicator] = field(default_factory=dict)
+    of_fsdp: Sent = field(default_factory=Counter)
+
+    def sent_bytes(self) -> Sent:
+        """What this rank has sent to others so far, by axis and kind; what a pipeline passes on,
+        DeepEP, and sums of single numbers are not counted.
+        """
+        sent = Counter(self.of_fsdp)
+        for axis, communicator in self.traffic.items():
+            for kind, n_bytes in communicator.bytes.items():
+                sent[axis, kind] += n_bytes
+        return sent
 
     def forward_backward(
         self,
@@ -144,8 +158,9 @@ def apply(
     # 5. FSDP2, last: it shards what is left on this rank.
     stages = [Stage(model, objective, index) for index, model in models.items()]
     experts = [moe.experts for moe in moe_layers] if mesh.ep.size() * mesh.tp.size() > 1 else []
+    of_fsdp: Sent = Counter()
     for stage in stages:
-        shard_weights(stage, experts, mesh, how.dtype)
+        shard_weights(stage, experts, mesh, how.dtype, of_fsdp)
 
     # 6. Pipeline: stages work on several microbatches at a time.
     runner: Pipeline | SingleStage | SegmentedStage = SingleStage(stages[0], how.microbatch)
@@ -158,7 +173,7 @@ def apply(
     replicas = Replicas(tied=_tied_copy(stages, mesh))
     if mesh.tp.size() > 1:
         replicas = replace(replicas, tp=mesh.tp.get_group(), whole=dict(_whole_on_tp(stages)))
-    return Parallelised(stages, runner, _each_weight_once(stages), replicas, traffic)
+    return Parallelised(stages, runner, _each_weight_once(stages), replicas, traffic, of_fsdp)
 
 
 def _whole_on_tp(stages: Sequence[Stage]) -> Iterator[tuple[str, nn.Parameter]]:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 # torch 2.13 deprecates the old names, 2.11 has only those.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class CollectiveResults:
@@ -163,7 +163,7 @@ class Communicator:
         """Start `all_gather`, without autograd."""
         x = x.contiguous()
         out = x.new_empty(self.size, *x.shape)
-        call = partial(_all_gather, out.flatten(0, 1), x)
+        call = partial(all_gather_single, out.flatten(0, 1), x)
         sent_bytes = x.nbytes * (self.size - 1)
         return self._start("all_gather", call, sent_bytes, x, out, partial(_ranks_along, dim=dim))
 
@@ -171,7 +171,7 @@ class Communicator:
         """Start `reduce_scatter`, without autograd."""
         x = x.unflatten(dim, (self.size, -1)).movedim(dim, 0).contiguous()
         out = torch.empty_like(x[0])
-        call = partial(_reduce_scatter, out, x.flatten(0, 1))
+        call = partial(reduce_scatter_single, out, x.flatten(0, 1))
         return self._start("reduce_scatter", call, out.nbytes * (self.size - 1), x, out)
 
     def start_exchange(self, x: Tensor, received: Sequence[int], sent: Sequence[int]) -> "Pending":

@@ -9,10 +9,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from parallel.fsdp_traffic import Sent, count_traffic
 from parallel.mesh import Mesh
 
 
-def shard_weights(stage: Any, experts: Sequence[nn.Module], mesh: Mesh, dtype: torch.dtype) -> None:
+def shard_weights(
+    stage: Any, experts: Sequence[nn.Module], mesh: Mesh, dtype: torch.dtype, sent: Sent
+) -> None:
     """Shard the weights of `stage` in units of a layer.
 
     Computation runs in `dtype`; the sharded weights keep their own, and every reduction is float32
@@ -23,6 +26,7 @@ def shard_weights(stage: Any, experts: Sequence[nn.Module], mesh: Mesh, dtype: t
     Args:
         stage: a `Stage`.
         experts: modules that are units of their own, on the mesh of the experts.
+        sent: counts what is sent from now on.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=dtype,
@@ -53,6 +57,10 @@ def shard_weights(stage: Any, experts: Sequence[nn.Module], mesh: Mesh, dtype: t
     _prefetch_next_layer(list(stage.model.layers.values()))
     for module in stage.modules():
         if isinstance(module, FSDPModule):
+            of_experts = any(module is unit for unit in experts)
+            count_traffic(
+                module, mesh.shards_of_experts if of_experts else mesh.shards_of_weights, sent
+            )
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 

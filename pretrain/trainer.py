@@ -1,6 +1,7 @@
 """A model on its ranks, and one optimizer step of it."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -57,6 +58,7 @@ class StepResult:
     Attributes:
         grad_norm: before clipping.
         grad_norms: of the parts of the model, as `parallel.gradients.Norms`.
+        sent: bytes that this rank sent, by axis and kind of collective.
         seconds: that the step took on this rank, waiting for the batch included.
         passed_over: batches that were skipped again before, and the stream's tokens before each.
         verdict: why the step was not taken; None if it was.
@@ -65,6 +67,7 @@ class StepResult:
     measured: Measured
     grad_norm: float
     grad_norms: list[float]
+    sent: Counter[tuple[str, str]]
     seconds: float
     passed_over: list[tuple[BatchPlan, int]]
     verdict: Verdict | None
@@ -190,7 +193,7 @@ class Trainer:
             stop_requested: whether this rank was asked to stop.
             beat: told which phase begins.
         """
-        began = time.perf_counter()
+        began, sent = time.perf_counter(), self.parallelised.sent_bytes()
         beat("data")
         while_waiting = partial(beat, "data")
         passed_over = self.pass_over(while_waiting)
@@ -203,8 +206,9 @@ class Trainer:
         grad_norm, verdict = self.finish_step(measured)
         if measured.is_written:
             self.store.finish_save()
+        sent = self.parallelised.sent_bytes() - sent
         seconds = time.perf_counter() - began
-        return StepResult(measured, grad_norm, self.grad_norms, seconds, passed_over, verdict)
+        return StepResult(measured, grad_norm, self.grad_norms, sent, seconds, passed_over, verdict)
 
     def backward(
         self, batch: Batch, stop_requested: bool = False, data_wait_s: float = 0.0

@@ -193,6 +193,23 @@ DEFINITIONS: tuple[Metric, ...] = (
         "pretrain/metrics/step.py",
     ),
     Metric(
+        "perf/sent_bytes",
+        "bytes",
+        "what rank 0 sent to other ranks in the step; of reductions what the ring algorithm sends",
+        "Collectives of tensor, expert and context parallelism and of FSDP. What a pipeline passes "
+        "on, DeepEP, and sums of single numbers are not counted.",
+        "rank 0",
+        "pretrain/metrics/step.py",
+    ),
+    Metric(
+        "perf/sent_bytes_by_axis",
+        "bytes",
+        "{axis: {collective: bytes}} of perf/sent_bytes",
+        "Which parallelism the network works for; axes are named in docs/layouts.md.",
+        "rank 0",
+        "parallel/fsdp_traffic.py",
+    ),
+    Metric(
         "perf/memory_allocated",
         "bytes",
         "memory of a device that tensors take after the step",

@@ -1,6 +1,7 @@
 """What a step of training is logged with."""
 
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -62,6 +63,8 @@ def metrics_row(
         "perf/data_wait_s": measured.data_wait_s,
         "perf/data_wait_share": measured.data_wait_s / seconds,
         "perf/checkpoint_stall_s": checkpoint_stall_s,
+        "perf/sent_bytes": result.sent.total(),
+        "perf/sent_bytes_by_axis": _by_axis(result.sent),
         **summarise_load(measured.expert_counts, measured.dropped),
         **_of_routers(trainer, measured.router_entropy),
         **utilization(
@@ -73,6 +76,13 @@ def metrics_row(
             peak_of_device(trainer.config, trainer.device),
         ),
     }
+
+
+def _by_axis(sent: Mapping[tuple[str, str], int]) -> dict[str, dict[str, int]]:
+    by_axis: dict[str, dict[str, int]] = {}
+    for (axis, kind), n_bytes in sent.items():
+        by_axis.setdefault(axis, {})[kind] = n_bytes
+    return by_axis
 
 
 def _of_routers(trainer: Trainer, entropy: float) -> dict[str, Any]:

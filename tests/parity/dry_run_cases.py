@@ -39,12 +39,9 @@ def whole_rows(trainer: Trainer) -> Batch:
 
 
 def sent_by_communicators(trainer: Trainer) -> dict[tuple[str, str], int]:
-    """(axis, kind) -> bytes that the layers' own collectives have sent so far."""
-    return {
-        (axis, kind.replace("_", "-")): n_bytes
-        for axis, communicator in trainer.parallelised.traffic.items()
-        for kind, n_bytes in communicator.bytes.items()
-    }
+    """(axis, kind) -> bytes that have been sent so far, as ranks count them."""
+    sent = trainer.parallelised.sent_bytes()
+    return {(axis, kind.replace("_", "-")): n_bytes for (axis, kind), n_bytes in sent.items()}
 
 
 def run_case(shards: Path, overrides: list[str], device: torch.device) -> dict[str, Any]:

@@ -83,3 +83,11 @@ def test_tokens_are_counted_where_they_are_predicted(rows: dict[str, list[Any]])
 def test_every_so_many_rows_tell_of_weights() -> None:
     train = TrainConfig(log_every=3, survey_every=2)
     assert [step for step in range(1, 20) if is_survey_due(step, train)] == [6, 12, 18]
+
+
+def test_what_is_sent_is_told_by_axis(rows: dict[str, list[Any]]) -> None:
+    row = rows["ordinary"][0]["row"]
+    by_axis = row["perf/sent_bytes_by_axis"]
+    assert by_axis.keys() == {"fsdp"}
+    assert by_axis["fsdp"].keys() == {"all_gather", "reduce_scatter"}
+    assert row["perf/sent_bytes"] == sum(by_axis["fsdp"].values()) > 0
