@@ -33,8 +33,14 @@ OF_DATA = ("shards", "tokenizer", "weight")
 
 
 def scalars(row: Row) -> dict[str, int | float]:
-    """The part of a row that is mirrored as it is."""
-    return {name: value for name, value in row.items() if isinstance(value, int | float)}
+    """The numbers of a row, also those in mappings, whose keys become part of the name."""
+    numbers: dict[str, int | float] = {}
+    for name, value in row.items():
+        if isinstance(value, int | float):
+            numbers[name] = value
+        elif isinstance(value, Mapping):
+            numbers |= scalars({f"{name}/{key}": item for key, item in value.items()})
+    return numbers
 
 
 def histograms(row: Row) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def test_help_loads_nothing_heavy() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "set()\n"
     commands = ("demo", "data", "train", "eval", "generate", "export", "report", "audit", "config")
     listed = succeed("--help")
-    assert all(command in listed for command in (*commands, "launch"))
+    assert all(command in listed for command in (*commands, "launch", "wandb"))
 
 
 def test_config_prints_a_tree_that_can_be_a_recipe(tmp_path: Path) -> None:

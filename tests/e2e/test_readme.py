@@ -24,6 +24,7 @@ COMMANDS = [
         "docs/checkpoints.md",
         "docs/evaluation.md",
         "docs/long_context.md",
+        "docs/wandb.md",
     )
     for block in re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     for line in block.splitlines()

@@ -51,7 +51,14 @@ def no_account(monkeypatch, tmp_path):
 
 def test_numbers_and_histograms_are_mirrored_against_train_step(run, no_account, capfd):
     sink = WandbSink(run, config_of("offline"))
-    sink.write({"train/step": 7, "train/loss": 0.1 + 0.2, "moe/load": [[0.5, 0.25], [nan, 0.25]]})
+    sink.write(
+        {
+            "train/step": 7,
+            "train/loss": 0.1 + 0.2,
+            "moe/load": [[0.5, 0.25], [nan, 0.25]],
+            "perf/sent_bytes_by_axis": {"tp": {"all_reduce": 96}},
+        }
+    )
     sink.close()
     (records,) = wandb_records(run)
     (history,) = [history["item"] for history in values_of(records, "history")]
@@ -62,6 +69,7 @@ def test_numbers_and_histograms_are_mirrored_against_train_step(run, no_account,
     assert {k: v for k, v in history.items() if not k.startswith("_")} == {
         "train/step": 7,
         "train/loss": 0.1 + 0.2,
+        "perf/sent_bytes_by_axis/tp/all_reduce": 96,
     }
     assert {"glob_name": "*", "step_metric": "train/step"}.items() <= values_of(records, "metric")[
         1
