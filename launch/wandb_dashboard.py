@@ -20,12 +20,13 @@ class Panel:
 
     Attributes:
         metrics: their names in the registry, of one unit. A list such as moe/load is a heat map of
-            its histogram.
+            its histogram; a mapping such as perf/sent_bytes_by_axis a line for each of its numbers.
     """
 
     title: str
     metrics: tuple[str, ...]
     log_y: bool = False
+    is_mapping: bool = False
 
 
 SECTIONS: dict[str, tuple[Panel, ...]] = {
@@ -62,6 +63,8 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("Utilization of the hardware", ("perf/mfu", "perf/hfu")),
         Panel("FLOPs per device", ("perf/tflops_per_device",)),
         Panel("Time of a step", ("perf/step_s",), log_y=True),
+        Panel("Bytes that rank 0 sends", ("perf/sent_bytes",)),
+        Panel("The same by axis", ("perf/sent_bytes_by_axis",), is_mapping=True),
         Panel("Memory", ("perf/memory_allocated", "perf/memory_reserved", "perf/memory_peak")),
     ),
     "Data": (
@@ -107,7 +110,8 @@ def _chart(section: str, number: int, panel: Panel) -> Any:
     chart = wr.LinePlot(
         title=panel.title,
         x="train/step",
-        y=list(panel.metrics),
+        y=[] if panel.is_mapping else list(panel.metrics),
+        metric_regex=f"{panel.metrics[0]}/.*" if panel.is_mapping else None,
         title_y=METRICS[panel.metrics[0]].unit,
         log_y=panel.log_y or None,
         layout=wr.Layout(x=column * WIDTH, y=row * HEIGHT, w=WIDTH, h=HEIGHT),
