@@ -67,13 +67,13 @@ def test_an_account_gets_to_a_job_on_two_nodes(tmp_path: Path) -> None:
     settings = Settings(nodes=2, cpus=1, gpus=0, netns=True, conf=[partition])
     with started_cluster(settings) as cluster:
         printed = run("\n".join(lines), tmp_path, cluster.command(), cluster.environment())
-        by_hand = tmp_path / "runs" / "by-hand" / "done.json"
         deadline = time.monotonic() + TIMEOUT_S
-        while not by_hand.exists():
+        while cluster.call("squeue", "--noheader"):
             assert time.monotonic() < deadline, cluster.status()
             time.sleep(0.2)
     assert "nothing found that should be mended" in printed
-    assert (tmp_path / "runs" / "first" / "done.json").exists()
+    for name in ("first", "by-hand"):
+        assert (tmp_path / "runs" / name / "done.json").exists(), printed
 
 
 @pytest.mark.slow
