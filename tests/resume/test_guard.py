@@ -13,6 +13,7 @@ from pretrain.replay_plan import tries
 from pretrain.run_dir import RunDirectory
 from tests.e2e.test_cli import farspan
 from tests.ranks import run_on_ranks
+from tests.unit.pretrain.metrics.test_wandb_sink import values_of, wandb_records
 
 SCRIPT = Path(__file__).with_name("guard_case.py")
 STEPS = 24
@@ -82,6 +83,14 @@ def test_what_counts_in_the_end_is_every_batch_but_the_bad_ones(met: RunDirector
     # 2 and 13; 13 again, and 14; then 13, 14 and 15, which was skipped without being met.
     rows = [json.loads(line) for line in met.metrics.read_text().splitlines()]
     assert (rows[-1]["guard/skipped"], rows[-1]["guard/rollbacks"]) == (7, 2)
+
+
+def test_each_of_them_is_an_alert_at_wandb(met: RunDirectory) -> None:
+    (fragment,) = wandb_records(met)
+    alerts = [(alert["title"], alert["text"]) for alert in values_of(fragment, "alert")]
+    assert [title for title, _ in alerts] == ["batch skipped", "rolled back", "rolled back"]
+    assert alerts[0][1] == "step 3: the loss is nan; batch skipped"
+    assert alerts[1][1].endswith("rolled back to step 12, 1 batch will be skipped")
 
 
 def test_it_ends_as_a_run_that_never_met_them(
