@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -289,35 +289,72 @@ def test_sync_says_what_is_wrong(tmp_path, server, home):
 
 @pytest.mark.slow
 def test_training_is_synced_while_it_runs_and_after_a_kill(shards, tmp_path, server, home):
-    """Rank 0 stands still while the first part is synced, is killed, and another attempt ends."""
+    """Rank 0 stands still offline while the first rows are synced, and is killed. The next attempt
+    is online, where a sync is refused.
+    """
     run = RunDirectory(tmp_path / "run")
     command = [
         *(sys.executable, "-m", "launch.cli", "train", "tiny", "--run-dir", run.root),
         *("--max-restarts", "0", f"data.shards={shards}", "train.steps=12", "checkpoint.every=4"),
     ]
-    training = subprocess.Popen(command, env=home, stdout=subprocess.PIPE, text=True)
-    while not (run.metrics.exists() and last_step(run.metrics) >= 6 and run.wandb_step.exists()):
-        assert training.poll() is None
-        time.sleep(0.02)
-    (rank,) = rank_pids(run)
-    os.kill(rank, signal.SIGSTOP)
+    offline = start_and_stop(
+        command,
+        home,
+        run,
+        lambda: run.metrics.exists() and last_step(run.metrics) >= 6 and run.wandb_step.exists(),
+    )
     logged = last_step(run.metrics)
     live = sync(run, home)
     assert f"rows of metrics.jsonl up to step {logged} are at" in live.stdout, live.stderr
     assert ": sent" not in live.stdout
     assert_mirrored(server, run)
-    os.kill(rank, signal.SIGKILL)
-    killed, _ = training.communicate()
-    assert training.returncode == 1
-    ended = subprocess.run(command, env=home, capture_output=True, text=True, check=True)
+    os.kill(rank_pids(run)[0], signal.SIGKILL)
+    outputs = [*offline.communicate()]
+    assert offline.returncode == 1
+    online = start_and_stop(
+        [*command, "wandb.mode=online"],
+        home,
+        run,
+        lambda: any(run.wandb.glob("run-*/run-*.wandb")),
+    )
+    refused = sync(run, home)
+    assert refused.returncode == 2
+    assert "is being trained with wandb.mode=online, and sends its rows itself" in refused.stderr
+    os.kill(rank_pids(run)[0], signal.SIGCONT)
+    outputs += online.communicate()
+    assert online.returncode == 0, outputs
     done = sync(run, home)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all 12 rows of metrics.jsonl up to step 12 are at" in done.stdout
     assert_mirrored(server, run)
-    assert server.the_run().values("farspan")["attempt"] == 2
-    assert server.the_run().values("farspan")["data"][0]["shards"] == load_manifest(shards).sha256
-    assert KEY not in killed + ended.stdout + ended.stderr
+    about = server.the_run().values("farspan")
+    assert (about["attempt"], about["ranks"]) == (2, 1)
+    assert about["data"][0]["shards"] == load_manifest(shards).sha256
+    assert not any(KEY in output for output in outputs)
     assert_no_key(run)
+
+
+def start_and_stop(
+    command: list[object],
+    environment: dict[str, str],
+    run: RunDirectory,
+    is_far_enough: Callable[[], bool],
+) -> subprocess.Popen[str]:
+    """Start training, and let its rank 0 stand still at some point."""
+    attempts = len(run.all_attempts())
+    training = subprocess.Popen(
+        list(map(str, command)),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while len(run.all_attempts()) == attempts or not is_far_enough():
+        assert training.poll() is None, training.communicate()
+        time.sleep(0.02)
+    (rank,) = rank_pids(run)
+    os.kill(rank, signal.SIGSTOP)
+    return training
 
 
 def test_panels_are_of_registered_metrics_and_export_without_a_network(tmp_path):
