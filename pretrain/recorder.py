@@ -13,6 +13,7 @@ from pretrain.data_config import ShardSource
 from pretrain.guard import Rollback, Verdict
 from pretrain.ledger import Ledger, LedgerSource
 from pretrain.metrics.expert_load import DeadExperts
+from pretrain.metrics.goodput import Goodput
 from pretrain.metrics.sinks import JsonlSink, MetricsWriter, step_line
 from pretrain.metrics.wandb_sink import WandbSink
 from pretrain.numerics import numerics_of
@@ -58,6 +59,7 @@ class Recorder:
         write_atomically(run.ranks_of(attempt), json.dumps(ranks) + "\n")
         self._mirror = WandbSink(run, config)
         self._metrics = MetricsWriter([self._rows, self._mirror], fence)
+        self._goodput = Goodput(run)
         self._dead_experts = DeadExperts(config.guard.window)
         self._run, self._attempt = run, attempt
         self._last_step = self._saved = trainer.progress.step
@@ -76,6 +78,7 @@ class Recorder:
             self.ledger.skip(step, *batch, result.verdict.reason, *measured)
         else:
             self.ledger.train(step, *batch, *measured)
+            self._goodput.add(result.seconds)
             self._warn_of_dead_experts(step, result)
         self._skipped += len(result.passed_over) + (result.verdict is not None)
         self._last_step = step
@@ -103,6 +106,7 @@ class Recorder:
         self.ledger.roll_back(rollback.step, step, trainer.stream.tokens)
         self.ledger.sync()
         self._rows.cut_back(step, self._aside)
+        self._goodput.go_back()
         self._rollbacks += 1
         batches = (rollback.skip.stop - rollback.skip.first) // trainer.tokens_per_step
         what = (
@@ -121,7 +125,8 @@ class Recorder:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Write a row of metrics, and the line that a log shows of it."""
-        row = {**row, "guard/skipped": self._skipped, "guard/rollbacks": self._rollbacks}
+        guard = {"guard/skipped": self._skipped, "guard/rollbacks": self._rollbacks}
+        row = {**row, **guard, **self._goodput.metrics()}
         self._metrics.log(row)
         print(step_line(row, self._steps), flush=True)
 

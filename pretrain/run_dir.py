@@ -115,6 +115,11 @@ class RunDirectory:
         return self.root / "metrics.jsonl"
 
     @property
+    def began(self) -> Path:
+        """When its first attempt began to train, in seconds since the epoch."""
+        return self.root / "began.json"
+
+    @property
     def ledger(self) -> Path:
         """Which tokens were trained at which step, over all attempts."""
         return self.root / "ledger.bin"

@@ -210,6 +210,24 @@ DEFINITIONS: tuple[Metric, ...] = (
         "parallel/fsdp_traffic.py",
     ),
     Metric(
+        "perf/productive_s",
+        "s",
+        "sum of perf/step_s over the steps that stand, of all attempts",
+        "Without batches that were skipped and steps that were undone. After a restart it goes on "
+        "from the last row that is left.",
+        "rank 0",
+        "pretrain/metrics/goodput.py",
+    ),
+    Metric(
+        "perf/goodput",
+        "share",
+        "perf/productive_s / time since the run's first attempt began to train",
+        "The rest was lost: between attempts, starting, in checkpoints, and in steps that were "
+        "skipped, undone or trained twice.",
+        "rank 0",
+        "pretrain/metrics/goodput.py",
+    ),
+    Metric(
         "perf/memory_allocated",
         "bytes",
         "memory of a device that tensors take after the step",

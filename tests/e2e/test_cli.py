@@ -76,6 +76,7 @@ def test_a_run_directory_holds_the_whole_run(run: Path) -> None:
     assert [row["train/step"] for row in rows] == [1, 2, 3, 4]
     assert rows[-1]["train/tokens"] == 4 * 8 * 64
     assert {"train/loss", "train/grad_norm", "perf/tokens_per_s"} <= rows[0].keys()
+    assert all(0 < row["perf/goodput"] < 1 for row in rows)
     for name in ("config.yaml", "report.html", "tokenizer.json", "done.json", "checkpoints"):
         assert (run / name).exists(), name
     assert (run / "attempts" / "0001" / "rank-0.log").read_text()
