@@ -76,10 +76,12 @@ class Parallelised:
     of_fsdp: Sent = field(default_factory=Counter)
 
     def sent_bytes(self) -> Sent:
-        """What this rank has sent to others so far, by axis and kind; what a pipeline passes on,
-        DeepEP, and sums of single numbers are not counted.
+        """What this rank has sent to others so far, by axis and kind; DeepEP, and sums over copies of
+        a weight (`Replicas`), are not counted.
         """
         sent = Counter(self.of_fsdp)
+        if isinstance(self.runner, Pipeline):
+            sent["pp", "send"] = self.runner.sent_bytes
         for axis, communicator in self.traffic.items():
             for kind, n_bytes in communicator.bytes.items():
                 sent[axis, kind] += n_bytes

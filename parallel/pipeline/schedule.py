@@ -5,8 +5,9 @@ A stage is a module with attributes `index`, `is_first` and `is_last`, called as
 returns the hidden state, on the last stage the scalar to differentiate.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ class Pipeline:
 
     Attributes:
         stages: torch's wrappers of this rank's stages.
+        sent_bytes: what this rank has passed on to others so far, hidden states and gradients.
     """
 
     def __init__(
@@ -83,6 +85,8 @@ class Pipeline:
         self.shape = shape
         self.rank = dist.get_rank(group)
         self.stages = [_torch_stage(stage, group, shape, device) for stage in stages]
+        self.sent_bytes = 0
+        self._bytes_of_step = _passed_on({stage.index for stage in stages}, shape)
         one_stage = shape.schedule in ("gpipe", "1f1b")
         self._schedule: Any = SCHEDULES[shape.schedule](
             self.stages[0] if one_stage else self.stages,
@@ -100,6 +104,7 @@ class Pipeline:
         rows = self.shape.n_microbatches * self.shape.tokens[0]
         assert tokens.shape == (rows, self.shape.tokens[1])
         self._schedule.step(tokens, labels=labels, target=labels, return_outputs=False)
+        self.sent_bytes += self._bytes_of_step
 
     def order(self) -> list[Action]:
         """What this rank computes in a step, in this order."""
@@ -117,6 +122,18 @@ class Pipeline:
                 if kind is not None:
                     actions.append(Action(kind, part.stage_index, part.microbatch_index))
         return actions
+
+
+def _passed_on(stages: Set[int], shape: PipelineShape) -> int:
+    """Bytes that a rank with these stages sends in a step: forward to the stage after each of
+    them, and backward to the one before, unless it has that itself.
+    """
+    sends = sum(
+        0 <= other < shape.n_stages and other not in stages
+        for stage in stages
+        for other in (stage - 1, stage + 1)
+    )
+    return sends * shape.n_microbatches * prod(shape.hidden) * shape.dtype.itemsize
 
 
 class SingleStage:

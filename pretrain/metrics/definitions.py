@@ -196,8 +196,9 @@ DEFINITIONS: tuple[Metric, ...] = (
         "perf/sent_bytes",
         "bytes",
         "what rank 0 sent to other ranks in the step; of reductions what the ring algorithm sends",
-        "Collectives of tensor, expert and context parallelism and of FSDP. What a pipeline passes "
-        "on, DeepEP, and sums of single numbers are not counted.",
+        "Collectives of tensor, expert and context parallelism and of FSDP, and what a pipeline "
+        "passes on. Not counted are DeepEP, and gradients summed over the copies of a weight that "
+        "ranks of tp or both ends of a pipeline hold.",
         "rank 0",
         "pretrain/metrics/step.py",
     ),

@@ -87,7 +87,7 @@ def test_a_plan_counts_the_collectives_of_a_step(
     assert traffic == real
 
 
-@pytest.mark.parametrize("name", ["dp", "hsdp", "tp", "ep-tp"])
+@pytest.mark.parametrize("name", ["dp", "hsdp", "tp", "ep-tp", "pp-ep", "interleaved"])
 def test_bytes_are_those_that_ranks_count(name: str, measured: dict[str, Any]) -> None:
     real = measured[f"{name}-0"]
     seen = {
