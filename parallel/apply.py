@@ -76,8 +76,8 @@ class Parallelised:
     of_fsdp: Sent = field(default_factory=Counter)
 
     def sent_bytes(self) -> Sent:
-        """What this rank has sent to others so far, by axis and kind; DeepEP, and sums over copies of
-        a weight (`Replicas`), are not counted.
+        """What this rank has sent to others so far, by axis and kind; DeepEP, and sums over copies
+        of a weight (`Replicas`), are not counted.
         """
         sent = Counter(self.of_fsdp)
         if isinstance(self.runner, Pipeline):
