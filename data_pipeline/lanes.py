@@ -71,7 +71,8 @@ class Lanes:
         """Go to where `state` was taken, of rows of `seq_len` tokens if that is within a block.
 
         Raises:
-            DataError: the block has rows of another length, or another number for each lane.
+            DataError: the block has rows of another length, or another number for each lane; or the
+                mixture is another one by now.
         """
         self.mixture.load_state_dict(state["cursors"])
         self._block, lanes = None, state.get("lanes")
@@ -80,6 +81,7 @@ class Lanes:
                 self.mixture, lanes["rows"], lanes["sequences"], lanes["seq_len"], lanes["done"]
             )
             self._block.check(self.rows, seq_len)
+            self._block.check_plan(lanes["checksum"])
 
 
 class _Block:
@@ -118,6 +120,17 @@ class _Block:
                 f"and train.global_batch can change where lanes end, {left} batches from here"
             )
 
+    def check_plan(self, checksum: int) -> None:
+        """Make sure that the rest of the block is what it was when it began."""
+        if self._plan.checksum != checksum:
+            left = self._rows - self._done
+            raise DataError(
+                "the mixture is another one than when the lanes began in which the stream stands: "
+                "some documents would be trained on twice, and others never. Weights, epochs, "
+                "max_epochs and data.curriculum can change where lanes end (context.lane_rows), "
+                f"{left} batches from here"
+            )
+
     def next(self) -> BatchPlan:
         plan = self._rows_of(self._done)
         self._count(plan.pieces)
@@ -131,6 +144,7 @@ class _Block:
             "seq_len": self._seq_len,
             "done": self._done,
             "delivered": self._delivered.tolist(),
+            "checksum": self._plan.checksum,
         }
         return {"cursors": self._begin, "lanes": lanes}
 

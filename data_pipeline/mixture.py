@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from data_pipeline.errors import DataError
 from data_pipeline.kernels import columns
 from data_pipeline.order import Documents, SourceOrder, Visits
-from data_pipeline.sources import Phase, Source, phases_of, shares_of
+from data_pipeline.sources import Source, WeightsFrom, phases_of, shares_of
 
 Ints = NDArray[np.int64]
 
@@ -71,7 +71,7 @@ class Mixture:
         seed: int,
         *,
         shuffle_shards: int = DEFAULT_SHUFFLE_SHARDS,
-        curriculum: Sequence[Phase] = (),
+        curriculum: Sequence[WeightsFrom] = (),
     ) -> None:
         self._sources = list(sources)
         self._documents = list(documents)

@@ -85,7 +85,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Phase:
+class WeightsFrom:
     """Weights from a token of the stream on.
 
     Attributes:
@@ -98,7 +98,7 @@ class Phase:
 
 
 def phases_of(
-    sources: Sequence[Source], curriculum: Sequence[Phase]
+    sources: Sequence[Source], curriculum: Sequence[WeightsFrom]
 ) -> tuple[tuple[int, tuple[float, ...]], ...]:
     """(first token, weight of each source), in order; the first one begins at 0.
 

@@ -9,7 +9,7 @@ from data_pipeline.lanes import Lanes
 from data_pipeline.mixture import DEFAULT_SHUFFLE_SHARDS, Mixture
 from data_pipeline.pack import Batch, BatchPlan, read_rows
 from data_pipeline.shards import Cache, Manifest, TokenReader, load_manifest
-from data_pipeline.sources import Phase, Source
+from data_pipeline.sources import Source, WeightsFrom
 from data_pipeline.tokenize import Tokenizer, load_tokenizer
 
 __all__ = [
@@ -19,11 +19,11 @@ __all__ = [
     "BatchPlan",
     "Cache",
     "Manifest",
-    "Phase",
     "Source",
     "SourceUse",
     "TokenStream",
     "Tokenizer",
+    "WeightsFrom",
     "load_manifest",
     "load_tokenizer",
 ]
@@ -80,7 +80,7 @@ class TokenStream:
         seed: int,
         *,
         shuffle_shards: int = DEFAULT_SHUFFLE_SHARDS,
-        curriculum: Sequence[Phase] = (),
+        curriculum: Sequence[WeightsFrom] = (),
         lane_rows: int = 1,
         cache: Cache | None = None,
     ) -> None:

@@ -17,7 +17,7 @@ from data_pipeline.lanes import Lanes, in_stream_order
 from data_pipeline.mixture import Mixture
 from data_pipeline.order import Documents, Visits
 from data_pipeline.shards import Manifest
-from data_pipeline.stream import ORDER_VERSION, BatchPlan, Phase, Source
+from data_pipeline.stream import ORDER_VERSION, BatchPlan, Source, WeightsFrom
 from pretrain.ledger import AttemptBegun, Skipped, Trained
 from pretrain.metrics.sinks import read_metrics
 
@@ -80,7 +80,7 @@ def mixture_of(
         sources,
         attempt.seed,
         shuffle_shards=attempt.shuffle_shards,
-        curriculum=[Phase(first, weights) for first, weights in attempt.curriculum],
+        curriculum=[WeightsFrom(first, weights) for first, weights in attempt.curriculum],
     )
 
 

@@ -1,8 +1,11 @@
 """The data of a run, as its configuration names it."""
 
-from data_pipeline.stream import Cache, Phase, Source, TokenStream
+from collections.abc import Sequence
+
+from data_pipeline.stream import Cache, Source, TokenStream, WeightsFrom
 from pretrain.config import Config, phases_of
 from pretrain.curriculum import (
+    Phase,
     phase_of_checkpoint,
     step_sizes,
     steps_within,
@@ -53,18 +56,16 @@ def cache_of(data: DataConfig) -> Cache:
     return Cache.of(data.cache_dir, data.cache_gb)
 
 
-def curriculum_of(config: Config) -> list[Phase]:
+def curriculum_of(config: Config) -> list[WeightsFrom]:
     """The weights that change on the way, those of the run's phases among them."""
     data = phases_of(config)[0].config.data
-    return [Phase(phase.tokens, phase.weights) for phase in data.curriculum]
+    return [WeightsFrom(phase.tokens, phase.weights) for phase in data.curriculum]
 
 
 def require_enough(stream: TokenStream, config: Config) -> None:
     """Raises UserError: the data is used up before the last step."""
     phases, steps = phases_of(config), config.train.steps
-    phase = phase_of_checkpoint(phases, steps)
-    # Lanes are begun where all of them can be filled.
-    ahead = -(steps - phase.first) % phase.config.context.lane_rows * tokens_per_step(phase.config)
+    ahead = _tokens_of_last_lanes(phases, steps)
     needed = tokens_until(phases, steps) + ahead
     used = stream.outlook(needed)
     found = sum(source.tokens for source in used)
@@ -77,3 +78,12 @@ def require_enough(stream: TokenStream, config: Config) -> None:
             f"and epochs and max_epochs of data.shards leave {found:,}: set train.steps to "
             f"{steps_within(phases, max(0, found - ahead))} or less, raise them, or add a source"
         )
+
+
+def _tokens_of_last_lanes(phases: Sequence[Phase], steps: int) -> int:
+    """What the lanes have that are begun last, beyond so many steps: they are begun whole."""
+    last = phase_of_checkpoint(phases, steps)
+    rows = last.config.context.lane_rows
+    # Phases with lanes do not change them, so all go on where the first has begun them.
+    first = next(phase.first for phase in phases if phase.config.context.lane_rows == rows)
+    return -(steps - first) % rows * tokens_per_step(last.config)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from data_pipeline.errors import DataError
 from data_pipeline.mixture import Mixture
 from data_pipeline.order import SourceOrder, Visits, permuted
-from data_pipeline.sources import Phase, Source
+from data_pipeline.sources import Source, WeightsFrom
 from tests.unit.data_pipeline import plain_order
 from tests.unit.data_pipeline.plain_order import listed
 
@@ -49,7 +49,8 @@ def mixtures(draw):
     starts = sorted(draw(st.sets(st.integers(1, 600), max_size=3)))
     names = st.sampled_from([source.name for source in sources])
     curriculum = [
-        Phase(first, draw(st.dictionaries(names, weights, max_size=count))) for first in starts
+        WeightsFrom(first, draw(st.dictionaries(names, weights, max_size=count)))
+        for first in starts
     ]
     return sources, of, curriculum
 
@@ -151,7 +152,7 @@ def test_a_change_of_weights_makes_no_source_catch_up(seed, before, after, at):
         sources = [Source("a", weight), Source("b", 1.0)]
         return Mixture([listed(each) for each in of], sources, seed, curriculum=curriculum)
 
-    planned, restarted = new(before, Phase(at, {"a": after})), new(before)
+    planned, restarted = new(before, WeightsFrom(at, {"a": after})), new(before)
     restarted.take(at, 1)
     going_on = new(after)
     going_on.load_state_dict(restarted.state_dict())

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from data_pipeline.sources import Phase, Source, phases_of, shares_of
+from data_pipeline.sources import Source, WeightsFrom, phases_of, shares_of
 
 UNITS = 10**9
 WORD = 1 << 64
@@ -111,7 +111,7 @@ def stream(
     shards: Sequence[Sequence[Sequence[int]]],
     seed: int,
     width: int,
-    curriculum: Sequence[Phase] = (),
+    curriculum: Sequence[WeightsFrom] = (),
 ) -> Iterator[tuple[int, int, int]]:
     """(source, document, token of it) until the sources are used up."""
     orders = [

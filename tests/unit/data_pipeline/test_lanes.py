@@ -1,5 +1,7 @@
 """Lanes against the stream as it comes: the same rows, and what goes on where."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -73,6 +75,24 @@ def test_a_state_within_a_block_goes_on_with_its_next_batch(sources, done):
         assert np.array_equal(plan.pieces, expected.pieces)
         assert np.array_equal(plan.row_starts, expected.row_starts)
         assert np.array_equal(plan.continues, expected.continues)
+
+
+def test_weights_change_only_where_lanes_end(sources):
+    def open_weighted(weight):
+        two = [replace(sources[0], name="a"), replace(sources[0], name="b", weight=weight)]
+        return TokenStream(two, SEQ_LEN, seed=3, lane_rows=ROWS)
+
+    stream = open_weighted(1.0)
+    for batch in range(ROWS):
+        state = stream.state_dict()
+        if batch:
+            with pytest.raises(DataError, match=f"where lanes end .*{ROWS - batch} batches from"):
+                open_weighted(9.0).load_state_dict(state)
+        open_weighted(1.0).load_state_dict(state)
+        stream.next_batch(10)
+    other = open_weighted(9.0)
+    other.load_state_dict(stream.state_dict())
+    assert other.tokens == stream.tokens
 
 
 def test_what_a_block_has_delivered_is_known_by_source(sources):

@@ -6,7 +6,7 @@ import pytest
 from data_pipeline.errors import DataError
 from data_pipeline.shards import write_shards
 from data_pipeline.sources import phases_of, shares_of
-from data_pipeline.stream import Phase, Source, TokenStream
+from data_pipeline.stream import Source, TokenStream, WeightsFrom
 from data_pipeline.tokenize import train_tokenizer
 
 DOCUMENTS = [(str(i), "abcdefgh"[: i % 6]) for i in range(12)]
@@ -82,7 +82,7 @@ def test_a_mixture_that_makes_no_sense_is_refused(sources, curriculum, problem):
         for path, settings in zip(("web", "wiki"), sources, strict=True)
     ]
     with pytest.raises(DataError, match=problem.replace("source web", "source data/web")):
-        phases_of(named, [Phase(*phase) for phase in curriculum])
+        phases_of(named, [WeightsFrom(*phase) for phase in curriculum])
 
 
 def test_shares_are_whole_and_sum_up():

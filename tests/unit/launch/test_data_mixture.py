@@ -40,3 +40,22 @@ def test_a_run_longer_than_its_data_is_refused_before_it_starts(shards: Path) ->
             continue
         with pytest.raises(UserError, match=rf"set train\.steps to {fits} or less"):
             require_enough(open_stream(config), config)
+
+
+def test_lanes_need_data_for_all_of_their_rows_whichever_phase_has_begun_them(
+    shards: Path,
+) -> None:
+    size = load_manifest(shards).tokens
+    source = {"path": str(shards), "epochs": 1.5}
+    fits = int(1.5 * size) // 512 // 4 * 4
+    lanes = ["context.lane_rows=4", "phases=[{from_step: 2, optim.lr: 1e-4}]"]
+    for steps in (fits, fits + 1):
+        config = load_config("tiny-hybrid-moe", [*settings(source, steps=steps), *lanes])
+        stream = open_stream(config)
+        if steps == fits:
+            require_enough(stream, config)
+            for _ in range(steps):
+                stream.next_batch(config.train.global_batch)
+        else:
+            with pytest.raises(UserError, match=r"in whole lanes take"):
+                require_enough(stream, config)
