@@ -73,6 +73,8 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("Tokens with a loss", ("train/loss_tokens",)),
     ),
     "Reliability": (
+        Panel("Share of the time that went into steps that stand", ("perf/goodput",)),
+        Panel("Time in steps that stand", ("perf/productive_s",)),
         Panel("Batches skipped by the guard", ("guard/skipped",)),
         Panel("Rollbacks", ("guard/rollbacks",)),
         Panel("Slowest rank", ("perf/slowest_rank",)),
