@@ -63,13 +63,20 @@ def end(run: RunDirectory, code: int, slurm: Slurm) -> int:
         avoid_excluded(run, slurm, start, profile)
         print(f"job {start.job} goes on as soon as there are nodes", flush=True)
         return 0
+    cancelled = read_cancelled(run)
+    is_cancelled = cancelled is not None and cancelled.holds_for([start.job])
+    if how in (End.at_the_limit, End.preempted) and not is_cancelled:
+        # Half a minute, again. Whether the run is worth it the next start decides.
+        requeue_elsewhere(run, slurm, start, profile)
+        note_end(run, start, code, how)
+        print(f"requeued: {how.value}", flush=True)
+        return 0
     failure = note_end(run, start, code, how)
     if failure:
         print(f"attempt {failure.attempt} has failed: {failure}", flush=True)
         learn(run, failure, profile.exclude_for_s)
     if how is End.cancelled:
-        cancelled = read_cancelled(run)
-        if not (cancelled and cancelled.holds_for([start.job])):
+        if not is_cancelled:
             mark_cancelled(run, f"scancel, of job {start.job}", [start.job])
         print(f"not started again, {how.value}: `farspan launch resubmit {run.root}` goes on")
         return 1

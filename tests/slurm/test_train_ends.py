@@ -13,13 +13,20 @@ from tests.ranks import TIMEOUT_S
 from tests.slurm.jobs import (
     FARSPAN,
     IMPORTS_UNTIL_TOLD,
-    Job,
     run_here,
     submit,
     submit_by_hand,
 )
 
 pytestmark = pytest.mark.slow
+
+# The others wait for rank 1. (SIGSTOP would not do: before its own signals Slurm sends SIGCONT.)
+COMES_TO_NOTHING_AT_FIRST = """
+if [[ $* == *launch.rank* && $SLURM_PROCID == 1 && -z ${SLURM_RESTART_COUNT:-} ]]; then
+  exec sleep 1000
+fi
+exec "$REAL" "$@"
+"""
 
 
 def test_jobs_that_hang_are_ended_by_the_watchdog_or_at_their_time_limit_and_go_on(
@@ -30,10 +37,13 @@ def test_jobs_that_hang_are_ended_by_the_watchdog_or_at_their_time_limit_and_go_
     whole = run_here(shards, tmp_path, nproc=2)
     # By hand, as farspan wants more time; and a signal that nobody heeds instead of a request.
     limits = ["--time=2", "--signal=URG@1"]
-    limited = submit_by_hand(cluster, shards, tmp_path / "limited", *limits)
-    stopped = [stop_a_rank(limited)]
+    limited = submit_by_hand(
+        cluster, shards, tmp_path / "limited", *limits, python=COMES_TO_NOTHING_AT_FIRST
+    )
     watched = submit(cluster, shards, tmp_path / "watched", "train.hang_timeout_s=5")
-    stopped.append(stop_a_rank(watched))
+    watched.wait_until(lambda: watched.saved() >= 4)
+    stopped = watched.rank(1)
+    os.kill(stopped, signal.SIGSTOP)
     node = watched.nodes()[1]
     for job in (limited, watched):
         job.wait_for_the_end()
@@ -44,15 +54,7 @@ def test_jobs_that_hang_are_ended_by_the_watchdog_or_at_their_time_limit_and_go_
     assert "does not answer" in watched.failure(1)["error"]
     assert [entry.node for entry in excluded_now(watched.run)] == [node]
     assert node not in watched.nodes()
-    assert not any(Path(f"/proc/{pid}").exists() for pid in stopped)
-
-
-def stop_a_rank(job: Job) -> int:
-    """Let rank 1 do nothing any more, once there is a checkpoint. Returns its process id."""
-    job.wait_until(lambda: job.saved() >= 4)
-    pid = job.rank(1)
-    os.kill(pid, signal.SIGSTOP)
-    return pid
+    assert not Path(f"/proc/{stopped}").exists()
 
 
 def test_a_mistake_is_not_made_again(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
