@@ -50,7 +50,7 @@ def test_jobs_that_hang_are_ended_by_the_watchdog_or_at_their_time_limit_and_go_
         job.assert_whole(whole)
     assert limited.requeues() >= 1
     assert watched.requeues() == 1
-    assert "time limit" in limited.failure(1)["error"]
+    assert "DUE TO TIME LIMIT" in limited.log()
     assert "does not answer" in watched.failure(1)["error"]
     assert [entry.node for entry in excluded_now(watched.run)] == [node]
     assert node not in watched.nodes()
