@@ -25,8 +25,11 @@ class Cancelled:
     jobs: Sequence[str]
 
     def holds_for(self, jobs: Iterable[str]) -> bool:
-        """Whether one of `jobs`, or of no job the run itself, is cancelled."""
-        return not self.jobs or not set(self.jobs).isdisjoint(jobs)
+        """Whether one of `jobs` is cancelled; of none, whatever is no job of Slurm."""
+        asked = set(jobs)
+        if not self.jobs:
+            return not any(job.isdigit() for job in asked)
+        return not asked.isdisjoint(self.jobs)
 
 
 def mark_cancelled(run: RunDirectory, by: str, jobs: Sequence[str]) -> None:

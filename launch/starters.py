@@ -64,7 +64,17 @@ def slurm_here(environment: Mapping[str, str] | None = None) -> Slurm | None:
 
 def jobs_of(run: RunDirectory, slurm: Slurm) -> list[JobInfo]:
     """The jobs of a run that wait, run or end at the moment; oldest first. Raises SlurmError."""
-    return [job for job in slurm.jobs(newest_jobs(run)) if not job.is_over]
+    folders = {str(run.root)}
+    # One that was submitted by hand works somewhere else.
+    attempts = run.all_attempts()
+    if attempts and (start := start_of(run, attempts[-1])):
+        folders.add(start.folder)
+    # Another cluster, or a new one, gives the same numbers to the jobs of others.
+    return [
+        job
+        for job in slurm.jobs(newest_jobs(run))
+        if not job.is_over and (job.folder in folders or not job.folder)
+    ]
 
 
 def newest_jobs(run: RunDirectory) -> list[str]:

@@ -2,11 +2,11 @@
 
 It makes an attempt, prints and keeps the environment of its ranks, and leaves three files for the
 batch script in WORDS_DIR, of words that end with a zero byte: `modules` to load, `options` of srun,
-and the `command` of each rank. Without a command nothing is to be started: an earlier start, which
-could not do so itself, turns out to have been the last; or the job was given a node that it avoids,
-and has been put back into the queue.
+and the `command` of each rank. Without a command nothing is to be started here: the run is done, or
+the job has been put back into the queue, as its nodes are none for it.
 
-Exit codes: 0, or 2 for a mistake, or 1 for anything else; after these two the job ends.
+Exit codes: 0, or 2 for a mistake, or 1 for anything else, such as a run that is given up; after
+these two the job ends.
 """
 
 import getpass
@@ -28,7 +28,7 @@ from launch.slurm.excludes import avoidable, excluded_now, learn
 from launch.slurm.job import read_job
 from launch.slurm.profile import Profile
 from launch.slurm.requeue import MAX_RESTARTS, requeue_elsewhere
-from launch.slurm.start import Start, has_stopped, start_of
+from launch.slurm.start import Start, has_stopped, limit_of, start_of
 from pretrain.config import Config, read_run_config
 from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory
@@ -42,8 +42,11 @@ PORTS_TRIED = 101
 AVOIDED_TIMES = 3
 
 
-def begin(run: RunDirectory, words: Path, slurm: Slurm) -> None:
+def begin(run: RunDirectory, words: Path, slurm: Slurm) -> int:
     """Prepare an attempt, or leave the words out where there is to be none.
+
+    Returns:
+        An exit code: not 0 if there is to be none, and the run is not done.
 
     Raises:
         UserError: the run directory or its job is not what it should be.
@@ -55,15 +58,18 @@ def begin(run: RunDirectory, words: Path, slurm: Slurm) -> None:
     verdict = judge(run, start.job, MAX_RESTARTS)
     if not verdict.goes_on:
         print(f"not started: {verdict.text}", flush=True)
-        return
+        return 0 if run.done.exists() else 1
     if avoided := _avoided(run, start, slurm, profile):
         print(f"not started on {', '.join(avoided)}, which this run avoids", flush=True)
         requeue_elsewhere(run, slurm, start, profile)
-        return
+        return 0
     take_from_start_before(run, start)
     attempt = run.new_attempt()
     start.note(run, attempt)
-    variables = environment_of_start(start, profile, slurm, attempt)
+    try:
+        variables = environment_of_start(start, profile, slurm, attempt)
+    except (UserError, SlurmError) as error:
+        return _try_elsewhere(run, slurm, start, profile, attempt, str(error))
     note_environment(run, attempt, variables)
     print(
         f"attempt {attempt} of {run.root}: job {start.job}, start {start.restart + 1}, "
@@ -83,6 +89,20 @@ def begin(run: RunDirectory, words: Path, slurm: Slurm) -> None:
     write_words(words / "options", options_of_srun(profile.container, folders))
     command = in_container(profile, folders, command)
     write_words(words / "command", command)
+    return 0
+
+
+def _try_elsewhere(
+    run: RunDirectory, slurm: Slurm, start: Start, profile: Profile, attempt: int, error: str
+) -> int:
+    """The first node does not do what others may: note that, and let another start try."""
+    failure = note_failure(run, attempt, start.job, Cause("error", None, start.nodes[0], error))
+    verdict = judge(run, start.job, MAX_RESTARTS)
+    print(f"attempt {attempt} has failed: {failure}\n{verdict.text}", file=sys.stderr, flush=True)
+    if not verdict.goes_on:
+        return 1
+    requeue_elsewhere(run, slurm, start, profile)
+    return 0
 
 
 def catch_up(run: RunDirectory, start: Start, slurm: Slurm, profile: Profile) -> None:
@@ -93,7 +113,13 @@ def catch_up(run: RunDirectory, start: Start, slurm: Slurm, profile: Profile) ->
         return
     if read_failure(run, attempts[-1]) or has_stopped(run, attempts[-1]):
         return
-    for node in slurm.nodes(",".join(before.nodes)):
+    if limit := limit_of(run, attempts[-1]):
+        note_failure(run, attempts[-1], start.job, Cause("killed", None, "", limit))
+        return
+    # Of all: a node that its site has removed is an error to ask for.
+    for node in slurm.nodes():
+        if node.name not in before.nodes:
+            continue
         began = datetime.fromisoformat(before.began)
         comings_back = [moment for moment in (node.booted, node.started) if moment]
         if node.has_failed or any(moment > began for moment in comings_back):
@@ -174,9 +200,7 @@ def _avoided(run: RunDirectory, start: Start, slurm: Slurm, profile: Profile) ->
     met = [entry for entry in excluded_now(run) if entry.node in start.nodes]
     if not met or _in_vain(run, start):
         return []
-    kept = avoidable(
-        excluded_now(run), slurm.nodes(), len(start.nodes), start.partition, profile.constraint
-    )
+    kept = avoidable(excluded_now(run), slurm.nodes(), len(start.nodes), start.partition, profile)
     for entry in met:
         if entry not in kept:
             print(f"{entry.node} is used again, there are too few others: {entry.why}", flush=True)
@@ -187,9 +211,8 @@ def _in_vain(run: RunDirectory, start: Start) -> bool:
     """Whether Slurm has given the job such nodes again and again, whatever it was told."""
     attempts = run.all_attempts()
     before = start_of(run, attempts[-1]) if attempts else None
-    if before is None or before.job != start.job:
-        return False
-    return start.restart - before.restart > AVOIDED_TIMES
+    since = before.restart if before and before.job == start.job else -1
+    return start.restart - since > AVOIDED_TIMES
 
 
 def environment_of_start(
@@ -230,11 +253,10 @@ def write_words(path: Path, words: Iterable[str]) -> None:
 def main(arguments: Sequence[str]) -> int:
     root, words = map(Path, arguments)
     try:
-        begin(RunDirectory(root.resolve()), words, Slurm(patience_s=PATIENCE_OF_JOBS_S))
+        return begin(RunDirectory(root.resolve()), words, Slurm(patience_s=PATIENCE_OF_JOBS_S))
     except (UserError, SlurmError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    return 0
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def problem_of_nodes(
     what = f"partition {partition.name}"
     if profile.constraint:
         what += f" with the features {profile.constraint}"
-    fitting = [node for node in there if not _lacks(node, profile)]
+    fitting = that_fit(members, profile)
     at_most = min(len(fitting), partition.max_nodes or len(fitting))
     if nodes <= at_most:
         return None
@@ -180,11 +180,17 @@ def problem_of_nodes(
     return f"--nodes {nodes}: {what} allows a job {partition.max_nodes}; at most --nodes {at_most}"
 
 
+def that_fit(nodes: Sequence[NodeInfo], profile: Profile) -> list[NodeInfo]:
+    """Nodes that have what a job needs, busy or not."""
+    return [n for n in _with_features(nodes, profile.constraint) if not _lacks(n, profile)]
+
+
 def _lacks(node: NodeInfo, profile: Profile) -> str | None:
     """What a node has too little of."""
     ranks, cpus = profile.ranks_per_node, profile.cpus_per_rank
-    assert ranks != "auto"
-    assert cpus != "auto"
+    if ranks == "auto" or cpus == "auto":
+        # Of a job that was submitted by hand nobody knows what it needs.
+        return None
     if profile.gpus != "none" and _gpus(node, profile) < ranks:
         if not node.gpus:
             return "has no GPUs that Slurm knows of: set gpus: none to train on CPUs"

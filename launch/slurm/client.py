@@ -61,6 +61,7 @@ class JobInfo:
         restarts: how often it was requeued.
         time_limit_s: None without one.
         preempted: when a job of more importance has claimed its nodes.
+        folder: where it works; "" where that is not known.
     """
 
     id: str
@@ -80,6 +81,7 @@ class JobInfo:
     started: datetime | None = None
     ended: datetime | None = None
     preempted: datetime | None = None
+    folder: str = ""
     array: str | None = None
     task: int | None = None
 
@@ -301,6 +303,7 @@ class Slurm:
             started=_moment(fields.get("StartTime")),
             ended=_moment(fields.get("EndTime")),
             preempted=_moment(fields.get("PreemptTime")),
+            folder=_given(fields.get("WorkDir")),
             array=array,
             task=int(task) if is_task else None,
         )

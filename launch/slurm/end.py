@@ -1,10 +1,11 @@
-"""What a start of a job does after its ranks: `python -m launch.slurm.end RUN_DIR CODE`.
+"""What a start of a job does after its ranks: `python -m launch.slurm.end RUN_DIR CODE [WHY]`.
 
 It says why the attempt has ended, notes what it died of, and puts the job back into the queue,
 unless the run is done, cancelled, or would fail again.
 
 Args:
     CODE: the exit code of srun. 0 does not mean that the ranks have succeeded.
+    WHY: there were none.
 
 Exit codes: 0 done, or on its way to another start; 2 a mistake in what was asked for; 1 given up.
 """
@@ -27,7 +28,7 @@ from launch.slurm.excludes import learn
 from launch.slurm.job import read_job
 from launch.slurm.profile import Profile
 from launch.slurm.requeue import MAX_RESTARTS, avoid_excluded, requeue_elsewhere
-from launch.slurm.start import Start, attempt_of, has_stopped
+from launch.slurm.start import Start, attempt_of, has_stopped, note_limit
 from launch.train import try_to_report
 from pretrain.errors import CANNOT_GO_ON, UserError
 from pretrain.run_dir import RunDirectory
@@ -48,8 +49,12 @@ class End(Enum):
     cancelled = "it was cancelled"
 
 
-def end(run: RunDirectory, code: int, slurm: Slurm) -> int:
-    """Decide on another start, and say why. Returns an exit code. Raises SlurmError."""
+def end(run: RunDirectory, code: int, slurm: Slurm, why: str | None = None) -> int:
+    """Decide on another start, and say why. Returns an exit code. Raises SlurmError.
+
+    Args:
+        why: the ranks could not be started.
+    """
     if run.done.exists():
         print("done", flush=True)
         try_to_report(run)
@@ -67,10 +72,14 @@ def end(run: RunDirectory, code: int, slurm: Slurm) -> int:
     is_cancelled = cancelled is not None and cancelled.holds_for([start.job])
     if how in (End.at_the_limit, End.preempted) and not is_cancelled:
         # Half a minute, again. Whether the run is worth it the next start decides.
+        if how is End.at_the_limit:
+            note_limit(run, start, how.value)
         requeue_elsewhere(run, slurm, start, profile)
         note_end(run, start, code, how)
         print(f"requeued: {how.value}", flush=True)
         return 0
+    if why is not None and (attempt := attempt_of(run, start)):
+        note_failure(run, attempt, start.job, Cause("error", None, start.nodes[0], why))
     failure = note_end(run, start, code, how)
     if failure:
         print(f"attempt {failure.attempt} has failed: {failure}", flush=True)
@@ -138,9 +147,10 @@ def codes_of_ranks(attempt: Path) -> dict[int, int | None]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    root, code = arguments
+    root, code, *why = arguments
+    run = RunDirectory(Path(root).resolve())
     try:
-        return end(RunDirectory(Path(root).resolve()), int(code), Slurm(None, PATIENCE_OF_JOBS_S))
+        return end(run, int(code), Slurm(None, PATIENCE_OF_JOBS_S), *why)
     except (UserError, SlurmError) as error:
         print(f"error: {error}; `farspan launch resubmit {root}` goes on", file=sys.stderr)
         return error.exit_code

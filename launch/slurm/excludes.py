@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 
 from launch.failures import Failure, read_failure
+from launch.slurm.checks import that_fit
 from launch.slurm.client import JobInfo, NodeInfo
+from launch.slurm.profile import Profile
 from pretrain.run_dir import RunDirectory, write_atomically
 
 # What is broken on the node, whichever run it meets.
@@ -77,21 +79,17 @@ def avoidable(
     nodes: Iterable[NodeInfo],
     needed: int,
     partition: str,
-    constraint: str | None = None,
+    profile: Profile | None = None,
 ) -> list[Excluded]:
     """Those of `entries` without which a job still finds `needed` nodes; the newest first.
 
     A job that excludes too many would wait for ever.
 
     Args:
-        constraint: features that its nodes must have, as sbatch takes it.
+        profile: what its nodes must have.
     """
-    wanted = set(re.findall(r"[A-Za-z_][\w.:-]*", constraint or ""))
-    candidates = {
-        node.name
-        for node in nodes
-        if node.is_usable and partition in node.partitions and wanted <= set(node.features)
-    }
+    usable = [node for node in nodes if node.is_usable and partition in node.partitions]
+    candidates = {node.name for node in that_fit(usable, profile or Profile())}
     spare = len(candidates) - needed
     kept = []
     for entry in reversed(entries):

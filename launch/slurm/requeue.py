@@ -26,7 +26,7 @@ def avoid_excluded(run: RunDirectory, slurm: Slurm, start: Start, profile: Profi
     Slurm lets its owner do so from that moment on, while its processes still end, and not before.
     """
     entries = avoidable(
-        excluded_now(run), slurm.nodes(), len(start.nodes), start.partition, profile.constraint
+        excluded_now(run), slurm.nodes(), len(start.nodes), start.partition, profile
     )
     job = slurm.job(start.job)
     if job is None:

@@ -13,6 +13,9 @@ from launch.slurm.client import Slurm
 from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory, write_atomically
 
+# In the folder of an attempt.
+LIMIT = "limit.txt"
+
 
 @dataclass(frozen=True)
 class Start:
@@ -25,6 +28,7 @@ class Start:
         nodes: of the job, in Slurm's order; rank 0 is on the first.
         tasks: how many ranks each node has.
         began: in UTC.
+        folder: where its batch script works.
     """
 
     job: str
@@ -33,6 +37,7 @@ class Start:
     nodes: tuple[str, ...]
     tasks: tuple[int, ...]
     began: str
+    folder: str = ""
 
     @classmethod
     def of_this_job(cls, slurm: Slurm, environment: Mapping[str, str] = os.environ) -> Self:
@@ -50,6 +55,7 @@ class Start:
             slurm.hostnames(environment["SLURM_JOB_NODELIST"]),
             tasks_per_node(environment["SLURM_TASKS_PER_NODE"]),
             datetime.now(UTC).isoformat(timespec="seconds"),
+            os.getcwd(),
         )
 
     @property
@@ -95,3 +101,17 @@ def has_stopped(run: RunDirectory, attempt: int) -> bool:
     with suppress(OSError, ValueError, KeyError):
         return int(json.loads(run.stopped.read_text())["attempt"]) == attempt
     return False
+
+
+def note_limit(run: RunDirectory, start: Start, how: str) -> None:
+    """Write down, before anything that takes time, that Slurm has ended the attempt of a start."""
+    if attempt := attempt_of(run, start):
+        (run.folder_of(attempt) / LIMIT).write_text(how)
+
+
+def limit_of(run: RunDirectory, attempt: int) -> str | None:
+    """What `note_limit` has written down."""
+    try:
+        return (run.folder_of(attempt) / LIMIT).read_text()
+    except OSError:
+        return None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.errors import DataError
 from launch.run_state import read_state
 from launch.slurm.checks import Checks, check_job, partition_of
 from launch.slurm.client import Slurm, SlurmError
@@ -15,6 +16,7 @@ from launch.slurm.job import Job, read_job, write_job
 from launch.slurm.options import sbatch_options
 from launch.slurm.profile import load_profile
 from pretrain.config import Config, load_config
+from pretrain.data_config import SAMPLE_SHARDS
 from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory
 
@@ -83,6 +85,8 @@ def submit_run(request: Request, dry_run: bool = False) -> None:
         python=sys.executable,
     )
     if problem := _problem_of_state(run, slurm):
+        checks.problems.append(problem)
+    if problem := _problem_of_data(config):
         checks.problems.append(problem)
     if not checks.problems:
         _ask_slurm(run, job, checks, slurm)
@@ -177,9 +181,21 @@ def _excluded(run: RunDirectory, job: Job, slurm: Slurm) -> list[str]:
     if not entries:
         return []
     partition = partition_of(slurm.partitions(), job.profile).name
-    constraint = job.profile.constraint
-    kept = avoidable(entries, slurm.nodes(), job.nodes, partition, constraint)
+    kept = avoidable(entries, slurm.nodes(), job.nodes, partition, job.profile)
     return [entry.node for entry in kept]
+
+
+def _problem_of_data(config: Config) -> str | None:
+    """Why the run could not be prepared. The sample is made when it is."""
+    from pretrain.data import open_stream, require_enough
+
+    if SAMPLE_SHARDS in (source.path for source in config.data.sources()):
+        return None
+    try:
+        require_enough(open_stream(config), config)
+    except (DataError, UserError) as error:
+        return str(error)
+    return None
 
 
 def _problem_of_state(run: RunDirectory, slurm: Slurm) -> str | None:

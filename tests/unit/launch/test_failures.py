@@ -126,7 +126,8 @@ def test_a_run_that_is_cancelled_or_done_is_not_started_again(run: RunDirectory)
     # Another job, that somebody has submitted since.
     assert fail(run, 3, chain="8").goes_on
     mark_cancelled(run, "me on here", [])
-    assert not fail(run, 3, chain="8").goes_on
+    assert not fail(run, 3, chain="process 9 on here").goes_on
+    assert fail(run, 3, chain="9").goes_on
     run.mark_done(9, begin(run, 9))
     assert judge(run, "7", AT_MOST) == Verdict(False, "done")
 

@@ -15,11 +15,11 @@ from launch.causes import Cause
 from launch.failures import note_failure, read_failure
 from launch.slurm import begin
 from launch.slurm.client import JobInfo, NodeInfo, Slurm
-from launch.slurm.end import End, codes_of_ranks, end_of, note_end
+from launch.slurm.end import End, codes_of_ranks, end, end_of, note_end
 from launch.slurm.excludes import exclude, excluded_now
 from launch.slurm.profile import Profile
 from launch.slurm.requeue import avoid_excluded
-from launch.slurm.start import Start, attempt_of, start_of, tasks_per_node
+from launch.slurm.start import Start, attempt_of, note_limit, start_of, tasks_per_node
 from pretrain.config import load_config
 from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory
@@ -290,11 +290,73 @@ def test_a_job_that_gets_such_nodes_again_and_again_uses_them(
 
 
 @pytest.mark.usefixtures("on_n1_and_n2")
+def test_a_new_job_that_gets_such_nodes_again_and_again_uses_them_too(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exclude(run, "n2", "it is broken", 3600)
+    begun(run, replace(START, job="6", restart=9))
+    slurm = Nodes(three_nodes(), job())
+    for restart in range(4):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        begin.begin(run, tmp_path, slurm)
+    assert len(slurm.requeued) == begin.AVOIDED_TIMES
+    assert (tmp_path / "command").exists()
+
+
+@pytest.mark.usefixtures("on_n1_and_n2")
+def test_another_start_tries_where_the_first_node_cannot_be_named(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nowhere(start: Start, slurm: Slurm) -> str:
+        raise UserError("rank 0 would not be found")
+
+    monkeypatch.setattr(begin, "_address", nowhere)
+    slurm = Nodes(three_nodes(), job())
+    codes = [begin.begin(run, tmp_path, slurm) for _ in range(3)]
+    # Of the same error for the third time.
+    assert codes == [0, 0, 1]
+    assert slurm.requeued == ["7", "7"]
+    failure = read_failure(run, 3)
+    assert failure
+    assert (failure.kind, failure.node) == ("error", "n1")
+    assert not (tmp_path / "command").exists()
+
+
+@pytest.mark.usefixtures("on_n1_and_n2")
 def test_what_has_been_given_up_is_not_started(run: RunDirectory, tmp_path: Path) -> None:
     note_failure(run, begun(run, replace(START, restart=0)), "7", Cause("final", 0, "n1", "NaN"))
-    begin.begin(run, tmp_path, Nodes(three_nodes(), job()))
+    # A job that depends on its success must not begin.
+    assert begin.begin(run, tmp_path, Nodes(three_nodes(), job())) == 1
     assert not (tmp_path / "command").exists()
     assert run.all_attempts() == [1]
+    run.done.write_text("{}")
+    assert begin.begin(run, tmp_path, Nodes(three_nodes(), job())) == 0
+
+
+@pytest.mark.usefixtures("on_n1_and_n2")
+def test_a_script_that_slurm_has_killed_at_the_limit_is_counted_by_the_next_start(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    for restart in (0, 1):
+        attempt = begun(run, replace(START, restart=restart))
+        note_limit(run, replace(START, restart=restart), "it came to its limit")
+        begin.catch_up(run, replace(START, restart=restart + 1), Nodes(three_nodes()), Profile())
+        failure = read_failure(run, attempt)
+        assert failure
+        assert (failure.kind, failure.error) == ("killed", "it came to its limit")
+
+
+@pytest.mark.usefixtures("on_n1_and_n2")
+def test_modules_that_a_node_lacks_are_counted_as_failures(run: RunDirectory) -> None:
+    slurm = Nodes([], job(state="RUNNING"))
+    codes = []
+    for _ in range(3):
+        begun(run)
+        codes.append(end(run, 1, slurm, "module load cuda has failed"))
+    assert codes == [0, 0, 1]
+    failure = read_failure(run, 3)
+    assert failure
+    assert (failure.node, failure.error) == ("n1", "module load cuda has failed")
 
 
 @pytest.mark.usefixtures("on_n1_and_n2")

@@ -18,6 +18,7 @@ from launch.slurm.excludes import (
     nodes_to_avoid,
     read_excluded,
 )
+from launch.slurm.profile import Profile
 from pretrain.run_dir import RunDirectory
 
 HOUR = 3600
@@ -124,8 +125,21 @@ def test_a_node_that_is_down_costs_a_job_nothing() -> None:
 
 def test_only_nodes_that_a_job_could_have_count_as_others() -> None:
     nodes = [*nodes_of("n1", "n2", features=["ib"]), *nodes_of("n3", "n4")]
-    assert avoidable(entries("n1"), nodes, 2, "gpu", "ib") == []
-    assert avoidable(entries("n1"), nodes, 1, "gpu", "ib") != []
+    ib = Profile(constraint="ib")
+    assert avoidable(entries("n1"), nodes, 2, "gpu", ib) == []
+    assert avoidable(entries("n1"), nodes, 1, "gpu", ib) != []
+    # Which nodes have one of several features, Slurm knows.
+    assert avoidable(entries("n1"), nodes, 2, "gpu", Profile(constraint="ib|a100")) != []
+
+
+def test_nodes_that_are_too_small_do_not_take_the_place_of_one_that_is_avoided() -> None:
+    def node(name: str, gpus: int) -> NodeInfo:
+        return NodeInfo(name=name, state="IDLE", cpus=8, gpus=gpus, partitions=("gpu",))
+
+    nodes = [node("n1", 8), node("n2", 8), *(node(f"cpu{n}", 0) for n in range(9))]
+    needs = Profile(gpus="gpus-per-node", ranks_per_node=8, cpus_per_rank=1)
+    assert avoidable(entries("n1"), nodes, 2, "gpu", needs) == []
+    assert avoidable(entries("n1"), nodes, 1, "gpu", needs) != []
 
 
 def test_what_its_owner_excludes_stays_excluded() -> None:

@@ -119,6 +119,8 @@ def test_all_that_is_wrong_is_told_at_once_and_nothing_is_submitted(
         for what in ("name 'a/b': has a slash", "at most --nodes 3", "allows 1440", "Nearest that"):
             assert what in str(error.value)
     assert "refused  name 'a/b'" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no-shards"):
+        submit_run(request(tmp_path / "no-shards", tmp_path), dry_run=True)
     assert not submitted()
     assert not (tmp_path / "run").exists()
 
