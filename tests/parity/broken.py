@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel import fsdp_traffic
 from parallel.comm import Pending
 from parallel.context import convolution, linear, ring
 from parallel.replicas import Replicas, TiedCopy
@@ -16,15 +17,14 @@ from pretrain.trainer import Trainer
 
 def own_gradients_in_fsdp(trainer: Trainer) -> None:
     """dp_shard: a sum left out."""
-    name = next(n for n in ("reduce_scatter_single", "reduce_scatter_tensor") if hasattr(dist, n))
-    reduce_scatter = getattr(dist, name)
+    reduce_scatter = fsdp_traffic.reduce_scatter_single
 
     def own_part(output: Tensor, input: Tensor, group: Any, **options: Any) -> Any:
         work = reduce_scatter(output, input, group=group, **options)
         output.copy_(input.chunk(group.size())[group.rank()])
         return work
 
-    setattr(dist, name, own_part)
+    fsdp_traffic.reduce_scatter_single = own_part
 
 
 def own_gradients_in_hsdp(trainer: Trainer) -> None:

@@ -4,12 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import typer
 
 from launch.shared import run_shared
-from tests.ranks import ROOT
+from tests.ranks import ROOT, TIMEOUT_S
 
 CASE = "tests.unit.launch.shared_case"
 INTERRUPTED = 130
@@ -61,8 +62,11 @@ def test_ctrl_c_ends_all_ranks_without_a_word_of_theirs() -> None:
         os.killpg(started.pid, signal.SIGINT)
         assert started.stderr.read() == ""
         assert started.wait() == INTERRUPTED
-        # No rank is left.
+        # No rank is left, once somebody has waited for those that were killed.
+        deadline = time.monotonic() + TIMEOUT_S
         with pytest.raises(ProcessLookupError):
-            os.killpg(started.pid, 0)
+            while time.monotonic() < deadline:
+                os.killpg(started.pid, 0)
+                time.sleep(0.1)
     finally:
         started.kill()
