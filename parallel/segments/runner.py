@@ -7,6 +7,7 @@ are segments the gradient is exactly that of the whole row; with fewer it is cut
 so many (Williams & Peng 1990, doi:10.1162/neco.1990.2.4.490).
 """
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ from torch import Tensor
 from parallel.offload import Store
 from parallel.segments.documents import SegmentDocuments
 from parallel.segments.memory import SegmentMemory
+
+# Segments; the pages that are used again have to be filled with zeros first.
+TRIM_EVERY = 8
 
 
 class SegmentedStage:
@@ -57,8 +61,21 @@ class SegmentedStage:
         with torch.no_grad():
             for tokens, _, segment in group[:-1]:
                 self.stage(tokens, None, segment)
+                _return_freed_memory(segment.number)
         for tokens, labels, segment in reversed(group):
             # FSDP reduces the gradient after each segment: kept until the last, it would be whole.
             self.stage(tokens, labels, segment).backward()
             # The group's last has now left what the next group begins with.
             memory.is_kept = False
+            _return_freed_memory(segment.number)
+
+
+def _return_freed_memory(segment: int) -> None:
+    """Now and then, let the C library give pages that it has free back to the system.
+
+    Tensors of segments differ in size, as experts get other numbers of tokens, and glibc's heap
+    grows by what does not fit into the holes that earlier ones have left.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim and segment % TRIM_EVERY == 0:
+        trim(0)
