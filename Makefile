@@ -12,8 +12,9 @@ TORCH_VERSION ?= 2.13.0
 # (the address is in PyTorch's installation guide).
 TORCH_INDEX ?=
 DEMO_DIR ?= demo
-# Tests that run at the same time.
+# Tests that run at the same time; of the slow ones many wait for a cluster.
 WORKERS ?= 2
+SLOW_WORKERS ?= 3
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -48,6 +49,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(PYTEST) -m "not slow and not oracle"
 
+test-slow: WORKERS := $(SLOW_WORKERS)
 test-slow: $(INSTALLED)
 	$(PYTEST) -m slow
 
