@@ -22,6 +22,7 @@ POLL_S = 0.2
 POLL_OF_SLURM_S = 1.0
 # A request that comes before the ranks can answer may be lost.
 ASK_AGAIN_S = 10.0
+INTERRUPT_AGAIN_S = 1.0
 # What a last checkpoint may take.
 SAVE_S = 300.0
 # Until Slurm has cleaned up after processes that were killed.
@@ -107,11 +108,11 @@ def _cancel_processes(run: RunDirectory, at_once: bool) -> None:
             print(f"{launcher} saves and stops ({duration_text(SAVE_S)} at most)", flush=True)
             _send(launcher.pid, signal.SIGTERM)
             _wait(lambda: not _is_alive(run), SAVE_S)
-        # Twice: it ends its ranks at once.
-        for _ in range(2):
-            if _is_alive(run):
-                _send(launcher.pid, signal.SIGINT)
-        _wait(lambda: not _is_alive(run), END_S)
+        # With a second one it ends its ranks at once; two that come together are one.
+        deadline = time.monotonic() + END_S
+        while _is_alive(run) and time.monotonic() < deadline:
+            _send(launcher.pid, signal.SIGINT)
+            _wait(lambda: not _is_alive(run), INTERRUPT_AGAIN_S)
         if _is_alive(run):
             _send(launcher.pid, signal.SIGKILL)
     elif ranks := live_ranks(run):
