@@ -25,6 +25,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SubprocessContext
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
+from launch.cancelled import read_cancelled
 from launch.causes import find_cause, rank_to_blame
 from launch.environment import describe, environment_of_ranks, note_environment
 from launch.failures import judge, note_failure
@@ -246,6 +247,10 @@ class _Agent(LocalElasticAgent):
 
     def _decide(self, codes: Sequence[int | None]) -> None:
         """Note what the attempt died of; give the run another one, or say why not."""
+        cancelled = read_cancelled(self._run)
+        if cancelled and cancelled.holds_for([self._chain]):
+            print(f"ended at once, cancelled by {cancelled.by}", flush=True)
+            return
         by_rank = dict(enumerate(codes))
         host = [socket.gethostname()] * len(codes)
         cause = find_cause(self._run.folder_of(self.attempt), by_rank, nodes=host)

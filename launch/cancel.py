@@ -22,7 +22,8 @@ POLL_S = 0.2
 POLL_OF_SLURM_S = 1.0
 # A request that comes before the ranks can answer may be lost.
 ASK_AGAIN_S = 10.0
-INTERRUPT_AGAIN_S = 1.0
+# It may just have been starting ranks.
+KILL_AGAIN_S = 1.0
 # What a last checkpoint may take.
 SAVE_S = 300.0
 # Until Slurm has cleaned up after processes that were killed.
@@ -108,11 +109,12 @@ def _cancel_processes(run: RunDirectory, at_once: bool) -> None:
             print(f"{launcher} saves and stops ({duration_text(SAVE_S)} at most)", flush=True)
             _send(launcher.pid, signal.SIGTERM)
             _wait(lambda: not _is_alive(run), SAVE_S)
-        # With a second one it ends its ranks at once; two that come together are one.
+        # It starts no others, as the run is cancelled.
         deadline = time.monotonic() + END_S
         while _is_alive(run) and time.monotonic() < deadline:
-            _send(launcher.pid, signal.SIGINT)
-            _wait(lambda: not _is_alive(run), INTERRUPT_AGAIN_S)
+            for pid in live_ranks(run):
+                _send(pid, signal.SIGKILL)
+            _wait(lambda: not _is_alive(run), KILL_AGAIN_S)
         if _is_alive(run):
             _send(launcher.pid, signal.SIGKILL)
     elif ranks := live_ranks(run):
