@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from pretrain.config import Config
+from pretrain.errors import TrainingError
 from pretrain.run_dir import RunDirectory, write_atomically
 
 Row = Mapping[str, Any]
@@ -79,6 +80,11 @@ class WandbSink:
         self._begin_until = time.monotonic() + BEGIN_TIMEOUT_S
         self._thread: Thread | None = None
         if config.wandb.mode != "disabled":
+            # At once: an attempt may end before its thread has come so far. What cannot be written
+            # now the thread will tell.
+            with suppress(OSError, TrainingError):
+                run.wandb.mkdir(parents=True, exist_ok=True)
+                wandb_id(run.wandb_id)
             self._thread = Thread(
                 target=self._mirror,
                 args=(run, config, config.wandb.mode),
