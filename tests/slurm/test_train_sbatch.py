@@ -48,7 +48,7 @@ def test_a_request_to_stop_that_comes_while_ranks_import_is_kept_and_a_requeue_l
     (tmp_path / "go").touch()
     job.wait_until(lambda: job.requeues() == 1 or job.run.done.exists())
     assert job.requeues() == 1
-    assert "requeued: it was asked to stop" in job.log()
+    job.wait_until(lambda: "requeued: it was asked to stop" in job.log())
     stopped_at, wandb_id = job.saved(), job.run.wandb_id.read_text()
     assert stopped_at < 16
     job.wait_until(lambda: job.saved() >= stopped_at + 4)
