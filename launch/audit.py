@@ -18,12 +18,10 @@ from launch.audit_checks import (
     CheckpointCheck,
     MetricsCheck,
     OrderCheck,
-    SharesCheck,
-    SourceUse,
     StepsCheck,
-    UseCheck,
     data_problems,
 )
+from launch.audit_use import SharesCheck, SourceUse, UseCheck
 from launch.progress import show_progress
 from pretrain.config import Config, read_run_config
 from pretrain.data import cache_of, curriculum_of, sources_of
