@@ -5,7 +5,6 @@ printed before anything heavy is loaded.
 """
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from pretrain.model.config import AttentionConfig, LayerKind, ModelConfig, Posit
 from pretrain.parallel_config import ParallelConfig, check_offload
 from pretrain.run_dir import RunDirectory
 from pretrain.settings import Decay, NonNegative, Positive, Section, Share
+from pretrain.yaml_files import nearest, nearest_key, path_of, read_mapping, shipped_names
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -172,7 +172,7 @@ class Config(Section):
 
 def recipe_names() -> list[str]:
     """The shipped recipes."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    return shipped_names(RECIPES)
 
 
 def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
@@ -185,7 +185,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
         UserError: an unknown recipe or key, or a value that is not allowed; the message names
             the field, the value, what is allowed and the nearest name.
     """
-    tree = _read_yaml(_recipe_path(recipe))
+    tree = read_mapping(path_of("recipe", recipe, RECIPES), "train: {steps: 100}")
     for override in overrides:
         _apply_override(tree, override)
     config = parse_config(tree)
@@ -246,7 +246,7 @@ def check_setting(name: str) -> None:
         inside = sorted(other for other in names if other.startswith(f"{name}."))
         if inside:
             raise UserError(f"{name} is a section; name one of its settings: {', '.join(inside)}")
-        raise UserError(f"{name} is not a setting{_nearest_key(name)}")
+        raise UserError(f"{name} is not a setting{nearest_key(name, _dotted_keys(Config))}")
 
 
 def read_run_config(run: RunDirectory, attempt: int | None = None) -> Config:
@@ -260,30 +260,6 @@ def read_run_config(run: RunDirectory, attempt: int | None = None) -> Config:
             "`farspan train RECIPE --run-dir DIR` makes one"
         )
     return parse_config(yaml.safe_load(path.read_text()))
-
-
-def _recipe_path(recipe: str) -> Path:
-    if recipe in recipe_names():
-        return RECIPES / f"{recipe}.yaml"
-    path = Path(recipe)
-    if path.suffix in {".yaml", ".yml"}:
-        if path.is_file():
-            return path
-        raise UserError(f"recipe {recipe}: no such file")
-    raise UserError(
-        f"recipe {recipe!r} is not known{_nearest(recipe, recipe_names())}; "
-        f"shipped: {', '.join(recipe_names())}; or give the path of a .yaml file"
-    )
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold a mapping such as `train: {{steps: 100}}`")
-    return tree
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -319,19 +295,9 @@ def _refuse_unknown_keys(schema: Any, tree: Any, path: tuple[str, ...]) -> None:
         dotted = ".".join((*path, str(key)))
         if key not in fields:
             where = f"section {'.'.join(path)}" if path else "the configuration"
-            raise UserError(
-                f"{dotted} is not a setting{_nearest_key(dotted)}; {where} has: {', '.join(fields)}"
-            )
+            near = nearest_key(dotted, _dotted_keys(Config))
+            raise UserError(f"{dotted} is not a setting{near}; {where} has: {', '.join(fields)}")
         _refuse_unknown_keys(fields[key], value, (*path, key))
-
-
-def _nearest_key(dotted: str) -> str:
-    close = difflib.get_close_matches(dotted, list(_dotted_keys(Config)), n=1, cutoff=0.6)
-    if not close:
-        leaf = dotted.rsplit(".", 1)[-1]
-        by_leaf = {key.rsplit(".", 1)[-1]: key for key in _dotted_keys(Config)}
-        close = [by_leaf[m] for m in difflib.get_close_matches(leaf, list(by_leaf), n=1)]
-    return f", did you mean {close[0]}?" if close else ""
 
 
 def _dotted_keys(schema: Any, prefix: str = "") -> Iterator[str]:
@@ -340,11 +306,6 @@ def _dotted_keys(schema: Any, prefix: str = "") -> Iterator[str]:
             yield prefix + name
         else:
             yield from _dotted_keys(annotation, f"{prefix}{name}.")
-
-
-def _nearest(name: str, allowed: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, allowed, n=1)
-    return f", did you mean {close[0]}?" if close else ""
 
 
 def _describe(error: ValidationError) -> str:
@@ -356,7 +317,7 @@ def _describe(error: ValidationError) -> str:
         wish = wish[0].lower() + wish[1:]
         if problem["type"] == "literal_error":
             allowed = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
-            wish += _nearest(str(problem["input"]), allowed)
+            wish += nearest(str(problem["input"]), allowed)
         if note := _description(location):
             wish += f" ({note})"
         lines.setdefault(dotted, f"{dotted} = {problem['input']!r}: {wish}")

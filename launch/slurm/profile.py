@@ -1,16 +1,15 @@
 """What a site's Slurm wants to be told: partition, GPUs, network, container, file systems."""
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, Field, ValidationError
 
 from pretrain.errors import UserError
 from pretrain.settings import NonNegative, Positive, Section
+from pretrain.yaml_files import nearest_key, path_of, read_mapping, shipped_names
 
 PROFILES = Path(__file__).parents[2] / "slurm" / "profiles"
 # Profiles may extend one another; more than that is a circle.
@@ -149,7 +148,7 @@ class Profile(Section):
 
 def profile_names() -> list[str]:
     """The shipped profiles."""
-    return sorted(path.stem for path in PROFILES.glob("*.yaml"))
+    return shipped_names(PROFILES)
 
 
 def load_profile(name: str) -> Profile:
@@ -192,13 +191,8 @@ def seconds_of(time: str) -> int:
 
 def _read(name: str, extended_by: tuple[str, ...]) -> dict[str, Any]:
     """The mapping of a profile, over that of the one it extends."""
-    path = _path_of(name)
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold a mapping such as `partition: gpu`")
+    path = path_of("profile", name, PROFILES)
+    tree = read_mapping(path, "partition: gpu")
     base = tree.pop("extends", None)
     if base is None:
         return tree
@@ -222,30 +216,13 @@ def _over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _path_of(name: str) -> Path:
-    if name in profile_names():
-        return PROFILES / f"{name}.yaml"
-    path = Path(name)
-    if path.suffix in {".yaml", ".yml"}:
-        if path.is_file():
-            return path
-        raise UserError(f"profile {name}: no such file")
-    raise UserError(
-        f"profile {name!r} is not known{_nearest(name, profile_names())}; shipped: "
-        f"{', '.join(profile_names())}; or give the path of a .yaml file (docs/slurm.md)"
-    )
-
-
 def _describe(error: ValidationError, name: str) -> str:
     lines = []
     for problem in error.errors():
         dotted = ".".join(str(part) for part in problem["loc"] if not _is_of_pydantic(part))
         if problem["type"] == "extra_forbidden":
-            names = list(_keys(Profile))
-            leaf = {key.rsplit(".", 1)[-1]: key for key in names}
-            near = _nearest(dotted, names) or _nearest(dotted.rsplit(".", 1)[-1], leaf, leaf)
             lines.append(
-                f"profile {name}: {dotted} is not a setting{near}; "
+                f"profile {name}: {dotted} is not a setting{nearest_key(dotted, _keys(Profile))}; "
                 f"there are: {', '.join(Profile.model_fields)}"
             )
         else:
@@ -258,11 +235,6 @@ def _describe(error: ValidationError, name: str) -> str:
 def _is_of_pydantic(part: Any) -> bool:
     """Whether it was put into a location to say which member of a union, or a key, was tried."""
     return part == "[key]" or not re.fullmatch(r"[\w-]+", str(part)) or "constrained" in str(part)
-
-
-def _nearest(name: str, allowed: Any, full: Mapping[str, str] | None = None) -> str:
-    close = difflib.get_close_matches(name, list(allowed), n=1)
-    return f", did you mean {full[close[0]] if full else close[0]}?" if close else ""
 
 
 def _keys(section: type[Section], prefix: str = "") -> Iterator[str]:
