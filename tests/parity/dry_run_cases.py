@@ -3,20 +3,15 @@
 Arguments: the shards, the folder for results, the cases as `name:key=value key=value`.
 """
 
-import json
-import sys
 from collections import Counter
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from data_pipeline.stream import Batch
 from parallel.fsdp import local_tensor
-from parallel.mesh import join_ranks
 from pretrain.config import load_config
 from pretrain.dry_run.assumptions import gpu_kernels
 from pretrain.dry_run.plan import axis_names
@@ -24,6 +19,7 @@ from pretrain.dry_run.step import Step
 from pretrain.dry_run.tracker import StepTracker
 from pretrain.run_dir import RunDirectory
 from pretrain.trainer import Trainer
+from tests.rank_cases import run_cases
 
 STEPS = 4
 
@@ -80,15 +76,5 @@ def run_case(shards: Path, overrides: list[str], device: torch.device) -> dict[s
     }
 
 
-def main() -> None:
-    shards, results = Path(sys.argv[1]), Path(sys.argv[2])
-    device = join_ranks(timedelta(minutes=2))
-    for case in sys.argv[3:]:
-        name, _, overrides = case.partition(":")
-        result = run_case(shards, overrides.split(), device)
-        (results / f"{name}-{dist.get_rank()}.json").write_text(json.dumps(result))
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(run_case)

@@ -274,29 +274,19 @@ def test_a_node_is_used_again_where_there_are_too_few_others(
 
 
 @pytest.mark.usefixtures("on_n1_and_n2")
+@pytest.mark.parametrize(
+    ("before", "first"), [(replace(START, restart=0), 1), (replace(START, job="6", restart=9), 0)]
+)
 def test_a_job_that_gets_such_nodes_again_and_again_uses_them(
-    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: Start, first: int
 ) -> None:
+    """Also if the newest attempt is another job's."""
     exclude(run, "n2", "it is broken", 3600)
-    begun(run, replace(START, restart=0))
+    begun(run, before)
     # It has stopped and is in the queue; no node is to blame for that.
     run.stopped.write_text(json.dumps({"step": 3, "attempt": 1}))
     slurm = Nodes(three_nodes(), job())
-    for restart in (1, 2, 3, 4):
-        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
-        begin.begin(run, tmp_path, slurm)
-    assert len(slurm.requeued) == begin.AVOIDED_TIMES
-    assert (tmp_path / "command").exists()
-
-
-@pytest.mark.usefixtures("on_n1_and_n2")
-def test_a_new_job_that_gets_such_nodes_again_and_again_uses_them_too(
-    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    exclude(run, "n2", "it is broken", 3600)
-    begun(run, replace(START, job="6", restart=9))
-    slurm = Nodes(three_nodes(), job())
-    for restart in range(4):
+    for restart in range(first, first + 4):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
         begin.begin(run, tmp_path, slurm)
     assert len(slurm.requeued) == begin.AVOIDED_TIMES

@@ -3,23 +3,20 @@
 Arguments: the shards, the folder for results, the cases as `name:key=value key=value`.
 """
 
-import json
-import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from parallel.mesh import join_ranks, release_groups
+from parallel.mesh import release_groups
 from pretrain.config import load_config
 from pretrain.metrics.step import metrics_row
 from pretrain.metrics.survey import survey
 from pretrain.run_dir import RunDirectory
 from pretrain.trainer import Trainer
+from tests.rank_cases import run_cases
 
 
 def weights(trainer: Trainer) -> dict[str, Tensor]:
@@ -33,7 +30,7 @@ def norm(tensors: list[Tensor]) -> float:
     return sum(float(x.double().square().sum()) for x in tensors) ** 0.5
 
 
-def run_case(shards: str, overrides: list[str], device: torch.device) -> dict[str, Any]:
+def run_case(shards: Path, overrides: list[str], device: torch.device) -> dict[str, Any]:
     config = load_config("tiny-hybrid-moe", [f"data.shards={shards}", *overrides])
     trainer = Trainer(config, RunDirectory(Path("nowhere")), device)
     for _ in range(2):
@@ -52,15 +49,5 @@ def run_case(shards: str, overrides: list[str], device: torch.device) -> dict[st
     }
 
 
-def main() -> None:
-    shards, results = sys.argv[1], Path(sys.argv[2])
-    device = join_ranks(timedelta(minutes=2))
-    for case in sys.argv[3:]:
-        name, _, overrides = case.partition(":")
-        result = run_case(shards, overrides.split(), device)
-        (results / f"{name}-{dist.get_rank()}.json").write_text(json.dumps(result))
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(run_case)
