@@ -15,6 +15,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
+
 from launch.run_state import read_state
 from launch.starters import slurm_here
 from pretrain.config import Config, read_run_config
@@ -96,15 +100,38 @@ def connect() -> Any:
             "there is no W&B API key: set WANDB_API_KEY, or run `wandb login`; another server than "
             "W&B's own is named by WANDB_BASE_URL"
         )
+    host = wandb.setup().settings.base_url
+    check_answers(host)
     try:
         api = wandb.Api(timeout=ANSWER_TIMEOUT_S)
         # The first thing that is asked of the server.
         if not api.default_entity:
             raise UserError("W&B knows no account with this API key: `wandb login --relogin`")
     except (wandb.errors.Error, ValueError, OSError) as error:
-        host = wandb.setup().settings.base_url
         raise TrainingError(f"the W&B server {host} does not let us in: {error}") from error
     return api
+
+
+def check_answers(host: str) -> None:
+    """Make sure that there is a server.
+
+    W&B's client asks for it in a process of its own, which at times does not end if there is none.
+
+    Raises TrainingError: no answer, or none but that something is wrong with the server.
+    """
+    retries = Retry(3, backoff_factor=0.5, status_forcelist=range(500, 600), allowed_methods=None)
+    try:
+        with requests.Session() as session:
+            session.mount(host, HTTPAdapter(max_retries=retries))
+            question = {"query": "query Viewer { viewer { id } }"}
+            session.post(f"{host}/graphql", json=question, timeout=ANSWER_TIMEOUT_S)
+    except requests.exceptions.SSLError:
+        # Which certificates are trusted is a setting of W&B's.
+        return
+    except requests.RequestException as error:
+        raise TrainingError(
+            f"the W&B server {host} does not answer; nothing is lost, say it again later: {error}"
+        ) from error
 
 
 def digest(row: Mapping[str, Any]) -> int:

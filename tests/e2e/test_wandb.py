@@ -284,7 +284,15 @@ def test_sync_says_what_is_wrong(tmp_path, server, home):
     assert "set WANDB_API_KEY, or run `wandb login`" in done.stderr
     done = sync(run, home | {"WANDB_BASE_URL": "http://127.0.0.1:9"})
     assert done.returncode == 1
-    assert "error: the W&B server http://127.0.0.1:9 does not let us in" in done.stderr
+    assert "error: the W&B server http://127.0.0.1:9 does not answer" in done.stderr
+    server.refuse = lambda path, body: 500
+    done = sync(run, home)
+    assert done.returncode == 1
+    assert f"error: the W&B server {server.url} does not answer" in done.stderr
+    server.refuse = lambda path, body: 401
+    done = sync(run, home)
+    assert done.returncode == 1
+    assert f"error: the W&B server {server.url} does not let us in" in done.stderr
 
 
 @pytest.mark.slow
@@ -313,11 +321,13 @@ def test_training_is_synced_while_it_runs_and_after_a_kill(shards, tmp_path, ser
     os.kill(rank_pids(run)[0], signal.SIGKILL)
     outputs = [*offline.communicate()]
     assert offline.returncode == 1
+    # The sync has left some, too.
+    before = {*run.wandb.glob("run-*/run-*.wandb")}
     online = start_and_stop(
         [*command, "wandb.mode=online"],
         home,
         run,
-        lambda: any(run.wandb.glob("run-*/run-*.wandb")),
+        lambda: {*run.wandb.glob("run-*/run-*.wandb")} != before,
     )
     refused = sync(run, home)
     assert refused.returncode == 2
