@@ -27,6 +27,7 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings, as in optim.lr=1e-3."),
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.")]
+SUITE_LONG = "With --suite long"
 
 
 @app.command()
@@ -117,75 +118,100 @@ def evaluate(
         typer.Option(min=1, help="Of --text: tokens seen at most (default: data.seq_len)."),
     ] = None,
     suite: Annotated[str | None, typer.Option(help="long: tasks that need a long context.")] = None,
-    lengths: Annotated[
-        str | None,
-        typer.Option(help="Of the suite's documents, as in 8k,32k,1m (default: data.seq_len)."),
-    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Some of needle,multi_key,multi_value,variable_tracking,overwrite (default: all)."
+            help="Of long: some of needle,multi_key,multi_value,variable_tracking,overwrite "
+            "(default: all)."
         ),
     ] = None,
     samples: Annotated[
-        int, typer.Option(min=1, help="Documents of each task and length, of a needle's depth.")
-    ] = 8,
-    seed: Annotated[int, typer.Option(min=0, help="Of the documents.")] = 0,
-    pairs: Annotated[int, typer.Option(help="Keys of a document, or chains of variables.")] = 4,
+        int | None,
+        typer.Option(
+            min=1, help="Documents of each task and length, of a needle's depth (default: 8)."
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the documents (default: 0).")] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=SUITE_LONG,
+            help="Of the documents, as in 8k,32k,1m (default: data.seq_len).",
+        ),
+    ] = None,
+    pairs: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=SUITE_LONG,
+            help="Keys of a document, or chains of variables (default: 4).",
+        ),
+    ] = None,
     values: Annotated[
-        int, typer.Option(help="Of each key, or variables of each chain, where there are several.")
-    ] = 3,
+        int | None,
+        typer.Option(
+            rich_help_panel=SUITE_LONG,
+            help="Of each key, or variables of each chain, where there are several (default: 3).",
+        ),
+    ] = None,
     gap: Annotated[
-        int,
-        typer.Option(help="Fewest tokens between the questions and what they ask for."),
-    ] = 0,
+        int | None,
+        typer.Option(
+            rich_help_panel=SUITE_LONG,
+            help="Fewest tokens between the questions and what they ask for (default: 0).",
+        ),
+    ] = None,
     form: Annotated[
-        str,
-        typer.Option(help="tokens, text, or auto: tokens for models of `farspan data synthetic`."),
-    ] = "auto",
+        str | None,
+        typer.Option(
+            rich_help_panel=SUITE_LONG,
+            help="tokens, text, or auto: tokens for models of `farspan data synthetic`.",
+        ),
+    ] = None,
     shards: Annotated[
-        str | None, typer.Option(help="With the suite: their loss by position, best held out.")
+        str | None,
+        typer.Option(
+            rich_help_panel=SUITE_LONG, help="Also their loss by position, best held out."
+        ),
     ] = None,
     nproc: Annotated[
         int, typer.Option(min=1, help="Processes that share each text or document.")
     ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Mean cross-entropy of a text in nats per token, or what a model makes of long contexts.
+    """Mean cross-entropy of a text in nats per token, or what a model makes of a suite of tasks.
 
     The suite runs in the layout of the training, which KEY=VALUE may change, as in parallel.cp=2.
     It prints tables, keeps them in RUN/evals, and `farspan report` shows them.
     """
     if (text is None) == (suite is None):
         raise UserError("name either a --text or a --suite, as in --suite long")
+    options = {
+        "tasks": tasks,
+        "samples": samples,
+        "seed": seed,
+        "lengths": lengths,
+        "pairs": pairs,
+        "values": values,
+        "gap": gap,
+        "form": form,
+        "shards": shards,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
     if text is not None:
-        if overrides:
-            raise UserError(f"{overrides[0]}: settings belong to --suite; --text takes none")
+        if overrides or given:
+            first = overrides[0] if overrides else f"--{next(iter(given))}"
+            raise UserError(f"{first}: settings belong to --suite; --text takes none")
         from launch.inference import evaluate_text
 
         evaluate_text(run, text, context, nproc, as_json)
         return
     if context is not None:
-        raise UserError("--context belongs to --text; the suite has --lengths")
+        raise UserError("--context belongs to --text; of the suites, long has --lengths")
     assert suite is not None
-    from launch.evaluation import evaluate_long
+    from launch.evaluation import evaluate_suite
+    from launch.suite import Asked
 
-    evaluate_long(
-        run,
-        suite,
-        lengths,
-        tasks,
-        nproc,
-        overrides or [],
-        as_json,
-        samples=samples,
-        seed=seed,
-        pairs=pairs,
-        values=values,
-        gap=gap,
-        form=form,
-        shards=shards,
-    )
+    evaluate_suite(suite, Asked(run, nproc, overrides or [], as_json, given))
 
 
 @app.command()

@@ -9,7 +9,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from launch.cli import app
-from launch.evaluation import tables_of
+from launch.evaluation_long import tables_of
 from pretrain.config import load_config
 
 
@@ -32,6 +32,7 @@ def run(tmp_path: Path) -> Path:
         (["--suite", "long", "--lengths", "2k"], "trained for 1024 tokens"),
         (["--suite", "long", "--nproc", "2", "parallel.cp=4"], "layout refused"),
         (["--suite", "long", "parallel.cpp=2"], "parallel.cpp is not a setting"),
+        (["--text", "x", "--seed", "2"], "--seed: settings belong to --suite"),
         (["--text", "x", "parallel.cp=2"], "parallel.cp=2: settings belong to --suite"),
     ],
 )

@@ -1,0 +1,39 @@
+"""What the suites of `farspan eval` have in common."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a suite is asked for.
+
+    Attributes:
+        directory: of the run.
+        overrides: `key=value` of its configuration.
+        options: those of the suite that were given, by their names in Python.
+    """
+
+    directory: Path
+    nproc: int
+    overrides: Sequence[str]
+    as_json: bool
+    options: Mapping[str, Any]
+
+
+def names_in(text: str) -> tuple[str, ...]:
+    """Names with commas between them; an empty text has none."""
+    return tuple(filter(None, map(str.strip, text.split(","))))
+
+
+def plain_table(first: str, columns: Sequence[str]) -> Table:
+    """Without lines; numbers stand to the right."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
