@@ -98,21 +98,7 @@ def export_model(directory: Path, to: str, out: Path) -> None:
     """Write the newest checkpoint of a run in another format."""
     if to != "hf":
         raise UserError(f"--to {to} is not a format; allowed: hf")
-    from data_pipeline.stream import load_tokenizer
-    from pretrain.balancing import RouterState
-    from pretrain.checkpoint.hf import export
-    from pretrain.checkpoint.trained import load_trained
+    from pretrain.checkpoint.export import export_newest
 
-    run = RunDirectory(directory)
-    config, model = load_trained(run)
-    eos_id = load_tokenizer(run.tokenizer).eos_id
-    export(
-        config.model,
-        model.state_dict(),
-        run.tokenizer,
-        out,
-        eos_id=eos_id,
-        max_positions=config.data.seq_len,
-        selection_bias=RouterState.selection_bias_of(dict(model.layers)),
-    )
+    export_newest(RunDirectory(directory), out)
     print(f"exported to {out}")

@@ -67,6 +67,16 @@ def load_trained(run: RunDirectory, step: int | None = None) -> tuple[Config, Tr
     Raises:
         UserError: not a run directory, no checkpoint yet, or that of `step` is not whole.
     """
+    _, config, model = _load(run, step)
+    return config, model
+
+
+def load_newest(run: RunDirectory) -> tuple[int, Config, Transformer]:
+    """The step of the newest whole checkpoint, and what `load_trained` gives of it."""
+    return _load(run, None)
+
+
+def _load(run: RunDirectory, step: int | None) -> tuple[int, Config, Transformer]:
     config = read_run_config(run)
     target = checkpoints_of(config, run)
     found = newest_whole(target, saved_steps(target) if step is None else [step])
@@ -77,7 +87,7 @@ def load_trained(run: RunDirectory, step: int | None = None) -> tuple[Config, Tr
     model = Transformer(config.model)
     load_weights(model, checkpoint_in(target, step), manifest)
     print(f"loaded step {step} of {run.root}", file=sys.stderr)
-    return config, model.eval()
+    return step, config, model.eval()
 
 
 def load_sharded(
