@@ -168,11 +168,11 @@ def test_charts_hold_every_step(page, rows):
         expected = np.array([row[name] for row in rows])
         assert any(np.array_equal(array, expected, equal_nan=True) for array in arrays), name
     heat_maps = [array for array in arrays if array.dtype == np.uint8 and array.ndim == 2]
-    assert [image.shape for image in heat_maps] == [(EXPERTS, 400)] * LAYERS
+    assert [image.shape for image in heat_maps] == [(EXPERTS, STEPS)] * LAYERS
     dead = [np.argwhere(image == 0) for image in heat_maps]
-    assert [len(cells) for cells in dead] == [0, 0, 80, 0]
+    assert [len(cells) for cells in dead] == [0, 0, 100, 0]
     assert set(dead[DEAD_LAYER][:, 0]) == {DEAD_EXPERT}
-    assert set(dead[DEAD_LAYER][:, 1]) == set(range(160, 240))
+    assert set(dead[DEAD_LAYER][:, 1]) == set(range(200, 300))
 
 
 def test_page_stays_small_with_many_layers_experts_and_steps(tmp_path, page):
