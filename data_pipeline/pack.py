@@ -46,12 +46,14 @@ class Batch:
             token that its source never predicts. The label of a row's last token is the token that
             the next row starts with, if the document goes on.
         position: the distance from the start of the document's piece in this row.
+        source: the number of the token's source.
         continues, is_continued: [n], as in `BatchPlan`.
     """
 
     tokens: NDArray[np.int64]
     labels: NDArray[np.int64]
     position: NDArray[np.int64]
+    source: NDArray[np.int64]
     continues: NDArray[np.bool_] | None = None
     is_continued: NDArray[np.bool_] | None = None
 
@@ -78,14 +80,14 @@ def read_rows(
 
     shape = len(rows), seq_len
     tokens, labels, position = (np.empty(shape, np.int64) for _ in range(3))
-    for source, reader in enumerate(readers):
-        mine = np.flatnonzero(pieces[:, 0] == source)
+    for number, reader in enumerate(readers):
+        mine = np.flatnonzero(pieces[:, 0] == number)
         _, document, start, stop = pieces[mine].T
         shard = np.searchsorted(np.cumsum(reader.shard_documents), document, side="right")
         first_token, goes_on = reader.first_token[document], stop < reader.lengths[document]
-        for number, at in _by_shard(shard):
+        for of_shard, at in _by_shard(shard):
             copy_pieces(
-                reader.tokens(number, beat),
+                reader.tokens(of_shard, beat),
                 first_token[at] + start[at],
                 first_token[at] + stop[at],
                 goes_on[at],
@@ -103,7 +105,8 @@ def read_rows(
         None if of_plan is None else of_plan[np.asarray(rows, np.int64)]
         for of_plan in (plan.continues, plan.is_continued)
     )
-    return Batch(tokens, labels, position, *joints)
+    source = np.repeat(pieces[:, 0], lengths).reshape(shape)
+    return Batch(tokens, labels, position, source, *joints)
 
 
 def _by_shard(shard: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:

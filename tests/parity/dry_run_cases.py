@@ -31,7 +31,7 @@ def whole_rows(trainer: Trainer) -> Batch:
     draw = np.random.default_rng(trainer.mesh.data_rank)
     tokens, labels = draw.integers(0, model.vocab_size, (2, *shape))
     position = np.broadcast_to(np.arange(data.seq_len), shape).copy()
-    return Batch(tokens, labels, position)
+    return Batch(tokens, labels, position, np.zeros_like(tokens))
 
 
 def sent_by_communicators(trainer: Trainer) -> dict[tuple[str, str], int]:
