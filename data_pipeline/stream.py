@@ -7,6 +7,7 @@ from typing import Any
 from data_pipeline.errors import DataError
 from data_pipeline.lanes import Lanes
 from data_pipeline.mixture import DEFAULT_SHUFFLE_SHARDS, Mixture
+from data_pipeline.once import OnceThrough
 from data_pipeline.pack import Batch, BatchPlan, read_rows
 from data_pipeline.shards import Cache, Manifest, TokenReader, load_manifest
 from data_pipeline.sources import Source, WeightsFrom
@@ -18,7 +19,9 @@ __all__ = [
     "Batch",
     "BatchPlan",
     "Cache",
+    "DataError",
     "Manifest",
+    "OnceThrough",
     "Source",
     "SourceUse",
     "TokenStream",

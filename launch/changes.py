@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "checkpoint.keep_best",
     "checkpoint.asynchronous",
     "guard.",
+    "eval.",
     "wandb.",
     "run.",
 )

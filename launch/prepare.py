@@ -16,6 +16,7 @@ from pretrain.config import Config, read_run_config
 from pretrain.data import cache_of, open_stream, require_enough
 from pretrain.data_config import ShardSource
 from pretrain.errors import UserError
+from pretrain.evals.held_out_data import open_held_out
 from pretrain.run_dir import RunDirectory, write_atomically
 
 
@@ -39,6 +40,7 @@ def prepare_run(config: Config, directory: Path, allowed: Sequence[str] = ()) ->
         Target(config.checkpoint.dir).check()
     stream = open_stream(config)
     require_enough(stream, config)
+    open_held_out(config, stream)
     cache = cache_of(config.data)
     data = [
         _describe(source, load_manifest(source.path, growing=source.growing, cache=cache))
@@ -87,8 +89,24 @@ def _with_absolute_paths(config: Config, run: RunDirectory) -> Config:
     checkpoint = config.checkpoint
     if checkpoint.dir:
         checkpoint = checkpoint.model_copy(update={"dir": _absolute(checkpoint.dir)})
+    evaluated = config.eval
+    if isinstance(evaluated.sources, str):
+        evaluated = evaluated.model_copy(update={"sources": _absolute(evaluated.sources)})
+    elif evaluated.sources is not None:
+        sources = tuple(
+            source.model_copy(update={"path": _absolute(source.path)})
+            for source in evaluated.sources
+        )
+        evaluated = evaluated.model_copy(update={"sources": sources})
     run_section = config.run.model_copy(update={"dir": str(run.root)})
-    return config.model_copy(update={"data": data, "checkpoint": checkpoint, "run": run_section})
+    return config.model_copy(
+        update={
+            "data": data,
+            "checkpoint": checkpoint,
+            "eval": evaluated,
+            "run": run_section,
+        }
+    )
 
 
 def _absolute(path: str) -> str:

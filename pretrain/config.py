@@ -20,6 +20,7 @@ from pretrain.context_config import ContextConfig, check_context
 from pretrain.curriculum import Phase, PhaseConfig, resolve_phases
 from pretrain.data_config import DataConfig
 from pretrain.errors import UserError
+from pretrain.eval_config import EvalConfig, check_eval
 from pretrain.model.config import AttentionConfig, LayerKind, ModelConfig, Positions
 from pretrain.parallel_config import ParallelConfig, check_offload
 from pretrain.run_dir import RunDirectory
@@ -163,6 +164,7 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
+    eval: EvalConfig = EvalConfig()
     wandb: WandbConfig = WandbConfig()
     run: RunConfig = RunConfig()
 
@@ -204,7 +206,7 @@ def overridden(config: Config, overrides: Sequence[str]) -> Config:
 def parse_config(tree: Mapping[str, Any]) -> Config:
     """Check a nested mapping against the typed tree. Raises UserError."""
     config = _parse(tree)
-    phases_of(config)
+    check_eval(config, phases_of(config))
     return config
 
 

@@ -28,6 +28,7 @@ from pretrain.errors import (
     TrainingError,
     UserError,
 )
+from pretrain.evals.held_out import HeldOut, evaluate_late
 from pretrain.guard import Verdict
 from pretrain.metrics.step import Clock, metrics_row
 from pretrain.metrics.survey import is_survey_due, survey
@@ -91,7 +92,9 @@ def run_phases(
                 print(f"kernels: {numerics_of(config, device)['kernels']}", flush=True)
             if recorder and len(phases) > 1:
                 print(phase, flush=True)
-            is_stopped = run_steps(trainer, phase, stop, recorder, monitor)
+            held_out = HeldOut(config, trainer)
+            is_stopped = run_steps(trainer, phase, held_out, stop, recorder, monitor)
+            del held_out
             step = trainer.progress.step
             if is_stopped or step == config.train.steps:
                 break
@@ -109,6 +112,7 @@ def run_phases(
 def run_steps(
     trainer: Trainer,
     phase: Phase,
+    held_out: HeldOut,
     stop: StopRequest,
     recorder: Recorder | None,
     monitor: RankMonitor,
@@ -119,6 +123,8 @@ def run_steps(
     train, every = trainer.config.train, trainer.config.checkpoint.every
     until = train.steps if phase.stop is None else min(phase.stop, train.steps)
     clock, stopping = Clock(), False
+    newest = trainer.progress.step
+    evaluate_late(held_out, newest, recorder, partial(monitor.beat, newest))
     while phase.first <= trainer.progress.step < until and not stopping:
         beat = partial(monitor.beat, trainer.progress.step + 1)
         lr = trainer.lr()
@@ -131,11 +137,14 @@ def run_steps(
             recover(trainer, result.verdict, recorder)
         step = trainer.progress.step
         is_last = step == until or stopping
-        if not result.verdict and (is_last or step % train.log_every == 0):
+        # Who is asked to stop has little time; the next attempt has the same weights.
+        is_evaluated = held_out.is_due(step) and not result.verdict and not stopping
+        evaluated = held_out.evaluate(beat) if is_evaluated else {}
+        if not result.verdict and (is_last or is_evaluated or step % train.log_every == 0):
             surveyed = survey(trainer, lr) if is_survey_due(step, train) else {}
             if recorder:
                 row = metrics_row(trainer, result, lr, clock.take())
-                recorder.log(row | surveyed | slowest_rank(monitor))
+                recorder.log(row | surveyed | evaluated | slowest_rank(monitor))
         if is_last or (step % every == 0 and not result.verdict):
             beat("checkpoint", is_slow=True)
             if recorder:

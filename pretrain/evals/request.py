@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from data_pipeline.synthetic import TASKS, Task
 from pretrain.config import Config, overridden
 from pretrain.errors import UserError
+from pretrain.eval_config import longest_position
 from pretrain.layouts import resolve_layout
 
 FORMS = ("auto", "tokens", "text")
@@ -114,16 +115,6 @@ def prepared(
     )
     resolve_layout(config, nproc)
     return config
-
-
-def longest_position(config: Config) -> int | None:
-    """Tokens that the positions of whole softmax layers were trained for; None without such."""
-    layers = zip(config.model.layer_kinds(), config.model.rotates(), strict=True)
-    if not any(kind == "softmax" and rotates for kind, rotates in layers):
-        return None
-    yarn = config.model.attention.yarn
-    extended = int(yarn.factor * yarn.original_length) if yarn.factor > 1 else 0
-    return max(config.data.seq_len, extended)
 
 
 def _check_length(config: Config, length: int, segment: int | None) -> None:

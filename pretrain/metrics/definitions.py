@@ -193,6 +193,14 @@ DEFINITIONS: tuple[Metric, ...] = (
         "pretrain/metrics/step.py",
     ),
     Metric(
+        "perf/evaluation_s",
+        "s",
+        "time that training stood still for evaluation on held-out text since the row before",
+        "In rows with eval/heldout_loss; not part of perf/step_s.",
+        "rank 0",
+        "pretrain/evals/held_out.py",
+    ),
+    Metric(
         "perf/sent_bytes",
         "bytes",
         "what rank 0 sent to other ranks in the step; of reductions what the ring algorithm sends",
@@ -353,6 +361,24 @@ DEFINITIONS: tuple[Metric, ...] = (
         "near the probabilities routes by itself.",
         "equal",
         "pretrain/balancing.py",
+    ),
+    Metric(
+        "eval/heldout_loss",
+        "nats/token",
+        "{source: sum of -ln p(token) over the tokens of its held-out rows / their number}",
+        "Every eval.every steps, and at the end. The rows are the same each time, so that it can "
+        "be compared over steps, and over runs of one eval.seq_len. It rises while train/loss "
+        "falls where a run learns by heart.",
+        "sum",
+        "pretrain/evals/held_out.py",
+    ),
+    Metric(
+        "eval/heldout_perplexity",
+        "1",
+        "{source: exp(eval/heldout_loss)}",
+        "Of so many equally likely tokens the model would be as unsure.",
+        "sum",
+        "pretrain/evals/held_out.py",
     ),
     Metric(
         "eval/needle",

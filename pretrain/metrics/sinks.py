@@ -128,10 +128,12 @@ class JsonlSink:
 
 def step_line(row: Row, steps: int) -> str:
     """A row as the one line that a log shows of it."""
+    held_out = row.get("eval/heldout_loss", {})
+    of_sources = "".join(f"  {name} {loss:.4f}" for name, loss in held_out.items())
     return (
         f"step {row['train/step']}/{steps}  loss {row['train/loss']:.4f}  "
         f"grad norm {row['train/grad_norm']:.3f}  lr {row['train/lr']:.2e}  "
-        f"{row['perf/tokens_per_s']:,.0f} tokens/s"
+        f"{row['perf/tokens_per_s']:,.0f} tokens/s" + (of_sources and f"  held out:{of_sources}")
     )
 
 

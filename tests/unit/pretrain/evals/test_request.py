@@ -3,7 +3,8 @@ import pytest
 from data_pipeline.errors import DataError
 from pretrain.config import Config, load_config
 from pretrain.errors import UserError
-from pretrain.evals.request import Request, longest_position, parse_lengths, prepared
+from pretrain.eval_config import longest_position
+from pretrain.evals.request import Request, parse_lengths, prepared
 
 
 def config(*overrides: str) -> Config:

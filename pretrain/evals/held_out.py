@@ -1,0 +1,132 @@
+"""The loss on held-out text, taken while training goes on, in its layout."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+
+from data_pipeline.stream import Batch, OnceThrough
+from parallel.segments.runner import SegmentedStage
+from pretrain.config import Config
+from pretrain.evals.forward import ForwardPass
+from pretrain.evals.held_out_data import open_held_out
+from pretrain.metrics.step import Clock
+from pretrain.model.kernels.documents import Documents
+from pretrain.recorder import Recorder
+from pretrain.trainer import Trainer
+
+LOSS = "eval/heldout_loss"
+
+
+class HeldOut:
+    """Each source's cross-entropy per token, over the same rows at each step. Collective.
+
+    Every token is predicted once, from its row alone, and nothing is dropped. The training does not
+    notice: weights, routers, data and memory of lanes stay as they are.
+
+    Args:
+        config: of the whole run, of which that of `trainer` may be a phase.
+    """
+
+    def __init__(self, config: Config, trainer: Trainer) -> None:
+        self._config = config
+        self._sources = open_held_out(config, trainer.stream)
+        self._trainer = trainer
+        self._stages = trainer.parallelised.stages
+        runner = trainer.parallelised.runner
+        self._pass = ForwardPass(
+            trainer.config,
+            trainer.layout,
+            trainer.mesh,
+            self._stages,
+            trainer.device,
+            runner.store if isinstance(runner, SegmentedStage) else None,
+        )
+
+    def is_due(self, step: int) -> bool:
+        """Whether the row of a step tells of it: at the end, and every so many steps."""
+        every = self._config.eval.every
+        return every > 0 and step > 0 and (step % every == 0 or step == self._config.train.steps)
+
+    def evaluate(self, beat: Callable[..., None] = lambda phase, is_slow: None) -> dict[str, Any]:
+        """The metrics of the weights as they are, and how long they took.
+
+        Args:
+            beat: told now and then that this phase goes on.
+        """
+        clock = Clock()
+        with clock:
+            losses = self._losses(partial(beat, "evaluation", is_slow=True))
+        perplexity = {name: float(np.exp(loss)) for name, loss in losses.items()}
+        return {
+            LOSS: losses,
+            "eval/heldout_perplexity": perplexity,
+            "perf/evaluation_s": clock.take(),
+        }
+
+    def _losses(self, beat: Callable[[], None]) -> dict[str, float]:
+        for stage in self._stages:
+            stage.eval()
+        try:
+            return {name: self._loss(source, beat) for name, source in self._sources.items()}
+        finally:
+            for stage in self._stages:
+                stage.train()
+                _reshard(stage)
+
+    def _loss(self, source: OnceThrough, beat: Callable[[], None]) -> float:
+        """In nats per predicted token, the same on all ranks."""
+        mesh = self._trainer.mesh
+        here = self._pass.rows_at_a_time(source.seq_len)
+        summed = torch.zeros(2, dtype=torch.float64, device=self._trainer.device)
+        for first in range(0, source.rows, here * mesh.data_ranks):
+            beat()
+            mine = first + mesh.data_rank * here
+            summed += self._summed(source.read(range(mine, mine + here), beat))
+        dist.all_reduce(summed)
+        loss, tokens = summed.tolist()
+        return loss / tokens if tokens else math.nan
+
+    def _summed(self, batch: Batch) -> torch.Tensor:
+        """Cross-entropy, and how many labels it is of; the sum over ranks is the whole: [2]."""
+        documents = Documents.from_position(torch.from_numpy(batch.position))
+        labels = torch.from_numpy(batch.labels)
+        places = self._pass.run(torch.from_numpy(batch.tokens), labels, documents)
+        is_last = any(stage.is_last for stage in self._stages)
+        # Ranks of tp have each seen the loss of all their tokens.
+        share = 1 / self._trainer.mesh.tp.size() if is_last else 0.0
+        total = sum(stage.cross_entropy for stage in self._stages)
+        return torch.stack(
+            [
+                torch.as_tensor(total, dtype=torch.float64, device=self._trainer.device) * share,
+                torch.tensor(len(places) * share, dtype=torch.float64, device=self._trainer.device),
+            ]
+        )
+
+
+def evaluate_late(
+    held_out: HeldOut, step: int, recorder: Recorder | None, beat: Callable[..., None]
+) -> None:
+    """Add to the row of a step what it lacks, as the attempt that trained it was stopped there.
+    Collective.
+    """
+    if not held_out.is_due(step):
+        return
+    lacks = torch.tensor(int(recorder is not None and recorder.lacks(step, LOSS)))
+    dist.all_reduce(lacks)
+    if lacks:
+        evaluated = held_out.evaluate(beat)
+        if recorder:
+            recorder.amend(evaluated)
+
+
+def _reshard(stage: torch.nn.Module) -> None:
+    """Give back the weights that a forward pass leaves gathered for a backward pass to come."""
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
