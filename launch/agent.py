@@ -7,18 +7,14 @@ seconds, and restart what would fail again.
 
 import logging
 import os
-import re
 import signal
 import socket
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch.distributed.elastic.agent.server import WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.api import RunResult
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -39,6 +35,7 @@ from launch.local import (
     own_environment,
     stop_signals_blocked,
 )
+from launch.screen import Screen, screen_of
 from pretrain.errors import CANNOT_GO_ON, LOST_RANK, STOPPED_ON_REQUEST, TrainingError
 from pretrain.run_dir import RunDirectory
 
@@ -59,9 +56,15 @@ HANDLED_BY_TORCH = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT
 
 
 def run_ranks(
-    run: RunDirectory, command: Sequence[str], nproc: int, max_restarts: int, stop: StopSignals
+    run: RunDirectory,
+    command: Sequence[str],
+    nproc: int,
+    max_restarts: int,
+    stop: StopSignals,
+    plain: bool = False,
 ) -> tuple[int, int]:
-    """Run `command` on `nproc` ranks to its end; rank 0's log is shown as it grows.
+    """Run `command` on `nproc` ranks to its end; rank 0's log is shown as it grows, on a terminal
+    above a panel unless it should be plain.
 
     When a rank fails, the others are ended, the failed one's log is named, what it died of is
     noted, and a new attempt begins, unless the failure is one that would come again (see
@@ -76,8 +79,9 @@ def run_ranks(
         return STOPPED_ON_REQUEST, 0
     # It reports what is told here in other words.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    agent = _Agent(run, command, nproc, max_restarts, stop)
-    agent.run()
+    with closing(screen_of(run, stop, plain)) as screen:
+        agent = _Agent(run, command, nproc, max_restarts, stop, screen)
+        agent.run()
     return agent.exit_code, agent.attempt
 
 
@@ -130,6 +134,7 @@ class _Agent(LocalElasticAgent):
         nproc: int,
         max_restarts: int,
         stop: StopSignals,
+        screen: Screen,
     ) -> None:
         name = f"{run.root.name}-{os.getpid()}"
         rendezvous = StaticTCPRendezvous(LOOPBACK, free_port(), 0, 1, name, RENDEZVOUS_S)
@@ -148,7 +153,7 @@ class _Agent(LocalElasticAgent):
         self._max_restarts = max_restarts
         self._stop = stop
         self._ranks: list[Rank] = []
-        self._screen = _Screen()
+        self._screen = screen
         self._failed_at: float | None = None
         self._not_ended: list[int] = []
         # Another command counts failures anew.
@@ -178,7 +183,7 @@ class _Agent(LocalElasticAgent):
             self._ranks = [handlers_of_ranks[rank].proc for rank in sorted(handlers_of_ranks)]
             self._failed_at, self.exit_code = None, 0
             note_pids(self._logs.logs[0].parent, [rank.pid for rank in self._ranks])
-            self._screen.show(self._logs.logs[0])
+            self._screen.show(self.attempt, self._logs.logs[0])
             self._stop.pass_on_to(self._ranks)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -267,37 +272,6 @@ class _Agent(LocalElasticAgent):
             self._remaining_restarts = verdict.starts_left + 1
         elif self._max_restarts and cause.kind not in ("mistake", "final"):
             print(verdict.text, file=sys.stderr)
-
-
-class _Screen:
-    """Shows a log as it grows; on a terminal, with a bar for the steps."""
-
-    def __init__(self) -> None:
-        self._log: Any = None
-        self._console = Console(soft_wrap=True, highlight=False, markup=False)
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bars = Progress(*columns, console=self._console, transient=True)
-        self._steps = self._bars.add_task("steps", total=None, visible=False)
-
-    def show(self, log: Path) -> None:
-        self._log = log.open(errors="replace")
-        if self._console.is_terminal:
-            self._bars.start()
-
-    def close(self) -> None:
-        self.refresh()
-        if self._console.is_terminal:
-            self._bars.stop()
-        self._log.close()
-
-    def refresh(self) -> None:
-        text = self._log.read()
-        if not text:
-            return
-        self._console.out(text, end="")
-        if steps := re.findall(r"^step (\d+)/(\d+)", text, re.MULTILINE):
-            done, total = map(int, steps[-1])
-            self._bars.update(self._steps, completed=done, total=total, visible=True)
 
 
 def _named(pids: Sequence[int]) -> str:

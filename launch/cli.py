@@ -58,6 +58,9 @@ def train(
             metavar="SETTING", help="Let this setting differ from the run's, as in optim.lr."
         ),
     ] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="A line for each row, no panel, on a terminal too.")
+    ] = False,
     prepare_only: Annotated[
         bool, typer.Option("--prepare-only", help="Check everything and write the run directory.")
     ] = False,
@@ -105,7 +108,7 @@ def train(
 
     run = prepare(recipe, overrides or [], nproc, run_dir, allow_change or [])
     if not prepare_only:
-        raise typer.Exit(train_locally(run, nproc, max_restarts))
+        raise typer.Exit(train_locally(run, nproc, max_restarts, plain))
 
 
 @app.command("eval")

@@ -39,12 +39,15 @@ def local(
     run_dir: RunDir = None,
     max_restarts: MaxRestarts = 3,
     allow_change: AllowChange = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="A line for each row, no panel, on a terminal too.")
+    ] = False,
 ) -> None:
     """Train on this machine: the life of a Slurm job, without Slurm.
 
-    It stays in the foreground and shows the log of rank 0. Markers, attempts, logs and restarts are
-    those of a job: `status`, `logs`, `cancel` and `resubmit` work from another terminal, and the
-    same command again goes on from the newest checkpoint.
+    It stays in the foreground and shows the log of rank 0, on a terminal above a panel. Markers,
+    attempts, logs and restarts are those of a job: `status`, `logs`, `cancel` and `resubmit` work
+    from another terminal, and the same command again goes on from the newest checkpoint.
 
     SIGTERM, SIGUSR2 and ctrl-C save and stop. When a rank fails, all are started again from the
     newest checkpoint, unless they would fail again: after a mistake, after MAX-RESTARTS restarts
@@ -57,7 +60,7 @@ def local(
     from launch.train import prepare, train_locally
 
     run = prepare(recipe, overrides or [], nproc, run_dir, allow_change or [])
-    raise typer.Exit(train_locally(run, nproc, max_restarts))
+    raise typer.Exit(train_locally(run, nproc, max_restarts, plain))
 
 
 @app.command()

@@ -38,8 +38,11 @@ def prepare(
     return run
 
 
-def train_locally(run: RunDirectory, nproc: int, max_restarts: int) -> int:
+def train_locally(run: RunDirectory, nproc: int, max_restarts: int, plain: bool = False) -> int:
     """Train a prepared run on `nproc` ranks of this machine and write its report.
+
+    Args:
+        plain: show no panel on a terminal.
 
     Returns:
         The exit code of the run.
@@ -49,20 +52,20 @@ def train_locally(run: RunDirectory, nproc: int, max_restarts: int) -> int:
         TrainingError: the run directory is gone.
     """
     try:
-        return _train_locally(run, nproc, max_restarts)
+        return _train_locally(run, nproc, max_restarts, plain)
     except OSError as error:
         if run.is_cause_of(error):
             raise TrainingError(run.explain(error)) from None
         raise
 
 
-def _train_locally(run: RunDirectory, nproc: int, max_restarts: int) -> int:
+def _train_locally(run: RunDirectory, nproc: int, max_restarts: int, plain: bool) -> int:
     with StopSignals() as stop, run.launching():
         # torch's agent takes seconds to import, and a request to stop may come meanwhile.
         from launch.agent import run_ranks
 
         command = [sys.executable, "-m", "launch.rank", str(run.root), str(os.getpid())]
-        code, attempt = run_ranks(run, command, nproc, max_restarts, stop)
+        code, attempt = run_ranks(run, command, nproc, max_restarts, stop, plain)
         if run.current_attempt() == attempt and run.metrics.exists():
             try_to_report(run)
     return code
