@@ -10,6 +10,7 @@ from rich.console import Console
 from launch.data_audit import audit
 from launch.data_classifier import train_classifier
 from launch.data_formats import export, import_megatron, tokenize
+from launch.data_hold_out import hold_out
 from launch.data_index import app as index_app
 from launch.data_index import dedup_with_index
 from launch.data_mixture import mixture
@@ -307,6 +308,7 @@ app.command()(tokenize)
 app.command("import")(import_megatron)
 app.command()(export)
 app.command()(synthetic)
+app.command()(hold_out)
 
 
 def _say(line: str) -> None:

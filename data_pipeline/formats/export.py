@@ -75,7 +75,7 @@ def export_megatron(
         _aside(bin_path) as bin_,
         DatasetWriter(bin_, idx, *size) as writer,
     ):
-        for batch in _batches(manifest, progress):
+        for batch in read_batches(manifest, progress):
             if batch.lengths.max() > LONGEST_SEQUENCE:
                 raise DataError(
                     f"document {batch.ids[int(batch.lengths.argmax())]} has "
@@ -103,7 +103,7 @@ def export_jsonl(shards: str | Path, out: Path, progress: Progress = _no_progres
     with file_errors(), _aside(out) as aside:
         compression = COMPRESSION[out.suffix]
         with pa.output_stream(str(aside), compression=compression) as file:
-            for batch in _batches(manifest, progress):
+            for batch in read_batches(manifest, progress):
                 rows = zip(batch.ids.to_pylist(), decode(batch), strict=True)
                 lines = (json.dumps({"id": i, "text": t}, ensure_ascii=False) for i, t in rows)
                 file.write("".join(f"{line}\n" for line in lines).encode())
@@ -123,7 +123,7 @@ def export_parquet(shards: str | Path, out: Path, progress: Progress = _no_progr
     tokens = pa.large_list(pa.from_numpy_dtype(manifest.dtype))
     schema = pa.schema({"id": pa.string(), "text": pa.large_string(), "tokens": tokens})
     with file_errors(), _aside(out) as aside, pq.ParquetWriter(aside, schema) as file:
-        for batch in _batches(manifest, progress):
+        for batch in read_batches(manifest, progress):
             ends = np.concatenate([[0], np.cumsum(batch.lengths)])
             column = pa.LargeListArray.from_arrays(ends, batch.tokens)
             texts = pa.array(decode(batch), pa.large_string())
@@ -141,7 +141,8 @@ def _decoder(manifest: Manifest) -> Callable[[Batch], list[str]]:
     return lambda batch: coder.decode_batch([tokens[:-1].tolist() for tokens in batch.documents()])
 
 
-def _batches(manifest: Manifest, progress: Progress) -> Iterator[Batch]:
+def read_batches(manifest: Manifest, progress: Progress) -> Iterator[Batch]:
+    """All documents of a manifest, in their order."""
     done = 0
     progress("export", done, manifest.documents)
     for place, shard in enumerate(manifest.shards):

@@ -1,0 +1,67 @@
+"""A folder of shards is divided: each document is on one side, whole, and always on the same."""
+
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import DataError
+from data_pipeline.formats import export_jsonl
+from data_pipeline.hold_out import hold_out
+from data_pipeline.shards import Manifest, TokenReader, load_manifest, write_shards
+from data_pipeline.synthetic import Alphabet
+from tests.files import contents
+
+DOCUMENTS = [
+    (f"d{n}", " ".join(f"f{1 + n % 7 * k % 5}" for k in range(n % 50))) for n in range(200)
+]
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    tokenizer = tmp_path / "tokenizer.json"
+    Alphabet(64).save_tokenizer(tokenizer)
+    extra = {"funnel": ["counts"]}
+    write_shards(DOCUMENTS, tokenizer, tmp_path / "all", tokens_per_shard=999, extra=extra)
+    return tmp_path / "all"
+
+
+def documents(manifest: Manifest) -> list[bytes]:
+    reader = TokenReader(manifest)
+    return [reader.read(n, 0, length).tobytes() for n, length in enumerate(reader.lengths.tolist())]
+
+
+def test_each_document_is_on_one_side_and_equal_ones_on_the_same(shards: Path) -> None:
+    out = shards.with_name("divided")
+    training, held_out, is_new = hold_out(shards, out, share=0.3, tokens_per_shard=500)
+    assert is_new
+    sides = documents(training), documents(held_out)
+    assert sorted(sides[0] + sides[1]) == sorted(documents(load_manifest(shards)))
+    assert not set(sides[0]) & set(sides[1])
+    assert 0.1 < len(sides[1]) / 200 < 0.5
+    assert training.extra["funnel"] == ["counts"]
+    assert training.tokenizer_sha256 == held_out.tokenizer_sha256
+    export_jsonl(out / "held-out", shards.with_name("held-out.jsonl"))
+    assert '"id": "d' in shards.with_name("held-out.jsonl").read_text()
+
+
+def test_the_same_documents_are_held_out_again_and_more_of_them_of_a_larger_share(
+    shards: Path,
+) -> None:
+    out, again, more = (shards.with_name(name) for name in ("out", "again", "more"))
+    few = set(documents(hold_out(shards, out, share=0.2).held_out))
+    assert not hold_out(shards, out, share=0.2).is_new
+    hold_out(shards, again, share=0.2, tokens_per_shard=1 << 24)
+    assert contents(again) == contents(out)
+    assert few < set(documents(hold_out(shards, more, share=0.5).held_out))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, 1e-9])
+def test_a_share_that_leaves_one_side_empty_is_refused(shards: Path, share: float) -> None:
+    with pytest.raises(DataError, match=f"share = {share}: "):
+        hold_out(shards, shards.with_name("out"), share=share)
+
+
+def test_a_folder_of_another_share_is_refused(shards: Path) -> None:
+    hold_out(shards, shards.with_name("out"), share=0.2)
+    with pytest.raises(DataError, match=r"share: 0\.2 -> 0\.3"):
+        hold_out(shards, shards.with_name("out"), share=0.3)
