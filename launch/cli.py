@@ -28,6 +28,7 @@ Overrides = Annotated[
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.")]
 SUITE_LONG = "With --suite long"
+SUITE_LM_EVAL = "With --suite lm-eval"
 
 
 @app.command()
@@ -118,14 +119,21 @@ def evaluate(
     text: Annotated[Path | None, typer.Option(help="A UTF-8 text file; this or --suite.")] = None,
     context: Annotated[
         int | None,
-        typer.Option(min=1, help="Of --text: tokens seen at most (default: data.seq_len)."),
+        typer.Option(
+            min=1, help="Of --text and lm-eval: tokens seen at most (default: data.seq_len)."
+        ),
     ] = None,
-    suite: Annotated[str | None, typer.Option(help="long: tasks that need a long context.")] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="long: tasks that need a long context. lm-eval: tasks of lm-evaluation-harness."
+        ),
+    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
             help="Of long: some of needle,multi_key,multi_value,variable_tracking,overwrite "
-            "(default: all)."
+            "(default: all). Of lm-eval: names of tasks, groups or tags, * for anything."
         ),
     ] = None,
     samples: Annotated[
@@ -176,6 +184,23 @@ def evaluate(
             rich_help_panel=SUITE_LONG, help="Also their loss by position, best held out."
         ),
     ] = None,
+    num_fewshot: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=SUITE_LM_EVAL,
+            help="Examples before a question; several, as in 0,1,5, are asked in turn (default: 0).",
+        ),
+    ] = None,
+    tasks_dir: Annotated[
+        Path | None,
+        typer.Option(rich_help_panel=SUITE_LM_EVAL, help="A folder with task files of your own."),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1, rich_help_panel=SUITE_LM_EVAL, help="Questions of each task (default: all)."
+        ),
+    ] = None,
     nproc: Annotated[
         int, typer.Option(min=1, help="Processes that share each text or document.")
     ] = 1,
@@ -183,8 +208,8 @@ def evaluate(
 ) -> None:
     """Mean cross-entropy of a text in nats per token, or what a model makes of a suite of tasks.
 
-    The suite runs in the layout of the training, which KEY=VALUE may change, as in parallel.cp=2.
-    It prints tables, keeps them in RUN/evals, and `farspan report` shows them.
+    Suites but lm-eval run in the layout of the training, which KEY=VALUE may change, as in
+    parallel.cp=2. They print tables, keep them in RUN/evals, and `farspan report` shows them.
     """
     if (text is None) == (suite is None):
         raise UserError("name either a --text or a --suite, as in --suite long")
@@ -198,18 +223,21 @@ def evaluate(
         "gap": gap,
         "form": form,
         "shards": shards,
+        "num_fewshot": num_fewshot,
+        "tasks_dir": tasks_dir,
+        "limit": limit,
+        "context": context,
     }
     given = {name: value for name, value in options.items() if value is not None}
     if text is not None:
-        if overrides or given:
-            first = overrides[0] if overrides else f"--{next(iter(given))}"
+        of_suites = [name for name in given if name != "context"]
+        if overrides or of_suites:
+            first = overrides[0] if overrides else f"--{of_suites[0].replace('_', '-')}"
             raise UserError(f"{first}: settings belong to --suite; --text takes none")
         from launch.inference import evaluate_text
 
         evaluate_text(run, text, context, nproc, as_json)
         return
-    if context is not None:
-        raise UserError("--context belongs to --text; of the suites, long has --lengths")
     assert suite is not None
     from launch.evaluation import evaluate_suite
     from launch.suite import Asked

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from launch.data_audit import audit
 from launch.data_classifier import train_classifier
+from launch.data_example_tasks import example_tasks
 from launch.data_formats import export, import_megatron, tokenize
 from launch.data_hold_out import hold_out
 from launch.data_index import app as index_app
@@ -308,6 +309,7 @@ app.command()(tokenize)
 app.command("import")(import_megatron)
 app.command()(export)
 app.command()(synthetic)
+app.command()(example_tasks)
 app.command()(hold_out)
 
 

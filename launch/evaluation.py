@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from launch.evaluation_lm_eval import evaluate_lm_eval
 from launch.evaluation_long import evaluate_long
 from launch.suite import Asked
 from pretrain.errors import UserError
@@ -25,6 +26,10 @@ SUITES = {
     "long": Suite(
         ("lengths", "tasks", "samples", "seed", "pairs", "values", "gap", "form", "shards"),
         evaluate_long,
+    ),
+    "lm-eval": Suite(
+        ("tasks", "num_fewshot", "tasks_dir", "limit", "context"),
+        evaluate_lm_eval,
     ),
 }
 

@@ -429,4 +429,14 @@ DEFINITIONS: tuple[Metric, ...] = (
         "sum",
         "pretrain/evals/by_position.py",
     ),
+    Metric(
+        "eval/lm_eval",
+        "share, or as the task says",
+        "what lm-evaluation-harness makes of a task's questions, as acc: right / questions",
+        "Of `farspan eval --suite lm-eval`, in RUN/evals, by task and number of examples before a "
+        "question. More examples help a model that learns in context; near chance it knows "
+        "nothing of the task.",
+        "rank 0",
+        "pretrain/evals/lm_eval.py",
+    ),
 )
