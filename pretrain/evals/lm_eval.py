@@ -122,7 +122,7 @@ def evaluate(
         for shots in request.shots:
             loaded.prepare(shots)
         step, model = _load_export(run, max_length)
-        rows = []
+        rows: list[Score] = []
         for shots in request.shots:
             loaded.prepare(shots)
             rows += _ask(model, loaded, shots, request.limit, progress)
