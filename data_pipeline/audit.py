@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 
 from data_pipeline import ledger
 from data_pipeline.clean import judge
-from data_pipeline.crawl import Page, Reject, read_document
+from data_pipeline.crawl import Reject, read_document
 from data_pipeline.errors import DataError
+from data_pipeline.examples import source_of
 from data_pipeline.extract import ExtractError, extract_text
-from data_pipeline.extract.charset import decode
 from data_pipeline.recipe import Recipe
 from data_pipeline.run_folder import PLAN
 
@@ -62,7 +62,7 @@ class Audit:
 
     def funnel(self) -> list[Row]:
         """Documents by stage and reason."""
-        return ledger.funnel(self.folder / "audit")
+        return ledger.funnel(ledger.tally(self.folder / "audit", sizes=()))
 
     def document(self, id: str) -> list[Row]:
         """The rows of a document, one for each record that has its id."""
@@ -113,15 +113,9 @@ class Audit:
         try:
             text = extract_text(document, self._recipe.extract.mode)
         except ExtractError as error:
-            return Look() if error.reason == "binary" else Look(_source_of(document))
-        _, kept = judge(document, self._recipe)
-        return Look(kept or text)
+            return Look() if error.reason == "binary" else Look(source_of(document))
+        return Look(judge(document, self._recipe).kept or text)
 
     def _rows(self, wanted: pc.Expression) -> Iterator[Row]:
         for file in self._files:
             yield from pq.read_table(file, filters=wanted).to_pylist()
-
-
-def _source_of(page: Page) -> str:
-    source = decode(page.body, page.charset)
-    return "".join(c for c in source if c.isprintable() or c in "\n\t")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from signal import ITIMER_PROF, setitimer
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,6 +21,7 @@ from data_pipeline.dedup.batches import Batch
 from data_pipeline.dedup.inputs import Part
 from data_pipeline.dedup.settings import Settings
 from data_pipeline.dedup.signed import SignedFileWriter, get_ready_to_sign
+from data_pipeline.examples import CHARACTERS_READ, Examples
 from data_pipeline.extract import ExtractError, extract_text
 from data_pipeline.language import detect_language
 from data_pipeline.meter import Counter
@@ -58,8 +59,21 @@ READYING = (
 )
 
 Document = Page | Reject
-Outcome = tuple[dict[str, Any], str | None]
 Rows = tuple[list[dict[str, Any]], list[dict[str, Any]]]
+
+
+class Outcome(NamedTuple):
+    """What became of a document before deduplication.
+
+    Attributes:
+        row: of the audit; without a stage where the text passed.
+        kept: the text that passed.
+        shown: the beginning of the text that the decision was about.
+    """
+
+    row: dict[str, Any]
+    kept: str | None
+    shown: str
 
 
 @dataclass(frozen=True)
@@ -86,6 +100,11 @@ class Piece:
     def audit(self) -> Path:
         """A row per document of the archive, without a stage where its text passed."""
         return self.folder / "audit.parquet"
+
+    @property
+    def examples(self) -> Path:
+        """Documents of each outcome, see `Examples.save`."""
+        return self.folder / "examples.json"
 
     @property
     def summary(self) -> Path:
@@ -144,18 +163,20 @@ def _write(
     counter: Counter,
 ) -> None:
     count = 0
+    examples = Examples()
     part = Part(written.documents, written.documents, 0, 0)
     with (
         pq.ParquetWriter(written.audit, ledger.SCHEMA) as audit,
         pq.ParquetWriter(written.documents, DOCUMENT_SCHEMA) as documents,
         SignedFileWriter(written.signed, settings) as signed,
     ):
-        for rows, texts in _batches(records, judged, name, counter):
+        for rows, texts in _batches(records, judged, name, counter, examples):
             count += len(rows)
             audit.write_table(pa.Table.from_pylist(rows, ledger.SCHEMA))
             passed = pa.RecordBatch.from_pylist(texts, DOCUMENT_SCHEMA)
             documents.write_batch(passed)
             signed.append(Batch(part, 0, 0, passed))
+    examples.save(written.examples)
     summary = {
         "path": records.source.name,
         "bytes": records.bytes,
@@ -167,33 +188,39 @@ def _write(
 
 
 def _batches(
-    records: Archive, judged: Callable[[Document], Outcome], piece: str, counter: Counter
+    records: Archive,
+    judged: Callable[[Document], Outcome],
+    piece: str,
+    counter: Counter,
+    examples: Examples,
 ) -> Iterator[Rows]:
     """Audit rows and passing texts, a thousand documents at a time or fewer long ones."""
     rows: list[dict[str, Any]] = []
     texts: list[dict[str, Any]] = []
-    characters = passed = documents = 0
+    characters = documents = passed = kept_bytes = 0
     for number, document in enumerate(records):
-        row, text = judged(document)
+        row, text, shown = judged(document)
         rows.append(row)
-        passed += text is not None
-        documents += 1
-        counter.count(document.offset, documents, passed)
+        examples.offer(number, row, shown, document if isinstance(document, Page) else None)
         if text is not None:
             assert isinstance(document, Page)
             texts.append(
                 {
                     "id": f"{piece}/{number} {document.id}",
                     "timestamp": document.date or NO_DATE,
-                    "bytes": len(text.encode()),
+                    "bytes": row["text_bytes"],
                     "text": text,
                 }
             )
             characters += len(text)
+            kept_bytes += row["text_bytes"]
+            passed += 1
+        documents = number + 1
+        counter.count(document.offset, documents, passed, kept_bytes)
         if len(rows) == ROWS_PER_WRITE or characters >= CHARACTERS_PER_WRITE:
             yield rows, texts
             rows, texts, characters = [], [], 0
-    counter.count(records.bytes, documents, passed)
+    counter.count(records.bytes, documents, passed, kept_bytes)
     yield rows, texts
 
 
@@ -226,20 +253,22 @@ def judge_apart(document: Document, recipe: Recipe) -> Outcome:
 
 
 def _row(document: Document) -> dict[str, Any]:
-    return {name: getattr(document, name) for name in ("id", "url", "file", "offset")}
+    row = {name: getattr(document, name) for name in ("id", "url", "file", "offset")}
+    return row | ({"page_bytes": len(document.body)} if isinstance(document, Page) else {})
 
 
-def _dropped(row: dict[str, Any], stage: str, reason: str, detail: str) -> Outcome:
+def _dropped(row: dict[str, Any], stage: str, reason: str, detail: str, text: str = "") -> Outcome:
     decision = {"stage": stage, "decision": ledger.DROPPED, "reason": reason}
-    return {**row, **decision, "detail": detail or None}, None
+    return Outcome({**row, **decision, "detail": detail or None}, None, text[:CHARACTERS_READ])
 
 
 def judge(document: Document, recipe: Recipe) -> Outcome:
     """A document's audit row, and its text where no stage of the recipe drops it."""
     row = _row(document)
+    text = ""
 
     def drop(stage: str, reason: str, detail: str = "") -> Outcome:
-        return _dropped(row, stage, reason, detail)
+        return _dropped(row, stage, reason, detail, text)
 
     if isinstance(document, Reject):
         return drop("crawl", document.reason, document.detail)
@@ -255,6 +284,7 @@ def judge(document: Document, recipe: Recipe) -> Outcome:
         "language": language,
         "language_probability": probability,
         "words": extracted.words.words,
+        "extracted_bytes": len(text.encode()),
     }
     if probability < recipe.language.threshold:
         return drop("language", "uncertain", f"{language} with probability {probability:.2f}")
@@ -264,16 +294,19 @@ def judge(document: Document, recipe: Recipe) -> Outcome:
         return drop("quality", *listed)
     verdict = recipe.judge_quality(extracted, language)
     row["quality_score"] = verdict.score
+    left = verdict.document.text
+    row["text_bytes"] = len(left.encode())
     if verdict.reason is not None:
         return drop("quality", verdict.reason)
     row["words"] = verdict.document.words.words
-    text = verdict.document.text
+    text = left
     if recipe.decontamination and (overlap := recipe.decontamination.judge(text)):
         return drop("decontamination", *overlap)
     if recipe.privacy:
         text, masked = recipe.privacy.mask(text)
         row |= {f"masked_{kind}": count for kind, count in masked.items()}
-    return row, text
+        row["text_bytes"] = len(text.encode())
+    return Outcome(row, text, text[:CHARACTERS_READ])
 
 
 def get_ready(recipe: Recipe) -> None:
@@ -290,7 +323,7 @@ def get_ready(recipe: Recipe) -> None:
         Page("", "", "", 0, 200, content_type, "utf-8", body.encode())
         for content_type, body in READYING
     ]
-    rows = [judge(page, recipe)[0] for page in pages]
+    rows = [judge(page, recipe).row for page in pages]
     if broken := next((row for row in rows if row.get("reason") == "parser"), None):
         raise RuntimeError(f"the parser fails on a good page: {broken['detail']}")
     pa.Table.from_pylist(rows, ledger.SCHEMA)  # imports pandas

@@ -17,6 +17,10 @@ NATIVE = "native"
 
 
 class Engine(Protocol):
+    @property
+    def workers(self) -> int:
+        """How many tasks are done at a time."""
+
     def do_each(
         self,
         task: Callable[..., None],

@@ -1,6 +1,7 @@
 """The audit: for every document of the input one row that says what became of it, and why."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ SCHEMA = pa.schema(
         "language": pa.string(),
         "language_probability": pa.float64(),
         "words": pa.int64(),
+        "page_bytes": pa.int64(),
+        "extracted_bytes": pa.int64(),
+        "text_bytes": pa.int64(),
         "quality_score": pa.float64(),
         "masked_email": pa.int64(),
         "masked_ip_address": pa.int64(),
@@ -47,7 +51,9 @@ SCHEMA = pa.schema(
 )
 """`stage` is where the decision fell. Documents that repeat one another share a `cluster`; `twin`
 is the id of the one kept in their place, `jaccard` the similarity to it. `quality_score` is null
-where no classifier was asked."""
+where no classifier was asked. Bytes are those of the body, of its text as it was found, and of
+what the rules have left of that; of a document that came so far."""
+SIZES = ("page_bytes", "extracted_bytes", "text_bytes")
 
 
 def settle(audit: pa.Table, clusters: pa.Table) -> pa.Table:
@@ -80,17 +86,37 @@ def settle(audit: pa.Table, clusters: pa.Table) -> pa.Table:
     return audit
 
 
-def funnel(folder: Path) -> list[dict[str, Any]]:
-    """Documents by stage and reason over all audit files of a folder, in the order of stages."""
-    counts: Counter[tuple[str, str]] = Counter()
+Tally = dict[tuple[str, str], Counter[str]]
+"""By stage and reason: how many `documents`, and the sums of their `SIZES`."""
+
+
+def tally(folder: Path, sizes: Sequence[str] = SIZES) -> Tally:
+    """Count the rows of all audit files of a folder, and add up these sizes of theirs.
+
+    The order is that of the stages; of a stage the most frequent reason comes first.
+    """
+    counts: Tally = {}
     for path in sorted(folder.glob("*.parquet")):
-        rows = pq.read_table(path, columns=["stage", "reason"])
-        for row in rows.group_by(["stage", "reason"]).aggregate([([], "count_all")]).to_pylist():
-            counts[row["stage"], row["reason"]] += row["count_all"]
-    ordered = sorted(counts.items(), key=lambda item: (STAGES.index(item[0][0]), -item[1], item[0]))
+        rows = pq.read_table(path, columns=["stage", "reason", *sizes])
+        sums = [(size, "sum") for size in sizes]
+        grouped = rows.group_by(["stage", "reason"]).aggregate([([], "count_all"), *sums])
+        for row in grouped.to_pylist():
+            count = counts.setdefault((row["stage"], row["reason"]), Counter())
+            count["documents"] += row["count_all"]
+            count.update({size: row[f"{size}_sum"] or 0 for size in sizes})
+    return dict(
+        sorted(
+            counts.items(),
+            key=lambda item: (STAGES.index(item[0][0]), -item[1]["documents"], item[0]),
+        )
+    )
+
+
+def funnel(counts: Tally) -> list[dict[str, Any]]:
+    """Documents by stage and reason."""
     return [
-        {"stage": stage, "reason": reason, "documents": documents}
-        for (stage, reason), documents in ordered
+        {"stage": stage, "reason": reason, "documents": count["documents"]}
+        for (stage, reason), count in counts.items()
     ]
 
 

@@ -22,6 +22,7 @@ from data_pipeline.dedup.outputs import CLUSTERS
 from data_pipeline.engine import Native
 from data_pipeline.errors import DataError, file_errors
 from data_pipeline.kept import read_texts
+from data_pipeline.rates import RATES, timed
 from data_pipeline.recipe import Recipe
 from data_pipeline.run import (
     DOCUMENTS,
@@ -55,6 +56,9 @@ class Part:
 
     number: int
     of: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
 
     def among(self, count: int) -> range:
         """Those of so many, from 0 on."""
@@ -128,8 +132,8 @@ class PartedRun:
                         _record_identity(source, identity_file(self._work, number))
                     pieces = [piece_of(self._work, number) for number in numbers]
                     meter = self._work / f"meter-{part.number}-{part.of}"
-                    engine = Native(workers)
-                    clean(mine, pieces, meter, self.recipe, self.id_header, engine, progress)
+                    asked = (self.recipe, self.id_header, Native(workers), progress)
+                    clean(mine, pieces, meter, *asked, part=str(part))
             return len(numbers)
 
     def deduplicate(
@@ -181,9 +185,18 @@ class PartedRun:
             ]
             done = len(mine) - len(tasks)
             progress("shards", done, len(mine))
-            for _ in Native(workers).do_each(write_planned_shard, tasks, self.out):
-                done += 1
-                progress("shards", done, len(mine))
+            if not tasks:
+                return len(mine)
+            with timed(
+                self._work / RATES,
+                "shards",
+                workers=workers,
+                part=str(part),
+                measure=lambda: {"share": 1 - (len(mine) - done) / len(tasks)},
+            ):
+                for _ in Native(workers).do_each(write_planned_shard, tasks, self.out):
+                    done += 1
+                    progress("shards", done, len(mine))
             return len(mine)
 
     def finish(self, workers: int = 1, progress: Progress = no_progress) -> RunResult:
@@ -279,8 +292,12 @@ class PartedRun:
 
 def _has_sound_audit(piece: Piece) -> bool:
     """Whether what is left to be read of a cleaned archive is whole; else it is removed."""
-    damage = damage_of(piece.folder, (piece.audit.name, piece.summary.name))
+    damage = damage_of(piece.folder, [file.name for file in _read_at_the_end(piece)])
     return damage is None or is_made(piece.folder)
+
+
+def _read_at_the_end(piece: Piece) -> tuple[Path, ...]:
+    return piece.audit, piece.examples, piece.summary
 
 
 def _names(folder: Path) -> set[str]:

@@ -67,6 +67,13 @@ def _require_answer(address: str) -> None:
 class RayEngine:
     """The cluster that this process is connected to."""
 
+    @property
+    def workers(self) -> int:
+        """Processors of the cluster, as it is now."""
+        import ray
+
+        return int(ray.cluster_resources().get("CPU", 1))
+
     def do_each(
         self,
         task: Callable[..., None],

@@ -4,19 +4,20 @@ DIR/plan.json        what was asked for: inputs, recipe, options
 DIR/.lock            names the process at work, which holds it
 DIR/work/            finished stages (`data_pipeline.stage`) of an unfinished run; removed later
 DIR/audit/*.parquet  one file per archive, one row per document (`data_pipeline.ledger`)
+DIR/funnel.json      what each step got and dropped, with examples (`data_pipeline.funnel`)
+DIR/metrics.jsonl    how long it took, and how fast it was (`data_pipeline.rates`)
 DIR/shards/, DIR/tokenizer.json, DIR/manifest.json   see `data_pipeline.shards`
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Event, Lock, Thread
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -29,8 +30,18 @@ from data_pipeline.dedup import check_memory, deduplicate
 from data_pipeline.dedup.outputs import CLUSTERS
 from data_pipeline.engine import NATIVE, Engine, Native, open_cluster, open_engine
 from data_pipeline.errors import DataError, file_errors
+from data_pipeline.examples import Examples
+from data_pipeline.funnel import Step, read_funnel, save_funnel, steps_of
 from data_pipeline.kept import kept_files, read_sizes, read_texts
 from data_pipeline.meter import Meter
+from data_pipeline.rates import (
+    RATES,
+    Row,
+    read_totals,
+    remove_metrics,
+    save_metrics,
+    timed,
+)
 from data_pipeline.recipe import Recipe
 from data_pipeline.run_folder import exclusive, record_plan
 from data_pipeline.shards import Manifest, load_manifest
@@ -45,6 +56,7 @@ from data_pipeline.shards.planned import (
 )
 from data_pipeline.shards.writer import TOKENS_PER_SHARD
 from data_pipeline.stage import is_made, make_stage
+from data_pipeline.ticking import ticking
 from data_pipeline.tokenize import load_tokenizer, require_vocab_size, train_tokenizer
 
 TOKENIZER = "tokenizer.json"
@@ -74,12 +86,14 @@ class RunResult:
 
     Attributes:
         funnel: documents by stage and reason, as `ledger.funnel` counts them.
+        rates: totals of each stage, see `data_pipeline.rates`.
         damage: a line with file and offset for every record that could not be read.
         is_new: false where the folder held this run already.
     """
 
     manifest: Manifest
     funnel: list[dict[str, Any]]
+    rates: list[Row]
     damage: list[str]
     is_new: bool
 
@@ -116,7 +130,8 @@ def run(
     """Clean, deduplicate, tokenize and shard the documents of web archives.
 
     The same inputs, in any order, and options give the same bytes under `out` for any number of
-    workers, any engine and memory, also when the run was killed in between and started again.
+    workers, any engine and memory, also when the run was killed in between and started again; but
+    for metrics.jsonl, which tells the times.
 
     Args:
         inputs: WARC and WET files: paths, folders, patterns, URLs and crawls, as `find_archives`
@@ -211,8 +226,9 @@ def _run(
 def finished(out: Path) -> RunResult:
     """The run that a folder holds already."""
     (out / GROWING).unlink(missing_ok=True)
-    shutil.rmtree(out / "work", ignore_errors=True)
-    return _result(load_manifest(out), out, is_new=False)
+    manifest = load_manifest(out)
+    _end(out, manifest)
+    return _result(manifest, out, is_new=False)
 
 
 def write_out(
@@ -224,27 +240,61 @@ def write_out(
     progress: Progress,
 ) -> RunResult:
     """Write audit and shards of what is deduplicated, and end the run."""
-    work = out / "work"
-    _write_audit(pieces, work / "dedup" / CLUSTERS, out / "audit")
-    funnel = ledger.funnel(out / "audit")
+    work, workers = out / "work", resources.workers
+    remove_metrics(out)
+    with timed(work / RATES, "audit", workers=1):
+        examples = _write_audit(pieces, work / "dedup" / CLUSTERS, out / "audit")
+        counts = ledger.tally(out / "audit")
+        inputs = [json.loads(piece.summary.read_text()) for piece in pieces]
+        archive_bytes = sum(archive["bytes"] for archive in inputs)
+        save_funnel(steps_of(counts, archive_bytes, examples), out)
     extra = {
         "recipe": recipe.model_dump(mode="json"),
-        "inputs": [json.loads(piece.summary.read_text()) for piece in pieces],
-        "funnel": funnel,
+        "inputs": inputs,
+        "funnel": ledger.funnel(counts),
     }
-    plans = planned_shards(work / "dedup" / DOCUMENTS, tokenizer, work)
-    manifest = write_planned_shards(
-        plans,
-        read_texts,
-        tokenizer,
-        out,
-        shards_of(work),
-        open_engine(resources.engine, resources.workers),
-        extra=extra,
-        progress=lambda done: progress("shards", done, len(plans)),
-    )
-    shutil.rmtree(work)
+    with timed(work / RATES, "shards", workers=workers):
+        plans = planned_shards(work / "dedup" / DOCUMENTS, tokenizer, work)
+        manifest = write_planned_shards(
+            plans,
+            read_texts,
+            tokenizer,
+            out,
+            shards_of(work),
+            open_engine(resources.engine, workers),
+            extra=extra,
+            progress=lambda done: progress("shards", done, len(plans)),
+        )
+    _end(out, manifest)
     return _result(manifest, out, is_new=True)
+
+
+def _end(out: Path, manifest: Manifest) -> None:
+    """Write down how long the finished run took, and remove what it is made of."""
+    work = out / "work"
+    if (work / RATES).is_dir() and not read_totals(out):
+        save_metrics(out, _volumes(out, manifest))
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _volumes(out: Path, manifest: Manifest) -> dict[str, Mapping[str, float]]:
+    """What went through each stage, by the funnel, which counts each document once."""
+    steps = {step["step"]: step for step in read_funnel(out)}
+
+    def between(first: Step, last: Step) -> dict[str, float]:
+        return {
+            "documents": first["documents_in"],
+            "bytes_in": first["bytes_in"],
+            "bytes_out": last["bytes_in"],
+        }
+
+    crawl, dedup, shards = (steps[name] for name in ("crawl", "exact duplicates", "shards"))
+    written = sum(shard.bytes for shard in manifest.shards)
+    return {
+        "clean": between(crawl, dedup),
+        "dedup": between(dedup, shards),
+        "shards": between(shards, shards) | {"bytes_out": written},
+    }
 
 
 def clean_and_deduplicate(
@@ -268,34 +318,12 @@ def clean_and_deduplicate(
 
 def _result(manifest: Manifest, out: Path, is_new: bool) -> RunResult:
     damage = ledger.damage(out / "audit")
-    return RunResult(manifest, manifest.extra["funnel"], damage, is_new)
+    return RunResult(manifest, manifest.extra["funnel"], read_totals(out), damage, is_new)
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _ticking(tick: Callable[[], None]) -> Iterator[Callable[[], None]]:
-    """Call `tick` every now and then; what is yielded calls it at once."""
-    ended, one_at_a_time = Event(), Lock()
-
-    def safely() -> None:
-        with one_at_a_time:
-            tick()
-
-    def keep_ticking() -> None:
-        while not ended.wait(TICK_S):
-            safely()
-
-    thread = Thread(target=keep_ticking, daemon=True)
-    thread.start()
-    try:
-        yield safely
-    finally:
-        ended.set()
-        thread.join()
 
 
 def clean(
@@ -306,8 +334,13 @@ def clean(
     id_header: str,
     engine: Engine,
     progress: Progress,
+    part: str = "1/1",
 ) -> None:
-    """Clean the archives whose piece is not there yet, one process per archive at a time."""
+    """Clean the archives whose piece is not there yet, one process per archive at a time.
+
+    Args:
+        part: which one of how many parts of a run these archives are.
+    """
     with ThreadPoolExecutor() as pool:
         are_made = list(pool.map(is_made, [piece.folder for piece in pieces]))
     meter = Meter(meter_file, [source.size for source in sources], are_made)
@@ -319,8 +352,16 @@ def clean(
     done = len(pieces) - len(tasks)
     # Counters that other machines map into their memory need not be what they have written.
     speed = meter.speed if isinstance(engine, Native) else str
-    with _ticking(lambda: progress("clean", done, len(pieces), speed())) as tick:
+    with ExitStack() as stack:
+        tick = stack.enter_context(
+            ticking(lambda: progress("clean", done, len(pieces), speed()), TICK_S)
+        )
         tick()
+        if tasks:
+            rates, workers = meter_file.parent / RATES, engine.workers
+            stack.enter_context(
+                timed(rates, "clean", workers=workers, part=part, measure=meter.counts)
+            )
         ready = partial(get_ready, recipe)
         for _ in engine.do_each(clean_archive, tasks, meter_file.parent, ready):
             done += 1
@@ -341,13 +382,20 @@ def deduplicate_pieces(
         }
         texts = [piece.documents for piece in pieces]
         signed = [piece.signed for piece in pieces]
-        make_stage(finished, lambda out: deduplicate(texts, out, signed=signed, **settings))
+        with timed(work / RATES, "dedup", workers=resources.workers) as attempt:
+            make_stage(finished, lambda out: deduplicate(texts, out, signed=signed, **settings))
+            attempt.count(documents=pq.read_metadata(finished / CLUSTERS).num_rows)
     progress("dedup", 1, 1)
     return finished / DOCUMENTS
 
 
-def _write_audit(pieces: Sequence[Piece], clusters_file: Path, out: Path) -> None:
-    """Write one audit file per piece, with the outcome of deduplication in its rows."""
+def _write_audit(pieces: Sequence[Piece], clusters_file: Path, out: Path) -> Examples:
+    """Write one audit file per piece, with the outcome of deduplication in its rows.
+
+    Returns:
+        Examples of each outcome.
+    """
+    examples = Examples()
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     with pq.ParquetFile(clusters_file) as file:
@@ -359,6 +407,8 @@ def _write_audit(pieces: Sequence[Piece], clusters_file: Path, out: Path) -> Non
             passed = passed.set_column(twin, "twin", own_ids(passed["twin"]))
             settled = ledger.settle(audit, passed)
             pq.write_table(settled, out / f"{piece.folder.name}.parquet")
+            examples.add_settled(piece.examples, settled)
+    return examples
 
 
 class _Rows:
@@ -383,7 +433,8 @@ def train_tokenizer_on(documents: Path, work: Path, vocab_size: int, progress: P
     progress("tokenizer", 0, 1)
     if not is_made(stage):
         texts = _texts(kept_files(documents))
-        make_stage(stage, lambda out: train_tokenizer(texts, vocab_size, out / TOKENIZER))
+        with timed(work / RATES, "tokenizer", workers=1):
+            make_stage(stage, lambda out: train_tokenizer(texts, vocab_size, out / TOKENIZER))
     progress("tokenizer", 1, 1)
     return stage / TOKENIZER
 

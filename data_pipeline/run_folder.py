@@ -13,7 +13,15 @@ from uuid import uuid4
 from data_pipeline.errors import DataError
 
 PLAN = "plan.json"
-OUTPUTS = ("audit", "manifest.json", "shards", "tokenizer.json", "work")
+OUTPUTS = (
+    "audit",
+    "funnel.json",
+    "manifest.json",
+    "metrics.jsonl",
+    "shards",
+    "tokenizer.json",
+    "work",
+)
 
 
 # In a plan, in place of a value that this process does not know; it differs from none.

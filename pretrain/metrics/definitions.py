@@ -1,5 +1,6 @@
 """Every number that a run reports."""
 
+from pretrain.metrics.data_definitions import DATA_DEFINITIONS
 from pretrain.metrics.metric import Metric
 
 QUESTIONS = "questions with each token of the answer likeliest, given those before it / questions"
@@ -439,4 +440,5 @@ DEFINITIONS: tuple[Metric, ...] = (
         "rank 0",
         "pretrain/evals/lm_eval.py",
     ),
+    *DATA_DEFINITIONS,
 )

@@ -36,12 +36,36 @@ def test_speeds_are_of_what_was_read_since_the_start(tmp_path: Path, clock: Cloc
     assert meter.speed() == ""
     first, last = Counter(meter.path, 0), Counter(meter.path, 2)
     clock.now += 10
-    first.count(10_000_000, 300, 120)
-    last.count(10_000_000, 700, 80)
+    first.count(10_000_000, 300, 120, 9_000)
+    last.count(10_000_000, 700, 80, 1_000)
     assert meter.speed() == "2.0 MB/s, 100 documents/s, 20% pass, 1 min 0 s left"
-    first.count(40_000_000, 900, 120)
-    last.count(100_000_000, 1100, 80)
+    first.count(40_000_000, 900, 120, 9_000)
+    last.count(100_000_000, 1100, 80, 1_000)
     assert meter.speed().endswith("10% pass, 0 s left")
+    counts = meter.counts()
+    assert {name: counts[name] for name in ("documents", "bytes_in", "bytes_out", "share")} == {
+        "documents": 2000,
+        "bytes_in": 140_000_000,
+        "bytes_out": 10_000,
+        "share": 1.0,
+    }
+
+
+def test_a_part_that_is_tried_again_counts_documents_once_and_all_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meter = Meter(tmp_path / "meter", [1000], [False])
+    for cpu_s in (7.0, 2.5):
+        spent = iter([1.0, 1.0 + cpu_s])
+        monkeypatch.setattr(meters.os, "times", lambda spent=spent: [next(spent), 0.0, 0.0, 0.0, 9])
+        Counter(meter.path, 0).count(1000, 30, 20, 400)
+    assert meter.counts() == {
+        "documents": 30,
+        "bytes_in": 1000,
+        "bytes_out": 400,
+        "cpu_s": 9.5,
+        "share": 1.0,
+    }
 
 
 def test_a_run_tells_its_speed_and_counts_each_document_once(tmp_path: Path) -> None:

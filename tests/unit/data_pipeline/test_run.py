@@ -1,13 +1,17 @@
 """A run accounts for every document and gives the same bytes however it is executed."""
 
 import io
+import itertools
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -16,13 +20,18 @@ from warcio.archiveiterator import ArchiveIterator
 from warcio.exceptions import ArchiveLoadFailed
 from warcio.warcwriter import WARCWriter
 
+from data_pipeline.audit import Audit
 from data_pipeline.dedup import DedupReport, deduplicate
 from data_pipeline.errors import DataError
+from data_pipeline.examples import CHARACTERS, CHARACTERS_READ, MASKS, PER_REASON
 from data_pipeline.extract import extract_archives
+from data_pipeline.funnel import read_funnel
+from data_pipeline.rates import METRICS
 from data_pipeline.recipe import load_recipe
 from data_pipeline.run import run
 from data_pipeline.sample import SampleReport, make_sample_crawl
 from data_pipeline.shards import load_manifest
+from pretrain.metrics.registry import check_names
 from tests.files import contents
 
 VOCAB_SIZE = 600
@@ -130,6 +139,83 @@ def test_what_was_planted_meets_its_end(sample: SampleReport, finished: Path) ->
     duplicates = sum(count for (_, stage), count in by_stage.items() if stage == "dedup")
     assert duplicates >= 0.7 * copies
     assert by_stage["page", "shards"] >= 0.6 * planted["page"]
+
+
+def test_the_funnel_accounts_for_every_document_and_byte(
+    sample: SampleReport, finished: Path
+) -> None:
+    steps = read_funnel(finished)
+    rows = _audit(finished)
+    assert steps[0]["documents_in"] == len(rows)
+    assert steps[0]["bytes_in"] == sum(path.stat().st_size for path in sample.files)
+    for step, following in itertools.pairwise(steps):
+        assert step["documents_out"] == following["documents_in"]
+        assert step["bytes_out"] == following["bytes_in"]
+        dropped = sum(reason["documents"] for reason in step["dropped"])
+        assert step["documents_in"] - step["documents_out"] == dropped
+    for step in steps[2:]:  # what a step does not change, it passes on or drops
+        if step["step"] not in ("quality", "shards"):
+            dropped_bytes = sum(reason["bytes"] for reason in step["dropped"])
+            assert step["bytes_in"] - step["bytes_out"] == dropped_bytes
+    audit, manifest = Audit(finished), load_manifest(finished)
+    kept = list(audit.with_reason("kept"))
+    assert steps[-1]["kept"]["documents"] == len(kept) == manifest.documents
+    assert steps[-1]["bytes_in"] == sum(len(audit.look(row).text.encode()) for row in kept)
+
+
+def test_examples_are_of_their_reason_and_show_what_the_audit_shows(finished: Path) -> None:
+    audit = Audit(finished)
+    steps = read_funnel(finished)
+    reasons = [*(reason for step in steps for reason in step["dropped"]), steps[-1]["kept"]]
+    assert sum(reason["documents"] for reason in reasons) == len(_audit(finished))
+    seen = set()
+    for reason in reasons:
+        assert len(reason["examples"]) == min(PER_REASON, reason["documents"])
+        for example in reason["examples"]:
+            rows = [row for row in audit.document(example["id"]) if row["url"] == example["url"]]
+            assert rows[0]["reason"] == reason.get("reason", "kept")
+            shown = MASKS.mask(audit.look(rows[0]).text[:CHARACTERS_READ]).text.strip()
+            if reason.get("reason") != "parser":
+                assert (example["excerpt"] or "") == shown[:CHARACTERS]
+            seen |= {name for name, fact in example.items() if fact is not None}
+    assert seen >= {"id", "url", "detail", "language", "twin", "jaccard", "excerpt"}
+
+
+def test_a_run_that_was_stopped_counts_each_document_once_and_the_time_of_all_attempts(
+    sample: SampleReport, finished: Path, tmp_path: Path
+) -> None:
+    def stop(stage: str, done: int, total: int, detail: str = "") -> None:
+        if (stage, done) == ("clean", 2) and current_thread() is main_thread():
+            raise KeyboardInterrupt
+
+    def in_parts(stage: str, done: int, total: int, detail: str = "") -> None:
+        if (stage, done) == ("dedup", 0):
+            raise KeyboardInterrupt
+
+    out = tmp_path / "data"
+    started = partial(
+        run, _inputs(sample), out, load_recipe("demo"), workers=2, vocab_size=VOCAB_SIZE
+    )
+    for progress in (stop, in_parts):
+        with pytest.raises(KeyboardInterrupt):
+            started(progress=progress)
+    result = started()
+    rows = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+    check_names(name for row in rows for name in row)
+    totals = {row["data/stage"]: row for row in rows if "data/attempts" in row}
+    assert list(totals.values()) == result.rates
+    assert list(totals) == ["clean", "dedup", "tokenizer", "audit", "shards"]
+    cleaned = totals["clean"]
+    assert cleaned["data/attempts"] == 2
+    assert cleaned["data/documents"] == sample.documents
+    assert cleaned["data/bytes_in"] == sum(path.stat().st_size for path in sample.files)
+    ended = [row for row in rows if row["data/stage"] == "clean" and row.get("data/share")]
+    assert cleaned["data/unfinished_s"] == pytest.approx(ended[0]["data/wall_s"])
+    assert [row["data/finished"] for row in ended] == [0, 1]
+    assert cleaned["data/cpu_s"] == pytest.approx(sum(row["data/cpu_s"] for row in ended), abs=0.1)
+    written = sum(shard.bytes for shard in result.manifest.shards)
+    assert totals["shards"]["data/bytes_out"] == written
+    assert contents(out) == contents(finished)
 
 
 def test_a_duplicate_names_a_kept_twin_of_its_cluster(finished: Path) -> None:
