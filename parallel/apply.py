@@ -24,6 +24,7 @@ from parallel.segments.documents import SegmentDocuments
 from parallel.segments.layers import carry_over_segments
 from parallel.segments.runner import SegmentedStage
 from parallel.stage import Objective, Stage
+from parallel.stopwatch import Stopwatch
 from parallel.tensor.shard import shard_layers
 from parallel.tensor.vocabulary import ShardedCrossEntropy, shard_vocabulary
 from pretrain.model.kernels.documents import Documents
@@ -66,6 +67,7 @@ class Parallelised:
         replicas: what completes gradients after the last backward pass of a step.
         traffic: the counted collectives, by axis.
         of_fsdp: bytes that FSDP has sent, by axis and kind.
+        waited: runs while FSDP, or a sum over copies of weights, keeps the computation waiting.
     """
 
     stages: Sequence[Stage]
@@ -74,6 +76,7 @@ class Parallelised:
     replicas: Replicas
     traffic: dict[str, Communicator] = field(default_factory=dict)
     of_fsdp: Sent = field(default_factory=Counter)
+    waited: Stopwatch = field(default_factory=Stopwatch)
 
     def sent_bytes(self) -> Sent:
         """What this rank has sent to others so far, by axis and kind; DeepEP, and sums over copies
@@ -86,6 +89,21 @@ class Parallelised:
             for kind, n_bytes in communicator.bytes.items():
                 sent[axis, kind] += n_bytes
         return sent
+
+    def take_waited_s(self) -> float:
+        """How long collectives have kept the computation of this rank waiting since this was asked
+        last. What a pipeline passes on is not among them.
+        """
+        watches = [self.waited, *(comm.waited for comm in self.traffic.values())]
+        return sum(watch.take() for watch in watches)
+
+    def as_rows(self, seen: Sequence[Tensor]) -> Tensor:
+        """What the last stage has made of each microbatch, or segment of one, of the newest step,
+        in the order in which it did so: as this rank's rows [rows, T].
+        """
+        if isinstance(self.runner, SegmentedStage):
+            return self.runner.as_rows(seen)
+        return torch.cat(list(seen))
 
     def forward_backward(
         self,
@@ -103,7 +121,8 @@ class Parallelised:
         for stage in self.stages:
             stage.begin(loss_tokens, documents)
         self.runner.forward_backward(tokens, labels)
-        self.replicas.sum_gradients()
+        with self.waited.running(tokens.device):
+            self.replicas.sum_gradients()
 
 
 def apply(
@@ -161,8 +180,9 @@ def apply(
     stages = [Stage(model, objective, index) for index, model in models.items()]
     experts = [moe.experts for moe in moe_layers] if mesh.ep.size() * mesh.tp.size() > 1 else []
     of_fsdp: Sent = Counter()
+    waited = Stopwatch()
     for stage in stages:
-        shard_weights(stage, experts, mesh, how.dtype, of_fsdp)
+        shard_weights(stage, experts, mesh, how.dtype, of_fsdp, waited)
 
     # 6. Pipeline: stages work on several microbatches at a time.
     runner: Pipeline | SingleStage | SegmentedStage = SingleStage(stages[0], how.microbatch)
@@ -175,7 +195,8 @@ def apply(
     replicas = Replicas(tied=_tied_copy(stages, mesh))
     if mesh.tp.size() > 1:
         replicas = replace(replicas, tp=mesh.tp.get_group(), whole=dict(_whole_on_tp(stages)))
-    return Parallelised(stages, runner, _each_weight_once(stages), replicas, traffic, of_fsdp)
+    weights = _each_weight_once(stages)
+    return Parallelised(stages, runner, weights, replicas, traffic, of_fsdp, waited)
 
 
 def _whole_on_tp(stages: Sequence[Stage]) -> Iterator[tuple[str, nn.Parameter]]:

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from parallel.stopwatch import Stopwatch
+
 # torch 2.13 deprecates the old names, 2.11 has only those.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -110,6 +112,7 @@ class Communicator:
         calls: collectives started, forward and backward, by kind.
         bytes: bytes that this rank sent to other ranks, by kind; for reductions what the ring
             algorithm sends.
+        waited: runs while nothing is computed because a collective has not arrived.
     """
 
     def __init__(self, group: dist.ProcessGroup, axis: str) -> None:
@@ -119,6 +122,7 @@ class Communicator:
         self.size = dist.get_world_size(group)
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
+        self.waited = Stopwatch()
 
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
         """Every rank's `x`, concatenated along `dim`; differentiable.
@@ -155,7 +159,7 @@ class Communicator:
     def all_reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
         """`x`, overwritten by its sum (or other reduction) over ranks; no autograd."""
         self._count("all_reduce", 2 * x.nbytes * (self.size - 1) // self.size)
-        with self.naming("all_reduce"):
+        with self.naming("all_reduce"), self.waited.running(x.device):
             dist.all_reduce(x, op, group=self.group)
         return x
 
@@ -266,7 +270,7 @@ class Pending:
     def wait(self) -> Tensor:
         """The result, once it has arrived (on a GPU: for what the current stream does next)."""
         if self.work is not None:
-            with self.comm.naming(self.kind):
+            with self.comm.naming(self.kind), self.comm.waited.running(self.out.device):
                 self.work.wait()
         return self.arrange(self.out) if self.arrange else self.out
 

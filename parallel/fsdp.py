@@ -11,10 +11,16 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from parallel.fsdp_traffic import Sent, count_traffic
 from parallel.mesh import Mesh
+from parallel.stopwatch import Stopwatch
 
 
 def shard_weights(
-    stage: Any, experts: Sequence[nn.Module], mesh: Mesh, dtype: torch.dtype, sent: Sent
+    stage: Any,
+    experts: Sequence[nn.Module],
+    mesh: Mesh,
+    dtype: torch.dtype,
+    sent: Sent,
+    waited: Stopwatch,
 ) -> None:
     """Shard the weights of `stage` in units of a layer.
 
@@ -27,6 +33,7 @@ def shard_weights(
         stage: a `Stage`.
         experts: modules that are units of their own, on the mesh of the experts.
         sent: counts what is sent from now on.
+        waited: runs while that keeps the computation waiting, see `count_traffic`.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=dtype,
@@ -58,9 +65,8 @@ def shard_weights(
     for module in stage.modules():
         if isinstance(module, FSDPModule):
             of_experts = any(module is unit for unit in experts)
-            count_traffic(
-                module, mesh.shards_of_experts if of_experts else mesh.shards_of_weights, sent
-            )
+            shards = mesh.shards_of_experts if of_experts else mesh.shards_of_weights
+            count_traffic(module, shards, sent, waited)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 

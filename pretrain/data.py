@@ -1,5 +1,6 @@
 """The data of a run, as its configuration names it."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from data_pipeline.stream import Cache, Source, TokenStream, WeightsFrom
@@ -49,6 +50,13 @@ def stream_of(config: Config) -> TokenStream:
 
 def sources_of(data: DataConfig) -> list[Source]:
     return [Source(**source.model_dump()) for source in data.sources()]
+
+
+def source_names(data: DataConfig) -> list[str]:
+    """What reports call the sources: those of one name by their paths."""
+    sources = sources_of(data)
+    count = Counter(source.name for source in sources)
+    return [source.name if count[source.name] == 1 else source.path for source in sources]
 
 
 def cache_of(data: DataConfig) -> Cache:

@@ -1,5 +1,6 @@
 """What a step of training minimises and measures."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,6 +12,7 @@ from pretrain.balancing import auxiliary_loss
 from pretrain.config import Config
 from pretrain.model.kernels.cross_entropy import chunked_cross_entropy
 from pretrain.model.transformer import TransformerOutput
+from pretrain.token_losses import LossPart
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,12 @@ class Measured:
         z_loss: the router's z-loss, the mean over tokens and layers.
         router_entropy: of the experts' probabilities in nats, the mean over tokens and layers.
         loss_tokens: that the loss is the mean over.
+        by_source: the loss of each source of the mixture.
+        by_position: the loss by how many tokens one was predicted from, see `LossGroups`.
         data_wait_s: seconds that ranks waited for the batch, the mean over them.
+        exposed_communication_s: seconds that collectives kept ranks from computing, the mean.
+        pipeline_bubble: share of the forward and backward passes in which ranks computed no stage,
+            the mean over them; 1 without a pipeline.
         expert_counts: [layers, E], slots of each expert.
         dropped: [layers], slots over capacity.
         stop_requested: whether any rank was asked to stop.
@@ -35,23 +42,33 @@ class Measured:
     z_loss: float
     router_entropy: float
     loss_tokens: int
+    by_source: Sequence[LossPart]
+    by_position: Sequence[LossPart]
     data_wait_s: float
+    exposed_communication_s: float
+    pipeline_bubble: float
     expert_counts: Tensor
     dropped: Tensor
     stop_requested: bool
     is_written: bool
 
 
-def build_objective(config: Config) -> Objective:
-    """Cross-entropy, plus what the routers of each layer add."""
+def build_objective(
+    config: Config, cross_entropy: Callable[..., Tensor] | None = None
+) -> Objective:
+    """Cross-entropy, plus what the routers of each layer add.
+
+    Args:
+        cross_entropy: one that keeps more than the sum, as `TokenLosses`.
+    """
     model = config.model
     tokens = tokens_per_step(config)
 
     def of_routers(out: TransformerOutput) -> Tensor:
         return auxiliary_loss(out.balance, out.z, tokens, model.n_layers, model.moe)
 
-    cross_entropy = partial(chunked_cross_entropy, chunk=config.train.loss_chunk)
-    return Objective(cross_entropy, of_routers, measure_routers)
+    summed = cross_entropy or partial(chunked_cross_entropy, chunk=config.train.loss_chunk)
+    return Objective(summed, of_routers, measure_routers)
 
 
 def tokens_per_step(config: Config) -> int:

@@ -28,6 +28,14 @@ class RankShare:
     documents: Any
     tokens: Tensor | None
 
+    @property
+    def position(self) -> Tensor:
+        """[B, T / cp], how many tokens of their documents come before these, on the host."""
+        if isinstance(self.documents, list):
+            return torch.cat([segment.position for segment in self.documents], dim=1)
+        position: Tensor = self.documents.position
+        return position
+
     def documents_on(self, device: torch.device) -> Any:
         """The documents on a device; the host does not wait."""
         if isinstance(self.documents, list):

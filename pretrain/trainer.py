@@ -28,7 +28,9 @@ from parallel.expert.deepep import why_unavailable
 from parallel.fsdp import owned_region
 from parallel.gradients import clip_gradients
 from parallel.mesh import limit_collectives
+from parallel.pipeline.schedule import Pipeline
 from parallel.segments.lanes import LaneMemory
+from parallel.stopwatch import Stopwatch
 from pretrain.balancing import RouterState
 from pretrain.build import build_mesh, build_model, open_store
 from pretrain.checkpoint.store import CheckpointStore, Progress, Retention
@@ -44,11 +46,12 @@ from pretrain.model.init import initialize
 from pretrain.model.kernels.backends import make_deterministic
 from pretrain.model.kernels.cross_entropy import IGNORED
 from pretrain.model.kernels.documents import Documents
-from pretrain.objective import Measured, tokens_per_step
+from pretrain.objective import Measured, build_objective, tokens_per_step
 from pretrain.optim import build_optimizer, set_learning_rate, update_in_backward
 from pretrain.run_dir import RunDirectory
 from pretrain.schedule import learning_rate
 from pretrain.share import share_of_rank
+from pretrain.token_losses import LossGroups, TokenLosses
 
 
 @dataclass
@@ -109,6 +112,10 @@ class Trainer:
         limit_collectives(timedelta(seconds=config.train.collective_timeout_s))
         self.tokens_per_step = tokens_per_step(config)
         self.stream = open_stream(config)
+        self._token_losses = TokenLosses(config.train.loss_chunk)
+        longest = config.data.seq_len * config.context.lane_rows
+        self._loss_groups = LossGroups(len(config.data.sources()), longest)
+        self._passes = Stopwatch()
         self.parallelised = self._build_model()
         self.weights = self.parallelised.weights
         self.optimizer = build_optimizer(self.weights, config.optim)
@@ -155,7 +162,8 @@ class Trainer:
         if is_deepep and (why := why_unavailable(self.device, dtype)):
             raise UserError(why)
         store = open_store(config)
-        parallelised = build_model(config, self.layout, self.mesh, self.device, store=store)
+        objective = build_objective(config, self._token_losses)
+        parallelised = build_model(config, self.layout, self.mesh, self.device, objective, store)
         for stage in parallelised.stages:
             stage.to_empty(device=self.device)
         return parallelised
@@ -227,7 +235,7 @@ class Trainer:
         ]
         if self.lanes and batch.continues is not None:
             self.lanes.begin(batch.continues.tolist())
-        tokens, labels, documents = self._share_of(batch, rows)
+        tokens, labels, documents, groups = self._share_of(batch, rows)
         # Ranks of pp and tp work on the same tokens.
         copies = self.layout.pp * self.layout.tp
         loss_tokens = (labels != IGNORED).sum()
@@ -236,59 +244,96 @@ class Trainer:
         if self.updates:
             set_learning_rate(self.optimizer, self.lr())
             self.updates.begin()
-        self.parallelised.forward_backward(tokens, labels, documents, count)
-        if self.lanes and batch.is_continued is not None:
-            lengths = [of_row for part in rows for of_row in part.lengths]
-            self.lanes.end(lengths, batch.is_continued.tolist())
-        return self._measure(count, stop_requested, data_wait_s)
+        self._token_losses.begin()
+        with self._passes.running(self.device):
+            self.parallelised.forward_backward(tokens, labels, documents, count)
+            if self.lanes and batch.is_continued is not None:
+                lengths = [of_row for part in rows for of_row in part.lengths]
+                self.lanes.end(lengths, batch.is_continued.tolist())
+            total = self._add_up(labels, groups, stop_requested, data_wait_s)
+        return self._measured(total, count)
 
     def _share_of(
         self, batch: Batch, microbatches: Sequence[Documents]
-    ) -> tuple[Tensor, Tensor, list[Any]]:
-        """This rank's part of its rows: tokens and labels [rows, T / cp], and documents of each
-        microbatch, or of its segments. Only that part is sent to the device.
+    ) -> tuple[Tensor, Tensor, list[Any], Tensor]:
+        """This rank's part of its rows: tokens and labels [rows, T / cp], documents of each
+        microbatch, or of its segments, and the tokens' `LossGroups`. Only that part is sent to the
+        device.
         """
-        tokens, labels = torch.from_numpy(batch.tokens), torch.from_numpy(batch.labels)
+        columns = [torch.from_numpy(x) for x in (batch.tokens, batch.labels, batch.source)]
         rank, size = self.mesh.cp.get_local_rank(), self.config.train.microbatch
         shares = [
             share_of_rank(self.config, documents, rank, self.lanes, slice(first, first + size))
-            for first, documents in zip(range(0, len(tokens), size), microbatches, strict=True)
+            for first, documents in zip(
+                range(0, len(batch.tokens), size), microbatches, strict=True
+            )
         ]
         if mine := [share.tokens for share in shares if share.tokens is not None]:
-            tokens, labels = (x.gather(1, torch.cat(mine)) for x in (tokens, labels))
-        tokens, labels = (x.to(self.device, non_blocking=True) for x in (tokens, labels))
-        return tokens, labels, [share.documents_on(self.device) for share in shares]
+            columns = [x.gather(1, torch.cat(mine)) for x in columns]
+        tokens, labels, source = columns
+        position = torch.cat([share.position for share in shares])
+        groups = self._loss_groups.of_tokens(source, position)
+        tokens, labels, groups = (
+            x.to(self.device, non_blocking=True) for x in (tokens, labels, groups)
+        )
+        return tokens, labels, [share.documents_on(self.device) for share in shares], groups
 
-    def _measure(self, loss_tokens: int, stop_requested: bool, data_wait_s: float) -> Measured:
-        """Add up what the stages of all ranks measured."""
+    def _add_up(
+        self, labels: Tensor, groups: Tensor, stop_requested: bool, data_wait_s: float
+    ) -> Sequence[Tensor]:
+        """What the stages of all ranks measured, on the host: the sum of the losses, flags and
+        seconds, evidence of the plan, losses by group, and of the routers. Collective.
+        """
         moe = self.config.model.moe
         layers = self.config.model.n_layers if moe.n_experts else 0
         routers = torch.zeros(layers, 4 + moe.n_experts, dtype=torch.float64, device=self.device)
-        cross_entropy = torch.zeros(1, dtype=torch.float64, device=self.device)
+        by_group = routers.new_zeros(1 + self._loss_groups.size)
+        if self._token_losses.seen:
+            losses = self.parallelised.as_rows(self._token_losses.seen)
+            by_group[0] = losses.double().sum()
+            by_group[1:] = self._loss_groups.add_up(losses, labels, groups)
+        # The ranks of tp have each seen the loss of all their tokens.
+        by_group /= self.mesh.tp.size()
         for stage in self.parallelised.stages:
             routers[[int(number) for number in stage.model.layers][:layers]] += stage.measured
-            # The ranks of tp have each seen the loss of all their tokens.
-            cross_entropy += stage.cross_entropy / self.mesh.tp.size()
-        flags = cross_entropy.new_tensor([stop_requested, self.store.is_written, data_wait_s])
-        plan = cross_entropy.new_tensor(evidence_of(self.plan.checksum))
-        total = torch.cat([cross_entropy, flags, plan, routers.flatten()])
+        flags = routers.new_tensor([stop_requested, self.store.is_written])
+        runner = self.parallelised.runner
+        busy_s = runner.busy.take() if isinstance(runner, Pipeline) else 0.0
+        seconds = [data_wait_s, self.parallelised.take_waited_s(), busy_s]
+        plan = routers.new_tensor(evidence_of(self.plan.checksum))
+        parts = [flags, routers.new_tensor(seconds), plan, by_group, routers.flatten()]
+        total = torch.cat(parts)
         dist.all_reduce(total)
-        total = total.cpu()
-        self._check_plans(total[4:8].tolist())
-        routers = total[8:].view(layers, 4 + moe.n_experts)
+        return total.cpu().split([len(part) for part in parts])
+
+    def _measured(self, total: Sequence[Tensor], loss_tokens: int) -> Measured:
+        """
+        Args:
+            total: as `_add_up` returned it, after which the time of the passes has ended.
+        """
+        flags, seconds, plan, by_group, of_routers = total
+        self._check_plans(plan.tolist())
+        ranks, layers = dist.get_world_size(), self.config.model.n_layers
+        data_wait_s, waited_s, busy_s = (seconds / ranks).tolist()
+        by_source, by_position = self._loss_groups.split(by_group[1:])
+        routers = of_routers.view(-1, 4 + self.config.model.moe.n_experts)
         balance, z, entropy = routers[:, :3].sum(0).tolist()
         places = max(1, self.tokens_per_step * layers)
         return Measured(
-            loss=float(total[0]) / loss_tokens,
+            loss=float(by_group[0]) / loss_tokens,
             aux_loss=balance / places,
             z_loss=z / places,
             router_entropy=entropy / places,
             loss_tokens=loss_tokens,
-            data_wait_s=float(total[3]) / dist.get_world_size(),
+            by_source=by_source,
+            by_position=by_position,
+            data_wait_s=data_wait_s,
+            exposed_communication_s=waited_s,
+            pipeline_bubble=1 - busy_s / self._passes.take(),
             expert_counts=routers[:, 4:],
             dropped=routers[:, 3],
-            stop_requested=bool(total[1] > 0),
-            is_written=int(total[2]) == dist.get_world_size(),
+            stop_requested=bool(flags[0] > 0),
+            is_written=int(flags[1]) == ranks,
         )
 
     def _check_plans(self, sums: list[float]) -> None:

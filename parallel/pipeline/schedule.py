@@ -23,7 +23,9 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
+from parallel.pipeline.bubble import predicted_bubble
 from parallel.pipeline.plan import Action, Schedule, one_stage_order
+from parallel.stopwatch import Stopwatch
 
 SCHEDULES = {
     "gpipe": ScheduleGPipe,
@@ -68,6 +70,8 @@ class Pipeline:
     Attributes:
         stages: torch's wrappers of this rank's stages.
         sent_bytes: what this rank has passed on to others so far, hidden states and gradients.
+        busy: runs while a stage of this rank computes, with what its layers exchange.
+        predicted_bubble: of the schedule, see `predicted_bubble`.
     """
 
     def __init__(
@@ -84,7 +88,8 @@ class Pipeline:
                 stage.set_reshard_after_forward(False)
         self.shape = shape
         self.rank = dist.get_rank(group)
-        self.stages = [_torch_stage(stage, group, shape, device) for stage in stages]
+        self.busy = Stopwatch()
+        self.stages = [_torch_stage(stage, group, shape, device, self.busy) for stage in stages]
         self.sent_bytes = 0
         self._bytes_of_step = _passed_on({stage.index for stage in stages}, shape)
         one_stage = shape.schedule in ("gpipe", "1f1b")
@@ -94,6 +99,8 @@ class Pipeline:
             loss_fn=_output_is_loss,
             scale_grads=False,
         )
+        orders = [self.order(rank) for rank in range(dist.get_world_size(group))]
+        self.predicted_bubble = predicted_bubble(orders)
 
     def forward_backward(self, tokens: Tensor, labels: Tensor) -> None:
         """Add the gradient of a step to the weights'. Collective.
@@ -106,15 +113,15 @@ class Pipeline:
         self._schedule.step(tokens, labels=labels, target=labels, return_outputs=False)
         self.sent_bytes += self._bytes_of_step
 
-    def order(self) -> list[Action]:
-        """What this rank computes in a step, in this order."""
-        shape = self.shape
+    def order(self, rank: int | None = None) -> list[Action]:
+        """What a rank of the pipeline, by default this one, computes in a step, in this order."""
+        shape, rank = self.shape, self.rank if rank is None else rank
         if shape.schedule in ("gpipe", "1f1b"):
             # What torch says of 1f1b is not what it does.
             ranks = shape.n_stages
-            return one_stage_order(shape.schedule, ranks, self.rank, shape.n_microbatches)
+            return one_stage_order(shape.schedule, ranks, rank, shape.n_microbatches)
         actions = []
-        for action in self._schedule.pipeline_order[self.rank]:
+        for action in self._schedule.pipeline_order[rank]:
             for part in () if action is None else (action.sub_actions or (action,)):
                 kind: Any = KINDS[part.computation_type.value]
                 if not shape.splits_backward:
@@ -155,14 +162,36 @@ class SingleStage:
             self.stage(*microbatch).backward()
 
 
+class _TimedStage(PipelineStage):
+    """A stage that tells when it computes."""
+
+    busy: Stopwatch
+
+    def forward_one_chunk(self, *args: Any, **options: Any) -> Any:
+        with self.busy.running(self.device):
+            return super().forward_one_chunk(*args, **options)
+
+    def backward_one_chunk(self, *args: Any, **options: Any) -> Any:
+        with self.busy.running(self.device):
+            return super().backward_one_chunk(*args, **options)
+
+    def backward_weight_one_chunk(self, *args: Any, **options: Any) -> Any:
+        with self.busy.running(self.device):
+            return super().backward_weight_one_chunk(*args, **options)
+
+
 def _torch_stage(
-    stage: Any, group: dist.ProcessGroup, shape: PipelineShape, device: torch.device
+    stage: Any,
+    group: dist.ProcessGroup,
+    shape: PipelineShape,
+    device: torch.device,
+    busy: Stopwatch,
 ) -> PipelineStage:
     # With the shapes of both ends known, torch does not run the stage to find out.
     tokens = torch.empty(shape.tokens, dtype=torch.int64, device="meta")
     hidden = torch.empty(shape.hidden, dtype=shape.dtype, device="meta", requires_grad=True)
     loss = torch.empty((), device="meta", requires_grad=True)
-    return PipelineStage(
+    timed = _TimedStage(
         stage,
         stage.index,
         shape.n_stages,
@@ -172,6 +201,8 @@ def _torch_stage(
         group=group,
         dw_builder=None if shape.splits_backward else _nothing_left,
     )
+    timed.busy = busy
+    return timed
 
 
 def _output_is_loss(output: Tensor, _labels: Tensor) -> Tensor:

@@ -27,12 +27,17 @@ class SegmentedStage:
 
     Args:
         store: where what segments hand on waits; None leaves it on the device.
+
+    Attributes:
+        trained: numbers of the segments that the newest step has gone through with labels, in that
+            order, of one microbatch after the other.
     """
 
     def __init__(self, stage: Any, microbatch: int, store: Store | None = None) -> None:
         self.stage = stage
         self.microbatch = microbatch
         self.store = store
+        self.trained: list[int] = []
 
     def forward_backward(self, tokens: Tensor, labels: Tensor) -> None:
         """Add the gradient of a step to the weights'. Collective.
@@ -44,6 +49,7 @@ class SegmentedStage:
         """
         columns = (x.split(self.microbatch) for x in (tokens, labels))
         microbatches = list(zip(*columns, self.stage.documents, strict=True))
+        self.trained = []
         while microbatches:
             of_tokens, of_labels, segments = microbatches.pop(0)
             memory: SegmentMemory = segments[0].memory
@@ -55,6 +61,18 @@ class SegmentedStage:
                 self._train(group)
             memory.end()
 
+    def as_rows(self, seen: Sequence[Tensor]) -> Tensor:
+        """What the stage has made of each segment with labels of the newest step, [b, T_segment] in
+        the order in which it did so, as the rows [rows, T] that it was given.
+        """
+        segments = 1 + max(self.trained)
+        microbatches = (range(i, i + segments) for i in range(0, len(seen), segments))
+        rows = (
+            torch.cat([seen[i] for i in sorted(microbatch, key=lambda i: self.trained[i])], dim=1)
+            for microbatch in microbatches
+        )
+        return torch.cat(list(rows))
+
     def _train(self, group: Sequence[tuple[Tensor, Tensor, SegmentDocuments]]) -> None:
         memory = group[0][2].memory
         memory.is_kept = True
@@ -65,6 +83,7 @@ class SegmentedStage:
         for tokens, labels, segment in reversed(group):
             # FSDP reduces the gradient after each segment: kept until the last, it would be whole.
             self.stage(tokens, labels, segment).backward()
+            self.trained.append(segment.number)
             # The group's last has now left what the next group begins with.
             memory.is_kept = False
             _return_freed_memory(segment.number)

@@ -61,6 +61,41 @@ DEFINITIONS: tuple[Metric, ...] = (
         "pretrain/trainer.py",
     ),
     Metric(
+        "train/loss_by_source",
+        "nats/token",
+        "{source: train/loss over the tokens of the batch that come from it}",
+        "Weighted by train/loss_tokens_by_source they add up to train/loss. A source that stands "
+        "out is harder, damaged, or learned by heart.",
+        "sum",
+        "pretrain/token_losses.py",
+    ),
+    Metric(
+        "train/loss_tokens_by_source",
+        "tokens",
+        "{source: its part of train/loss_tokens}",
+        "The mixture as it comes out, of the sources that this batch has tokens of.",
+        "sum",
+        "pretrain/token_losses.py",
+    ),
+    Metric(
+        "train/loss_by_position",
+        "nats/token",
+        "[n]: train/loss over the tokens predicted from 2^n to 2^(n+1) - 1 others",
+        "The others are those of its document that the row, or what it goes on from, has before "
+        "it. NaN without such a token. It falls along the list as far as more context helps; "
+        "eval/loss_by_position is that of one model.",
+        "sum",
+        "pretrain/token_losses.py",
+    ),
+    Metric(
+        "train/loss_tokens_by_position",
+        "tokens",
+        "[n]: tokens of train/loss_tokens predicted from 2^n to 2^(n+1) - 1 others",
+        "How long the documents of the batch are, as rows have cut them.",
+        "sum",
+        "pretrain/token_losses.py",
+    ),
+    Metric(
         "train/seq_len",
         "tokens",
         "data.seq_len",
@@ -184,6 +219,47 @@ DEFINITIONS: tuple[Metric, ...] = (
         "What more workers, or a faster store, could save.",
         "mean",
         "pretrain/metrics/step.py",
+    ),
+    Metric(
+        "perf/exposed_communication_s",
+        "s",
+        "time of the forward and backward passes in which nothing was computed, because a "
+        "collective had not arrived",
+        "Those of tp, ep, cp, FSDP and of copies of weights, not what a pipeline passes on. It is "
+        "what faster links, or fewer stragglers, could save. On CPUs the time that calls block; on "
+        "GPUs the time that the stream of the computation waits, without FSDP, whose waits are not "
+        "seen from outside. Sums of FSDP over dp_replicate, and DeepEP, are not in it.",
+        "mean",
+        "parallel/stopwatch.py",
+    ),
+    Metric(
+        "perf/exposed_communication_share",
+        "share",
+        "perf/exposed_communication_s / perf/step_s",
+        "Near 0 where communication hides behind computation.",
+        "mean",
+        "pretrain/metrics/step.py",
+    ),
+    Metric(
+        "perf/pipeline_bubble",
+        "share",
+        "1 - mean over ranks of (time in which the rank computed a stage / time of the forward and "
+        "backward passes of all)",
+        "With pp > 1: what is lost to stages that wait for each other, and to what they send. "
+        "Waiting for collectives within a stage is computing here.",
+        "mean",
+        "parallel/pipeline/schedule.py",
+    ),
+    Metric(
+        "perf/pipeline_bubble_predicted",
+        "share",
+        "the same of the schedule, if stages took equally long, a backward pass twice a forward "
+        "pass, and sending no time",
+        "(pp - 1) / (v m + pp - 1) for v stages of a rank and m microbatches; less with a schedule "
+        "that splits the backward pass. perf/pipeline_bubble far above it means uneven stages "
+        "(parallel.pipeline.layers_per_stage).",
+        "equal",
+        "parallel/pipeline/bubble.py",
     ),
     Metric(
         "perf/checkpoint_stall_s",

@@ -7,8 +7,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from parallel.pipeline.schedule import Pipeline
+from pretrain.data import source_names
 from pretrain.metrics.expert_load import summarise_load
 from pretrain.metrics.utilization import peak_of_device, utilization
+from pretrain.objective import Measured
 from pretrain.trainer import StepResult, Trainer
 
 
@@ -62,9 +65,13 @@ def metrics_row(
         "perf/step_s": seconds,
         "perf/data_wait_s": measured.data_wait_s,
         "perf/data_wait_share": measured.data_wait_s / seconds,
+        "perf/exposed_communication_s": measured.exposed_communication_s,
+        "perf/exposed_communication_share": measured.exposed_communication_s / seconds,
         "perf/checkpoint_stall_s": checkpoint_stall_s,
         "perf/sent_bytes": result.sent.total(),
         "perf/sent_bytes_by_axis": _by_axis(result.sent),
+        **_of_pipeline(trainer, measured.pipeline_bubble),
+        **_of_tokens(trainer, measured),
         **summarise_load(measured.expert_counts, measured.dropped),
         **_of_routers(trainer, measured.router_entropy),
         **utilization(
@@ -83,6 +90,28 @@ def _by_axis(sent: Mapping[tuple[str, str], int]) -> dict[str, dict[str, int]]:
     for (axis, kind), n_bytes in sent.items():
         by_axis.setdefault(axis, {})[kind] = n_bytes
     return by_axis
+
+
+def _of_pipeline(trainer: Trainer, bubble: float) -> dict[str, Any]:
+    runner = trainer.parallelised.runner
+    if not isinstance(runner, Pipeline):
+        return {}
+    return {
+        "perf/pipeline_bubble": bubble,
+        "perf/pipeline_bubble_predicted": runner.predicted_bubble,
+    }
+
+
+def _of_tokens(trainer: Trainer, measured: Measured) -> dict[str, Any]:
+    names = source_names(trainer.config.data)
+    parts = zip(names, measured.by_source, strict=True)
+    by_source = {name: part for name, part in parts if part.tokens}
+    return {
+        "train/loss_by_source": {name: part.loss for name, part in by_source.items()},
+        "train/loss_tokens_by_source": {name: part.tokens for name, part in by_source.items()},
+        "train/loss_by_position": [part.loss for part in measured.by_position],
+        "train/loss_tokens_by_position": [part.tokens for part in measured.by_position],
+    }
 
 
 def _of_routers(trainer: Trainer, entropy: float) -> dict[str, Any]:

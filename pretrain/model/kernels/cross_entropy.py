@@ -29,6 +29,7 @@ def chunked_cross_entropy(
     labels: Tensor,
     chunk: int,
     shard: VocabularyShard | None = None,
+    losses: Tensor | None = None,
 ) -> Tensor:
     """The summed cross-entropy of `hidden @ weight.T` against `labels`, in nats.
 
@@ -43,13 +44,20 @@ def chunked_cross_entropy(
         weight: [V, d], or the rows of this rank.
         labels: [...] int64; IGNORED where there is nothing to predict. One that no rank has a row
             for makes the loss infinite.
+        losses: [...] of the type of the softmax, is overwritten with what each token adds.
 
     Returns:
         float32 scalar.
     """
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     total: Tensor = _ChunkedCrossEntropy.apply(
-        hidden.flatten(0, -2), weight, labels.flatten(), chunk, shard, needs_grad
+        hidden.flatten(0, -2),
+        weight,
+        labels.flatten(),
+        chunk,
+        shard,
+        None if losses is None else losses.view(-1),
+        needs_grad,
     )
     return total
 
@@ -63,6 +71,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         chunk: int,
         shard: VocabularyShard | None,
+        losses: Tensor | None,
         needs_grad: bool,
     ) -> Tensor:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -72,8 +81,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels), chunk):
             rows = slice(start, start + chunk)
             logits = (hidden[rows] @ weight.T).to(dtype)
-            loss, d_logits = _loss_and_gradient(logits, labels[rows], shard)
-            total += loss
+            loss, d_logits = _losses_and_gradient(logits, labels[rows], shard)
+            total += loss.sum()
+            if losses is not None:
+                losses[rows] = loss
             if d_hidden is not None and d_weight is not None:
                 d_logits = d_logits.to(hidden.dtype)
                 d_hidden[rows] = d_logits @ weight
@@ -86,13 +97,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * grad[0], (d_weight * grad[0]).to(ctx.weight_dtype), *(None,) * 4
+        return d_hidden * grad[0], (d_weight * grad[0]).to(ctx.weight_dtype), *(None,) * 5
 
 
-def _loss_and_gradient(
+def _losses_and_gradient(
     logits: Tensor, labels: Tensor, shard: VocabularyShard | None
 ) -> tuple[Tensor, Tensor]:
-    """The summed cross-entropy, and softmax(logits) - one_hot(labels), which overwrites logits."""
+    """Each token's cross-entropy; softmax(logits) - one_hot(labels), which overwrites logits."""
     row = (labels if shard is None else labels - shard.first).unsqueeze(-1)
     is_here = (row >= 0) & (row < logits.shape[-1])
     row = row.clamp(0, logits.shape[-1] - 1)
@@ -108,4 +119,4 @@ def _loss_and_gradient(
 
     gradient = exponentials.mul_((highest - lse).exp_() * is_predicted)
     gradient.scatter_add_(-1, row, -(is_here & is_predicted).to(gradient.dtype))
-    return (lse - target).where(is_predicted, 0).sum(), gradient
+    return (lse - target).where(is_predicted, 0).squeeze(-1), gradient
