@@ -1,6 +1,7 @@
 """`farspan eval --suite`: what is refused before any rank starts, and what is printed."""
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,14 @@ def run(tmp_path: Path) -> Path:
         ([], "name either a --text or a --suite"),
         (["--suite", "long", "--text", "x"], "name either a --text or a --suite"),
         (["--suite", "longest"], "--suite longest is not known; allowed: long"),
-        (["--suite", "long", "--context", "5"], "--context belongs to --text"),
+        (["--suite", "long", "--context", "5"], "--context does not belong to --suite long"),
         (["--suite", "long", "--tasks", "overwrites"], "did you mean overwrite"),
         (["--suite", "long", "--lengths", "x"], "--lengths x: must be a number"),
         (["--suite", "long", "--lengths", "2k"], "trained for 1024 tokens"),
         (["--suite", "long", "--nproc", "2", "parallel.cp=4"], "layout refused"),
         (["--suite", "long", "parallel.cpp=2"], "parallel.cpp is not a setting"),
+        (["--suite", "long", "--num-fewshot", "1"], "--num-fewshot does not belong to --suite long"),
+        (["--text", "x", "--num-fewshot", "1"], "--num-fewshot: settings belong to --suite"),
         (["--text", "x", "--seed", "2"], "--seed: settings belong to --suite"),
         (["--text", "x", "parallel.cp=2"], "parallel.cp=2: settings belong to --suite"),
     ],
@@ -44,6 +47,34 @@ def test_mistakes_are_told_before_any_rank_starts(
     error = CliRunner().invoke(app, ["eval", str(run), *settings, *options]).exception
     assert getattr(error, "exit_code", None) == 2
     assert message in str(error)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--suite lm-eval needs --tasks, as in"),
+        (["--tasks", "x", "--num-fewshot", "0,few"], "--num-fewshot 0,few: must be numbers"),
+        (["--tasks", "x", "--nproc", "2"], "--nproc 2: --suite lm-eval asks the exported model"),
+        (["--tasks", "x", "--context", "2000"], "--context 2000: .* trained for 1024 tokens"),
+    ],
+)
+def test_mistakes_in_what_the_harness_is_asked_are_told_before_it_is_read(
+    run: Path, arguments: list[str], message: str
+) -> None:
+    command = ["eval", str(run), "--suite", "lm-eval", *arguments]
+    error = CliRunner().invoke(app, command).exception
+    assert getattr(error, "exit_code", None) == 2
+    assert re.search(message, str(error))
+
+
+def test_a_harness_that_is_not_installed_is_named(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.evals.lm_eval.find_spec", lambda name: None)
+    command = ["eval", str(run), "--suite", "lm-eval", "--tasks", "x"]
+    error = CliRunner().invoke(app, command).exception
+    assert getattr(error, "exit_code", None) == 2
+    assert "pip install 'farspan[eval]'" in str(error)
 
 
 def cell(task: str, length: int, right: int, depth: float | None = None) -> dict[str, Any]:
