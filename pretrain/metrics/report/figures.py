@@ -233,6 +233,8 @@ def _style_axes(drawn: figure) -> None:
 
 def _short_row(row: str) -> str:
     """What fits beside a heat map."""
+    if row in ("embedding", "output"):
+        return row[:3]
     return row.removeprefix("expert ").removeprefix("layer ").partition(" to ")[0]
 
 

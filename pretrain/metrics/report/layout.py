@@ -18,6 +18,7 @@ from pretrain.metrics.report.run import Run
 
 # Each has a contrast of 3 and more with white and with the dark page.
 COLORS = ("#3d7edb", "#d0662a", "#2d9a6b", "#9a68d8", "#cc5a86", "#1f93a8", "#94851c", "#7d858f")
+MOST_LAYERS_SHOWN = 6
 DASHES = ((), (6, 3), (2, 2), (8, 3, 2, 3))
 
 Columns = dict[str, Any]
@@ -45,13 +46,10 @@ class HeatMap:
 
     Attributes:
         source: names its columns `image`, `x`, `y`, `dw`, `dh`, `low` and `high`.
-        layer: of a map of experts, counted from 1; 0 for other maps.
         scale: how a level of the image becomes a value: `load`, or `log` between low and high.
     """
 
     source: str
-    label: str
-    layer: int
     rows: tuple[str, ...]
     scale: str
     columns: Columns
@@ -59,10 +57,15 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class Chart:
-    """What one figure shows; it has lines, or maps of which one is seen at a time."""
+    """What one figure shows; it has lines, or maps of which one is seen at a time.
+
+    Attributes:
+        note: what of the title's metric it shows.
+    """
 
     name: str
     title: str
+    note: str
     unit: str
     metrics: tuple[str, ...]
     panel: Panel
@@ -116,11 +119,12 @@ def chart_columns(runs: Sequence[Run]) -> dict[str, Columns]:
 def _charts(panel: Panel, runs: Sequence[Run]) -> Iterator[Chart]:
     if isinstance(panel, Lines):
         if lines := _lines(panel.metrics, runs):
-            yield _chart(panel, panel.metrics, lines=lines)
+            yield _chart(panel, lines=lines)
     elif isinstance(panel, Map):
         for run in runs:
             if (step_map := run.history.maps.get(panel.metric)) is not None:
-                yield _chart(panel, (panel.metric,), run, maps=(_map(panel, run, step_map),))
+                note = run.name if len(runs) > 1 else ""
+                yield _chart(panel, run, note, maps=(_map(panel, run, step_map),))
     else:
         for run in runs:
             yield from _load_charts(panel, run, several=len(runs) > 1)
@@ -128,15 +132,16 @@ def _charts(panel: Panel, runs: Sequence[Run]) -> Iterator[Chart]:
 
 def _chart(
     panel: Panel,
-    metrics: tuple[str, ...],
     run: Run | None = None,
+    note: str = "",
     lines: tuple[Line, ...] = (),
     maps: tuple[HeatMap, ...] = (),
 ) -> Chart:
-    known = tuple(name for name in metrics if name in METRICS)
+    metrics = panel.metrics if isinstance(panel, Lines) else (panel.metric,)
+    known = [metric for metric in metrics if metric in METRICS]
     unit = METRICS[known[0]].unit if known else "1"
-    name = metrics[0] if run is None else f"{metrics[0]}|{run.name}"
-    return Chart(name, panel.title, unit, metrics, panel, lines, maps)
+    name = "|".join([metrics[0], *([run.name] if run else []), *([note] if note else [])])
+    return Chart(name, panel.title, note, unit, metrics, panel, lines, maps)
 
 
 def _lines(metrics: Sequence[str], runs: Sequence[Run]) -> tuple[Line, ...]:
@@ -182,7 +187,7 @@ def _unknown_charts(runs: Sequence[Run]) -> Iterator[Chart]:
     names = dict.fromkeys(name for run in runs for name in run.history.series)
     for name in names:
         if name != STEP and not _is_drawn(name):
-            yield _chart(Lines(name, (name,)), (name,), lines=_lines((name,), runs))
+            yield _chart(Lines(name, (name,)), lines=_lines((name,), runs))
 
 
 def _is_drawn(name: str) -> bool:
@@ -229,7 +234,7 @@ def _map(panel: Map, run: Run, step_map: StepMap) -> HeatMap:
     rows = _positions(len(mean)) if panel.rows == "positions" else _layers(len(mean))
     extent = _extent(step_map.first_step, step_map.last_step, len(mean))
     columns = {"image": [image], **extent, "low": [low], "high": [high]}
-    return HeatMap(f"{panel.metric}|{run.name}", run.name, 0, rows, "log", columns)
+    return HeatMap(f"{panel.metric}|{run.name}", rows, "log", columns)
 
 
 def _log_levels(mean: NDArray[np.float32]) -> tuple[NDArray[np.uint8], float, float]:
@@ -258,24 +263,40 @@ def _positions(rows: int) -> tuple[str, ...]:
 
 
 def _load_charts(panel: Loads, run: Run, several: bool) -> Iterator[Chart]:
+    """A chart for each layer; of many layers, an overview, and one in which they are chosen."""
     load = run.history.load
     if load is None:
         return
     layers, experts, _ = load.level.shape
     extent = _extent(load.first_step, load.last_step, experts)
     scale = {"low": [0.0], "high": [NO_DATA / LEVELS_PER_UNIT]}
-    maps = tuple(
+    rows = tuple(f"expert {expert}" for expert in range(experts))
+    maps = [
         HeatMap(
             f"{panel.metric}:{layer}|{run.name}",
-            run.name if several else "",
-            layer,
-            tuple(f"expert {expert}" for expert in range(experts)),
+            rows,
             "load",
-            {"image": [load.level[layer - 1]], **extent, **scale},
+            {"image": [level], **extent, **scale},
         )
-        for layer in range(1, layers + 1)
+        for layer, level in enumerate(load.level, start=1)
+    ]
+    note = run.name if several else ""
+    if layers <= MOST_LAYERS_SHOWN and not several:
+        for layer, heat_map in enumerate(maps, start=1):
+            yield _chart(panel, run, f"layer {layer}", maps=(heat_map,))
+        return
+    # Of an unsigned level the largest may be the mark of no data.
+    busiest = np.where(load.level == NO_DATA, 0, load.level).max(1)
+    busiest[(load.level == NO_DATA).all(1)] = NO_DATA
+    overview = HeatMap(
+        f"{panel.metric}:busiest|{run.name}",
+        tuple(f"layer {layer}" for layer in range(1, layers + 1)),
+        "load",
+        {"image": [busiest], **_extent(load.first_step, load.last_step, layers), **scale},
     )
-    yield _chart(panel, (panel.metric,), run, maps=maps)
+    busiest_note = " · ".join(filter(None, [note, "busiest expert of each layer"]))
+    yield _chart(panel, run, busiest_note, maps=(overview,))
+    yield _chart(panel, run, note, maps=tuple(maps))
 
 
 def _extent(first: float, last: float, rows: int) -> Columns:

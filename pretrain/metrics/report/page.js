@@ -140,7 +140,7 @@ const farspan = (() => {
       return
     }
     if (chart.from_zero && low >= 0) low = 0
-    const room = 0.06 * (high - low) || 0.05 * Math.abs(high) || 1
+    const room = 0.06 * (high - low) || 0.05 * Math.abs(high) || (chart.unit == "share" ? 0.01 : 1)
     chart.figure.y_range.setv({ start: low - (low == 0 && chart.from_zero ? 0 : room), end: high + room })
   }
   const fit_all = () => { for (const chart of charts) if (chart.lines.length) fit(chart) }
@@ -161,7 +161,11 @@ const farspan = (() => {
   // Of each line the value at the pointer, or the last one.
   const show_values = () => {
     is_waiting = false
-    for (const { element, lines, unit } of charts) {
+    for (const { element, lines, maps, unit } of charts) {
+      for (const bound of ["low", "high"]) {
+        const shown = $(`.${bound}`, element)
+        if (shown) shown.textContent = format(maps[0].data_source.data[bound][0], unit)
+      }
       lines.forEach(({ raw, smoothed }, i) => {
         const { step, value } = raw.data_source.data
         const at = pointed == null ? step.length - 1 : nearest(step, pointed)
@@ -235,6 +239,11 @@ const farspan = (() => {
         set_log(chart, !chart.is_log, scales)
         view.logs = charts.filter((it) => it.is_log).map((it) => it.figure.name)
         remember()
+      })
+      $(".explain", element)?.addEventListener("click", ({ currentTarget }) => {
+        const about = $(".about", element)
+        about.hidden = !about.hidden
+        currentTarget.setAttribute("aria-expanded", !about.hidden)
       })
       $(".layer", element)?.addEventListener("input", ({ target }) => {
         view.layers[figure.name] = Number(target.value)
