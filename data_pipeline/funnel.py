@@ -7,11 +7,13 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import DataError
-from data_pipeline.examples import Examples
 from data_pipeline.ledger import KEPT, Tally
+
+if TYPE_CHECKING:  # who trains reads a funnel, and does not need what cleans archives
+    from data_pipeline.examples import Examples
 
 FUNNEL = "funnel.json"
 FORMAT_VERSION = 1
@@ -45,7 +47,7 @@ def step_of(stage: str, reason: str) -> str:
     return stage
 
 
-def steps_of(counts: Tally, archive_bytes: int, examples: Examples) -> list[Step]:
+def steps_of(counts: Tally, archive_bytes: int, examples: "Examples") -> list[Step]:
     """The steps of a funnel.
 
     Each has documents and bytes as they come in and as they go on, and what is dropped by reason.
@@ -85,7 +87,7 @@ def _flow(left: Counter[str], step: str) -> dict[str, int]:
     return {"documents": left["documents"], "bytes": left[STEPS[step]]}
 
 
-def _dropped(step: str, counts: Tally, examples: Examples) -> Iterator[dict[str, Any]]:
+def _dropped(step: str, counts: Tally, examples: "Examples") -> Iterator[dict[str, Any]]:
     for (stage, reason), count in counts.items():
         if step_of(stage, reason) == step and reason != KEPT:
             size = STEPS[step]

@@ -5,15 +5,18 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.errors import DataError
+from data_pipeline.funnel import FUNNEL, parse_funnel
 from data_pipeline.shards import Manifest, load_manifest
 from launch.changes import allow_changes, find_changes, note_changes
 from launch.sample import with_sample
 from pretrain.config import Config, read_run_config
-from pretrain.data import cache_of, open_stream, require_enough
+from pretrain.data import cache_of, open_stream, require_enough, source_names
 from pretrain.data_config import ShardSource
 from pretrain.errors import UserError
 from pretrain.evals.held_out_data import open_held_out
@@ -42,10 +45,11 @@ def prepare_run(config: Config, directory: Path, allowed: Sequence[str] = ()) ->
     require_enough(stream, config)
     open_held_out(config, stream)
     cache = cache_of(config.data)
-    data = [
-        _describe(source, load_manifest(source.path, growing=source.growing, cache=cache))
-        for source in config.data.sources()
+    sources = config.data.sources()
+    manifests = [
+        load_manifest(source.path, growing=source.growing, cache=cache) for source in sources
     ]
+    data = list(map(_describe, sources, manifests))
     try:
         run.root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -64,6 +68,7 @@ def prepare_run(config: Config, directory: Path, allowed: Sequence[str] = ()) ->
                 allow_changes(run, (), allowed, config.model, config.model)
                 shutil.copyfile(stream.tokenizer, run.tokenizer)
             write_atomically(run.data, json.dumps(data, indent=1) + "\n")
+            _keep_funnels(source_names(config.data), manifests, run)
             run.done.unlink(missing_ok=True)
             run.cancelled.unlink(missing_ok=True)
             write_atomically(run.versions, json.dumps(_versions(), indent=1) + "\n")
@@ -123,6 +128,33 @@ def _describe(source: ShardSource, manifest: Manifest) -> dict[str, Any]:
         "unigram_entropy": manifest.unigram_entropy,
         "funnel": manifest.extra.get("funnel", []),
     }
+
+
+def _keep_funnels(names: Sequence[str], manifests: Sequence[Manifest], run: RunDirectory) -> None:
+    """Keep what a report shows of the data, which may be elsewhere or gone by then."""
+    funnels = [
+        {
+            "source": name,
+            "path": manifest.store.name,
+            "documents": manifest.documents,
+            "tokens": manifest.tokens,
+            "shards": len(manifest.shards),
+            "steps": steps,
+        }
+        for name, manifest in zip(names, manifests, strict=True)
+        if (steps := _steps_of(manifest))
+    ]
+    run.funnel.unlink(missing_ok=True)
+    if funnels:
+        write_atomically(run.funnel, json.dumps(funnels) + "\n")
+
+
+def _steps_of(manifest: Manifest) -> list[dict[str, Any]]:
+    # Where files cannot be listed, a store refuses one that is not there. No run fails for it.
+    with suppress(DataError):
+        content = manifest.store.read(FUNNEL)
+        return parse_funnel(content, FUNNEL) if content else []
+    return []
 
 
 def _versions() -> dict[str, str]:

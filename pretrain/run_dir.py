@@ -217,6 +217,11 @@ class RunDirectory:
         """What the run knows of its data: hashes, unigram entropy, why documents were dropped."""
         return self.root / "data.json"
 
+    @property
+    def funnel(self) -> Path:
+        """Of each source, what the steps of its data run dropped, with examples, if it is known."""
+        return self.root / "funnel.json"
+
     def folder_of(self, attempt: int) -> Path:
         """Where the logs of an attempt lie."""
         return self.attempts / f"{attempt:04d}"

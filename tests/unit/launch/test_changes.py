@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.shards import write_shards
+from data_pipeline.funnel import save_funnel
+from data_pipeline.shards import load_manifest, write_shards
 from launch.prepare import prepare_run
 from pretrain.config import load_config
 from pretrain.errors import UserError
@@ -145,3 +146,19 @@ def test_shards_may_move(prepare, shards: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(shards, moved)
     prepare(f"data.shards={moved}")
+
+
+def test_a_run_keeps_the_funnel_of_its_data_and_does_without_one(
+    shards: Path, prepare, tmp_path: Path
+) -> None:
+    web = tmp_path / "web"
+    shutil.copytree(shards, web)
+    sources = f"data.shards=[{{path: {web}}}, {{path: {shards}, name: books}}]"
+    assert not prepare(sources).funnel.exists()
+    steps = [{"step": "crawl", "documents_in": 9, "dropped": []}]
+    save_funnel(steps, web)
+    (kept,) = json.loads(prepare(sources).funnel.read_text())
+    assert (kept["source"], kept["steps"]) == ("web", steps)
+    assert kept["tokens"] == load_manifest(web).tokens
+    (web / "funnel.json").write_text("{")
+    assert not prepare(sources).funnel.exists()
