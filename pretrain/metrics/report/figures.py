@@ -49,8 +49,6 @@ class Figures:
 
     def __init__(self, first: float, last: float, columns: Mapping[str, Columns]) -> None:
         self._columns = columns
-        # Room for a single step, and for what is marked at the last one.
-        last += max(1.0, (last - first) / 100)
         self._steps = Range1d(
             first, last, bounds=(first, last), min_interval=(last - first) / 1000, name="steps"
         )

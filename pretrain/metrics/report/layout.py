@@ -100,6 +100,16 @@ def lay_out(runs: Sequence[Run]) -> list[DrawnSection]:
     return [*sections[:-1], unknown, sections[-1]]
 
 
+def step_range(runs: Sequence[Run]) -> tuple[float, float]:
+    """The steps that charts span: all that any of the runs has logged."""
+    steps = [run.history.series[STEP].step for run in runs if STEP in run.history.series]
+    if not steps:
+        return 0.0, 1.0
+    first, last = min(float(step[0]) for step in steps), max(float(step[-1]) for step in steps)
+    # Room for a single step, and for what is marked at the last one.
+    return first, last + max(1.0, (last - first) / 100)
+
+
 def chart_columns(runs: Sequence[Run]) -> dict[str, Columns]:
     """What the charts are drawn from, by the names of their sources.
 
