@@ -14,11 +14,11 @@ from markupsafe import Markup
 
 from pretrain.metrics.evaluation import read_evaluation
 from pretrain.metrics.history import read_history
+from pretrain.metrics.lm_eval import read_lm_eval
 from pretrain.metrics.registry import METRICS
 from pretrain.metrics.report.figures import HIGHEST_LOAD, Figures, embed
-from pretrain.metrics.report.funnel import funnel
-from pretrain.metrics.report.layout import Chart, DrawnSection, chart_columns, lay_out
-from pretrain.metrics.report.panels import STEP
+from pretrain.metrics.report.funnel import funnel_of
+from pretrain.metrics.report.layout import Chart, DrawnSection, chart_columns, lay_out, step_range
 from pretrain.metrics.report.reliability import attempts, events, lost_time
 from pretrain.metrics.report.run import Run
 from pretrain.metrics.report.summary import alarms, settings_of, status_of, summarize
@@ -72,6 +72,7 @@ def fragments(runs: Sequence[Run]) -> dict[str, str]:
     """What changes on the page while runs go on, other than charts: {element id: inner HTML}."""
     several = len(runs) > 1
     long = [(run.name, read_evaluation(run.directory)) for run in runs]
+    scores = [(run.name, read_lm_eval(run.directory)) for run in runs]
     contents: dict[str, dict[str, Any]] = {
         "status": {"status": f"{len(runs)} runs" if several else status_of(runs[0])},
         "alarms": {"alarms": list(alarms(runs))},
@@ -79,9 +80,9 @@ def fragments(runs: Sequence[Run]) -> dict[str, str]:
         "lost-time": {"runs": lost_time(runs)},
         "events": {"events": events(runs)},
         "attempts": {"attempts": attempts(runs)},
-        "funnel": {"outcomes": funnel(runs[0])},
+        "funnel": funnel_of(runs[0]),
         "long": {"long": [(name, found) for name, found in long if found]},
-        "evaluations": {},
+        "evaluations": {"tables": [(name, found) for name, found in scores if found]},
         "settings": settings_of(runs),
     }
     return {
@@ -97,7 +98,7 @@ def _draw(
 ) -> dict[str, Any]:
     if not charts:
         return {}
-    figures = Figures(*_steps(runs), chart_columns(runs))
+    figures = Figures(*step_range(runs), chart_columns(runs))
     drawn = [figures.draw(chart, references.get(chart.name, ())) for chart in charts]
     script, elements = embed(drawn)
     names = [chart.name for chart in charts]
@@ -106,12 +107,6 @@ def _draw(
         "bokeh": Markup(BOKEH_JS.render_js()),
         "script": Markup(script),
     }
-
-
-def _steps(runs: Sequence[Run]) -> tuple[float, float]:
-    """The first and the last step that any of the runs has logged."""
-    steps = [run.history.series[STEP].step for run in runs if STEP in run.history.series]
-    return min(float(step[0]) for step in steps), max(float(step[-1]) for step in steps)
 
 
 def _references(charts: Sequence[Chart], runs: Sequence[Run]) -> dict[str, list[tuple[str, float]]]:

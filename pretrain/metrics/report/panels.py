@@ -101,8 +101,13 @@ SECTIONS = (
             Lines("Model FLOPs of a device", ("perf/tflops_per_device",), from_zero=True),
             Lines("Time of a step", ("perf/step_s",), from_zero=True),
             Lines(
-                "Time that a step waits",
-                ("perf/data_wait_s", "perf/exposed_communication_s", "perf/checkpoint_stall_s"),
+                "Time that training waits",
+                (
+                    "perf/data_wait_s",
+                    "perf/exposed_communication_s",
+                    "perf/checkpoint_stall_s",
+                    "perf/evaluation_s",
+                ),
                 from_zero=True,
             ),
             Lines(
@@ -131,6 +136,9 @@ SECTIONS = (
         "Data",
         (
             Lines("Loss by source", ("train/loss_by_source",)),
+            Lines(
+                "Tokens with a label by source", ("train/loss_tokens_by_source",), from_zero=True
+            ),
             Lines("Tokens with a label", ("train/loss_tokens",), from_zero=True),
             Lines("Tokens trained on", ("train/tokens",), from_zero=True, is_noisy=False),
         ),

@@ -44,6 +44,12 @@ class Run:
             return None
 
     @cached_property
+    def funnels(self) -> list[dict[str, Any]]:
+        """Of the data's sources, those that know what each step has dropped, with examples."""
+        path = self.directory.funnel
+        return (read_json(path.read_text()) or []) if path.exists() else []
+
+    @cached_property
     def unigram_entropy(self) -> float | None:
         """That of the data, if it is a single source: those of several do not add up."""
         if len(self.data_manifests) != 1:
