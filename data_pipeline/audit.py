@@ -16,6 +16,8 @@ from data_pipeline.crawl import Reject, read_document
 from data_pipeline.errors import DataError
 from data_pipeline.examples import source_of
 from data_pipeline.extract import ExtractError, extract_text
+from data_pipeline.funnel import read_funnel
+from data_pipeline.rates import read_totals
 from data_pipeline.recipe import Recipe
 from data_pipeline.run_folder import PLAN
 
@@ -78,13 +80,38 @@ class Audit:
         Raises:
             DataError: there are none.
         """
-        found = {(row["stage"], row["reason"]) for row in self.funnel()}
-        if reason not in {reason for _, reason in found}:
+        self._require(reason)
+        return self._rows(pc.field("reason") == reason)
+
+    def rates(self) -> list[Row]:
+        """How fast each stage was, see `data_pipeline.rates`; nothing where that is not known."""
+        return read_totals(self.folder)
+
+    def examples(self, reason: str | None = None) -> list[Row]:
+        """Examples of each reason, or of one, as the run has kept them; see `Examples.of`.
+
+        Raises:
+            DataError: there are none.
+        """
+        if reason is not None:
+            self._require(reason)
+        steps = read_funnel(self.folder)
+        outcomes = [(step["step"], one) for step in steps for one in step["dropped"]]
+        outcomes.append((steps[-1]["step"], {"reason": ledger.KEPT, **steps[-1]["kept"]}))
+        return [
+            {"step": step, "reason": outcome["reason"], **example}
+            for step, outcome in outcomes
+            for example in outcome["examples"]
+            if reason in (None, outcome["reason"])
+        ]
+
+    def _require(self, reason: str) -> None:
+        found = {row["reason"] for row in self.funnel()}
+        if reason not in found:
             raise DataError(
                 f"no document of {self.folder} has the reason {reason!r}; there are: "
-                + ", ".join(sorted({known for _, known in found}))
+                + ", ".join(sorted(found))
             )
-        return self._rows(pc.field("reason") == reason)
 
     def sample(self, stage: str, reason: str, size: int) -> list[Row]:
         """Rows drawn at random, the same ones each time."""

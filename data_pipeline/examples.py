@@ -103,8 +103,7 @@ class Examples:
 
 def source_of(page: Page, size: int | None = None) -> str:
     """The source of a page, or of its first bytes, without what cannot be shown."""
-    source = decode(page.body[:size], page.charset)
-    return "".join(c for c in source if c.isprintable() or c in "\n\t")
+    return _printable(decode(page.body[:size], page.charset))
 
 
 def _key(row: Row) -> str:
@@ -132,4 +131,9 @@ def _shown(stage: str, reason: str, one: Drawn) -> dict[str, Any]:
         return shown | dict.fromkeys(("url", "detail", "excerpt"))
     for name in ("url", "detail"):
         shown[name] = shown[name] and MASKS.mask(shown[name]).text
-    return shown | {"excerpt": MASKS.mask(one.text).text.strip()[:CHARACTERS] or None}
+    text = _printable(MASKS.mask(one.text).text).strip()
+    return shown | {"excerpt": text[:CHARACTERS] or None}
+
+
+def _printable(text: str) -> str:
+    return "".join(c for c in text if c.isprintable() or c in "\n\t")

@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Iterable
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
+from textwrap import indent, shorten
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from launch.data_rates import rates_table
 from launch.progress import show_progress
 from pretrain.errors import UserError
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 console = Console()
 CHARACTERS = 2_000
+EXCERPT = 200
 
 
 def audit(
@@ -28,6 +31,12 @@ def audit(
     ] = None,
     summary: Annotated[
         bool, typer.Option("--summary", help="Count by stage and reason; so it is by default.")
+    ] = False,
+    examples: Annotated[
+        bool,
+        typer.Option(
+            "--examples", help="Show the beginnings of some texts of each reason, or of --reason."
+        ),
     ] = False,
     html: Annotated[
         Path | None, typer.Option(help="Write a page with a sample of texts for each reason.")
@@ -42,7 +51,12 @@ def audit(
 
     asked = [
         name
-        for name, given in (("--doc", doc), ("--reason", reason), ("--summary", summary))
+        for name, given in (
+            ("--doc", doc),
+            ("--examples", examples),
+            ("--reason", reason and not examples),
+            ("--summary", summary),
+        )
         if given
     ]
     if len(asked) > 1:
@@ -50,6 +64,8 @@ def audit(
     opened = Audit(folder)
     if doc is not None:
         _show_document(opened, doc, as_json)
+    elif examples:
+        _show_examples(opened.examples(reason), as_json)
     elif reason is not None:
         _list(opened.with_reason(reason), limit, as_json)
     elif summary or html is None:
@@ -79,7 +95,21 @@ def _summarise(opened: "Audit", as_json: bool) -> None:
         count = row["documents"]
         table.add_row(row["stage"], row["reason"], f"{count:,}", f"{count / total:.1%}")
     console.print(table)
-    _say(f"{total:,} documents. --reason REASON lists those of one reason, --html FILE shows texts")
+    if rates := opened.rates():
+        console.print(rates_table(rates))
+    _say(f"{total:,} documents. --reason REASON lists those of one reason, --examples shows texts")
+
+
+def _show_examples(rows: Iterable[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        _print_json(rows)
+        return
+    for (step, reason), group in groupby(rows, lambda row: (row["step"], row["reason"])):
+        _say(f"{step}: {reason}")
+        for row in group:
+            _say("  " + "  ".join(filter(None, (row["url"] or row["id"], row["detail"]))))
+            if row["excerpt"]:
+                _say(indent(shorten(row["excerpt"], EXCERPT, placeholder=" [...]"), "    "))
 
 
 def _list(rows: Iterable[dict[str, Any]], limit: int, as_json: bool) -> None:

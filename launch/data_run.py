@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from launch.data_rates import rates_table
 from launch.progress import Show
 
 if TYPE_CHECKING:
@@ -114,6 +115,8 @@ def report(result: "RunResult", out: Path, console: Console) -> None:
         table.add_row(row["stage"], row["reason"], str(row["documents"]))
     if result.funnel:
         console.print(table)
+    if result.rates:
+        console.print(rates_table(result.rates))
     for archive in result.manifest.extra["inputs"]:
         if not archive["documents"]:
             say(f"{archive['path']}: no documents")

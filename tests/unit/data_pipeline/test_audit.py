@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections import Counter
 from html import unescape
 from pathlib import Path
@@ -87,6 +88,37 @@ def test_the_summary_and_the_lists_count_the_same_documents(audit: Audit) -> Non
         )
         found = [json.loads(line) for line in listed.splitlines()]
         assert sum(r["stage"] == row["stage"] for r in found) == row["documents"]
+
+
+def test_examples_of_each_reason_are_shown_without_the_archives(
+    folder: Path, tmp_path: Path
+) -> None:
+    code, printed = asked(str(folder), "--examples", "--json")
+    assert code == 0
+    rows = [json.loads(line) for line in printed.splitlines()]
+    assert {row["reason"] for row in rows} == {row["reason"] for row in Audit(folder).funnel()}
+    _, shown = asked(str(folder), "--examples", "--reason", "near duplicate")
+    of_reason = [row for row in rows if row["reason"] == "near duplicate"]
+    assert of_reason
+    for row in of_reason:
+        assert row["url"] in shown
+        assert row["excerpt"].split()[0] in shown
+    assert "near duplicates: near duplicate" in shown
+    _, told = asked(str(folder), "--examples", "--reason", "nothing")
+    assert "has the reason 'nothing'; there are: " in told
+    _, told = asked(str(folder), "--examples", "--doc", "x")
+    assert "--doc and --examples are different questions" in told
+    shutil.copytree(folder, tmp_path / "old")
+    (tmp_path / "old" / "funnel.json").unlink()
+    _, told = asked(str(tmp_path / "old"), "--examples")
+    assert "funnel.json: no such file; make the data again" in told
+
+
+def test_the_summary_says_how_fast_each_stage_was(folder: Path) -> None:
+    _, printed = asked(str(folder), "--summary")
+    documents = sum(row["documents"] for row in Audit(folder).funnel())
+    assert re.search(rf"clean +│ +{documents} │", printed)
+    assert re.search(r"shards +│ +\d+ │", printed)
 
 
 def test_the_page_shows_texts_of_every_reason_and_loads_nothing(

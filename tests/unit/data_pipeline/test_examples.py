@@ -61,7 +61,7 @@ def test_what_reaches_a_person_is_masked_and_so_is_what_the_cut_goes_through() -
     before = "x " * (CHARACTERS // 2 - 4)
     examples = Examples()
     row = row_of(1) | {"url": f"https://example.com/?to={email}", "detail": f"ask {email}"}
-    examples.offer(1, row, f"{phone} {before}{email}")
+    examples.offer(1, row, f"{phone}\x1b {before}{email}")
     (example,) = examples.of(STAGE, REASON)
     assert example["excerpt"].startswith("phone: <PHONE> x x")
     assert "jane" not in str(example)
