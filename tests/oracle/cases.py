@@ -1,5 +1,6 @@
 """What the scripts on N ranks share: their command line, and the batches they read."""
 
+import re
 import sys
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -36,13 +37,18 @@ def run_cases(run_case: Callable[[str, Config, torch.device], dict[str, Any]]) -
     device = join_ranks(timedelta(minutes=2))
     for case in sys.argv[3:]:
         name, _, overrides = case.partition(":")
-        config = load_config("tiny-hybrid-moe", [f"data.shards={shards}", *overrides.split(",")])
+        config = load_config("tiny-hybrid-moe", [f"data.shards={shards}", *_split(overrides)])
         result = run_case(name, config, device)
         if dist.get_rank() == 0:
             torch.save(result, results / f"{name}.pt")
     # gloo may abort a rank that leaves while another still works.
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _split(overrides: str) -> list[str]:
+    """A value may be a list, whose commas separate no overrides."""
+    return re.split(r",(?=[\w.]+=)", overrides)
 
 
 def read_microbatches(

@@ -24,48 +24,16 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor, nn
 
-from parallel.comm import Communicator
-from parallel.context.attention import ContextAttention
-from parallel.context.documents import SplitDocuments
-from parallel.layout import RowLayout, zigzag
 from pretrain.config import Config
 from pretrain.data import open_stream
+from pretrain.engines.megatron import shard_batch, with_ring_attention
+from pretrain.engines.megatron.cpu import on_any_device
+from pretrain.engines.megatron.norm import Norm
+from pretrain.engines.megatron.weights import fill, whole
 from pretrain.model.init import initialize
 from pretrain.model.kernels.cross_entropy import IGNORED
-from pretrain.model.kernels.documents import Documents
 from pretrain.model.transformer import Transformer
 from tests.oracle.cases import Microbatch, read_microbatches, run_cases
-from tests.oracle.megatron_cpu import cuda_is_cpu
-from tests.oracle.megatron_weights import Part, from_megatron, to_megatron, whole
-
-
-class Norm(nn.RMSNorm):
-    """torch's RMSNorm in place of Apex's; megatron-core's own wrapper refuses it sequence-parallel.
-
-    Its gradient is a partial sum there, which the mark tells `finalize_model_grads`.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> None:
-        super().__init__(hidden_size, eps)
-        self.weight.sequence_parallel = config.sequence_parallel
-
-
-class Ring(nn.Module):
-    """Our ring in place of megatron-core's attention, which refuses to share a sequence."""
-
-    def __init__(self, config: TransformerConfig, **_: Any) -> None:
-        super().__init__()
-        self.scale = config.kv_channels**-0.5
-        ring = Communicator(parallel_state.get_context_parallel_group(), "cp")
-        self.attention = ContextAttention(ring)
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, documents: SplitDocuments, **_: Any
-    ) -> Tensor:
-        """[t, B, heads, D] each -> [t, B, heads * D]; `documents` came as the mask."""
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-        out = self.attention(q, k, v, documents, scale=self.scale, window=None)
-        return out.permute(2, 0, 1, 3).flatten(2)
 
 
 def transformer_config(config: Config) -> TransformerConfig:
@@ -122,9 +90,8 @@ def layer_specs(config: TransformerConfig) -> TransformerBlockSubmodules:
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
         attention = layer.submodules.self_attention.submodules
         attention.q_layernorm = attention.k_layernorm = Norm
-        if config.context_parallel_size > 1:
-            attention.core_attention = Ring
-    return spec
+    # Without Transformer Engine its own attention refuses to share a sequence.
+    return with_ring_attention(spec) if config.context_parallel_size > 1 else spec
 
 
 def build_model(config: Config) -> DistributedDataParallel:
@@ -143,50 +110,34 @@ def build_model(config: Config) -> DistributedDataParallel:
     )
     ours = Transformer(model)
     initialize(ours, model, config.train.seed)
-    parameters = dict(gpt.named_parameters())
-    part = part_of_this_rank(config)
-    weights = to_megatron(ours.state_dict(), parameters, part, model.attention)
-    for name, parameter in parameters.items():
-        parameter.data.copy_(weights[name])
+    fill(gpt, model, ours.state_dict().__getitem__)
     return DistributedDataParallel(theirs, DistributedDataParallelConfig(), gpt)
 
 
-def part_of_this_rank(config: Config) -> Part:
-    parallel = config.parallel
-    pp_rank = parallel_state.get_pipeline_model_parallel_rank()
-    ep_rank = parallel_state.get_expert_model_parallel_rank()
-    return Part(
-        first_layer=pp_rank * config.model.n_layers // parallel.pp,
-        first_expert=ep_rank * config.model.moe.n_experts // parallel.ep,
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tp=parallel.tp,
-        tied=config.model.tie_embeddings,
-    )
-
-
-def mask_of(position: Tensor) -> Tensor | SplitDocuments:
-    """What the attention of this layout reads of the documents' positions [B, T].
-
-    For megatron-core's own this is [B, 1, T, T], true where a token must not attend: what is later,
-    or elsewhere.
+def mask_of(position: Tensor) -> Tensor:
+    """[B, 1, T, T] of positions [B, T], true where a token must not attend: what is later, or
+    elsewhere.
     """
-    ranks = parallel_state.get_context_parallel_world_size()
-    if ranks > 1:
-        blocks = zigzag(position.shape[1], ranks)
-        rows = [RowLayout(row, blocks) for row in Documents.from_position(position).lengths]
-        return SplitDocuments.of_rank(rows, parallel_state.get_context_parallel_rank())
     document = (position == 0).cumsum(1)
     same = document[:, :, None] == document[:, None, :]
     return ~same.tril()[:, None]
 
 
+def share_of_rank(batch: Microbatch) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """This rank's tokens, and what tells its attention of the documents."""
+    rows = {"tokens": batch.tokens, "labels": batch.labels}
+    group = parallel_state.get_context_parallel_group()
+    if group.size() == 1:
+        return rows, {"attention_mask": mask_of(batch.position)}
+    rows, documents = shard_batch(rows, batch.position, group, "zigzag")
+    return rows, {"attention_mask": None, "packed_seq_params": documents}
+
+
 def forward_step(batches: Iterator[Microbatch], model: nn.Module) -> tuple[Tensor, Any]:
-    batch = next(batches)
-    # Rotations are relative, so that positions may go on from document to document.
-    row = torch.arange(batch.tokens.shape[1]).expand_as(batch.tokens)
-    mine = get_batch_on_this_cp_rank({"tokens": batch.tokens, "labels": batch.labels, "row": row})
-    tokens, labels, row = mine.values()
-    losses = model(tokens, row, mask_of(batch.position), labels=labels.clamp_min(0))
+    rows, documents = share_of_rank(next(batches))
+    labels = rows["labels"]
+    # It makes its own positions: rotations are relative, and go on from document to document.
+    losses = model(rows["tokens"], None, labels=labels.clamp_min(0), **documents)
     return losses, partial(loss_sum, labels != IGNORED)
 
 
@@ -223,17 +174,14 @@ def run_case(_: str, config: Config, __: torch.device) -> dict[str, Any]:
     dist.all_reduce(totals)
     loss, tokens = totals.tolist()
 
-    part = part_of_this_rank(config)
-    gradients = {name: weight.main_grad for name, weight in model.module.named_parameters()}
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, (part, from_megatron(gradients, part, config.model.attention)))
+    gradients = whole([model.module], config.model, lambda weight: weight.main_grad)
     rows: list[Any] = [None] * dist.get_world_size()
     row = torch.arange(config.data.seq_len)[None]
     dist.all_gather_object(rows, get_batch_on_this_cp_rank({"row": row})["row"][0])
     parallel_state.destroy_model_parallel()
-    return {"loss": loss / tokens, "gradients": whole(parts), "tokens_of_ranks": rows}
+    return {"loss": loss / tokens, "gradients": gradients, "tokens_of_ranks": rows}
 
 
 if __name__ == "__main__":
-    with cuda_is_cpu():
+    with on_any_device():
         run_cases(run_case)

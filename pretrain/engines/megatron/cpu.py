@@ -10,7 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+from megatron.core.tensor_parallel import random
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -20,9 +20,12 @@ class CudaIsCpu(TorchFunctionMode):
     """Leaves on the CPU, unpinned, what is asked for with device="cuda" or moved by `cuda()`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
         if func is Tensor.cuda:
             return args[0]
-        kwargs = dict(kwargs or {})
+        if func is Tensor.type and len(args) == 1 and not kwargs:
+            # The optimizer takes no weights but those of a type whose name has "cuda" in it.
+            return func(*args).replace("torch.", "torch.cuda.", 1)
         if kwargs.get("device") == "cuda":
             kwargs["device"] = "cpu"
         kwargs.pop("pin_memory", None)
@@ -46,8 +49,11 @@ def counts_on_host(counts: Any, as_numpy: bool = False, record_stream: bool = Fa
 
 
 @contextlib.contextmanager
-def cuda_is_cpu() -> Iterator[None]:
-    """Inside, megatron-core runs on the CPU."""
+def on_any_device() -> Iterator[None]:
+    """Inside, megatron-core runs on the CPU, if there is no GPU. Also a decorator."""
+    if torch.cuda.is_available():
+        yield
+        return
     stream = Stream()
     with (
         patch.multiple(
@@ -56,9 +62,13 @@ def cuda_is_cpu() -> Iterator[None]:
             Stream=Stream,
             current_stream=lambda: stream,
             stream=lambda _: contextlib.nullcontext(),
+            synchronize=lambda: None,
         ),
-        # No dropout, and the weights come from elsewhere: nothing is drawn.
-        patch.object(CudaRNGStatesTracker, "fork", lambda *_: contextlib.nullcontext()),
+        # No dropout, and the weights come from elsewhere: nothing is drawn, and recomputation has
+        # no state of a generator to bring back.
+        patch.object(random.CudaRNGStatesTracker, "fork", lambda *_: contextlib.nullcontext()),
+        patch.object(random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()),
+        patch.object(random, "_set_cuda_rng_state", lambda state, *_, **__: None),
         # The name is left undefined where Transformer Engine is missing, yet compared with None.
         patch.object(moe_utils, "te_general_gemm", None, create=True),
         patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", counts_on_host),

@@ -1,0 +1,1 @@
+"""Other engines that can train our models; each needs an optional extra."""

@@ -1,0 +1,198 @@
+"""From farspan's configuration to megatron-core's, and what does not fit into it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer import TransformerConfig
+
+from pretrain.config import Config
+from pretrain.errors import UserError
+from pretrain.layouts import Layout, stages_per_rank
+from pretrain.model.config import ModelConfig
+
+
+def check_expressible(config: Config, layout: Layout) -> None:
+    """Raise UserError with all that megatron-core cannot do of a configuration."""
+    problems = [*_model_problems(config.model, layout), *_run_problems(config, layout)]
+    if problems:
+        listed = "\n".join(f"- {problem}" for problem in problems)
+        raise UserError(f"megatron-core cannot train this:\n{listed}\nThe native engine can")
+
+
+def _model_problems(model: ModelConfig, layout: Layout) -> Iterator[str]:
+    moe, attention, linear, tp = model.moe, model.attention, model.linear, layout.tp
+    kinds = model.layer_kinds()
+    if moe.n_experts and moe.balance != "batch" and (moe.balance == "bias" or moe.aux_loss):
+        yield f"model.moe.balance = {moe.balance}: the router in its layers knows batch alone"
+    if moe.n_experts and moe.capacity_factor is not None:
+        yield (
+            f"model.moe.capacity_factor = {moe.capacity_factor}: it drops by microbatch and rank; "
+            "null drops nothing"
+        )
+    if moe.n_experts and tp > 1 and layout.ep == 1:
+        yield (
+            f"experts with parallel.tp = {tp} and parallel.ep = 1: megatron-core 0.16.1 leaves "
+            "each rank of tp its own part of their gradient; set parallel.ep"
+        )
+    if moe.n_experts % layout.ep:
+        yield f"parallel.ep = {layout.ep} does not divide model.moe.n_experts = {moe.n_experts}"
+    shared = {
+        "model.vocab_size": model.vocab_size,
+        "model.attention.n_heads": attention.n_heads,
+        "model.attention.n_kv_heads": attention.n_kv_heads,
+        "model.d_ff": model.d_ff,
+    }
+    if "linear" in kinds:
+        shared["model.linear.n_key_heads"] = linear.n_key_heads
+        shared["model.linear.n_value_heads"] = linear.n_value_heads
+    if moe.n_experts:
+        del shared["model.d_ff"]
+        shared["model.moe.d_shared_expert"] = moe.d_shared_expert
+    for field, size in shared.items():
+        if size % tp:
+            yield f"parallel.tp = {tp} does not divide {field} = {size}"
+
+
+def _run_problems(config: Config, layout: Layout) -> Iterator[str]:
+    parallel, pipeline = config.parallel, config.parallel.pipeline
+    if layout.pp > 1 and pipeline.schedule not in ("1f1b", "interleaved"):
+        yield f"parallel.pipeline.schedule = {pipeline.schedule}: it has 1f1b and interleaved"
+    stages = layout.pp * _stages_per_rank(config, layout)
+    if config.model.n_layers % stages:
+        yield f"{stages} stages do not divide model.n_layers = {config.model.n_layers}"
+    if pipeline.layers_per_stage != "balanced":
+        yield "parallel.pipeline.layers_per_stage: its stages have equally many; balanced"
+    if layout.ulysses > 1:
+        yield f"parallel.ulysses = {layout.ulysses}: its groups of ranks exchange keys only; 1"
+    if config.data.seq_len % (2 * layout.cp):
+        yield f"2 x parallel.cp = {2 * layout.cp} does not divide data.seq_len"
+    if config.context.in_segments:
+        yield "context.segments, or lanes: it computes rows whole"
+    if parallel.recompute not in ("none", "full"):
+        yield f"parallel.recompute = {parallel.recompute}: none, or full for all layers"
+    if parallel.offload != "none" or parallel.feed_forward_tile is not None:
+        yield "parallel.offload and parallel.feed_forward_tile: it has no such thing"
+    if parallel.dispatcher != "all_to_all":
+        yield f"parallel.dispatcher = {parallel.dispatcher}: all_to_all"
+    if config.optim.in_backward or config.optim.state_dtype != "float32":
+        yield "optim.in_backward and optim.state_dtype: its AdamW has neither; false and float32"
+
+
+def _stages_per_rank(config: Config, layout: Layout) -> int:
+    return stages_per_rank(config) if layout.pp > 1 else 1
+
+
+def transformer_config(config: Config, layout: Layout) -> TransformerConfig:
+    """megatron-core's settings of a model and its layout."""
+    model, dtype = config.model, getattr(torch, config.train.dtype)
+    return TransformerConfig(
+        num_layers=model.n_layers,
+        hidden_size=model.d_model,
+        ffn_hidden_size=model.d_ff,
+        layernorm_epsilon=model.norm_eps,
+        layernorm_zero_centered_gamma=model.zero_centered_norm,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0,
+        attention_dropout=0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # The sum over tokens, divided by their number in the global batch.
+        calculate_per_token_loss=True,
+        finalize_model_grads_func=finalize_model_grads,
+        # The weights come from elsewhere.
+        perform_initialization=False,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        **_attention(model),
+        **(_experts(model, layout) if model.moe.n_experts else {}),
+        **_parallel(config, layout),
+    )
+
+
+def _attention(model: ModelConfig) -> dict[str, Any]:
+    c, linear, kinds = model.attention, model.linear, model.layer_kinds()
+    fields: dict[str, Any] = {
+        "num_attention_heads": c.n_heads,
+        "num_query_groups": c.n_kv_heads,
+        "kv_channels": c.head_dim,
+        "qk_layernorm": True,
+        "attention_output_gate": c.output_gate,
+        "linear_num_key_heads": linear.n_key_heads,
+        "linear_num_value_heads": linear.n_value_heads,
+        "linear_key_head_dim": linear.key_dim,
+        "linear_value_head_dim": linear.value_dim,
+        "linear_conv_kernel_dim": linear.conv_width,
+        # Names of a checkpoint's tensors then have the layer's number: layers differ.
+        "hetereogenous_dist_checkpoint": True,
+    }
+    if "sliding" in kinds:
+        fields["window_size"] = (c.window - 1, 0)
+        fields["window_attn_skip_freq"] = [int(kind == "sliding") for kind in kinds]
+    return fields
+
+
+def _experts(model: ModelConfig, layout: Layout) -> dict[str, Any]:
+    moe = model.moe
+    return {
+        "num_moe_experts": moe.n_experts,
+        "moe_router_topk": moe.top_k,
+        "moe_router_pre_softmax": True,
+        "moe_ffn_hidden_size": moe.d_expert,
+        "moe_shared_expert_intermediate_size": moe.d_shared_expert or None,
+        "moe_shared_expert_gate": moe.d_shared_expert > 0,
+        # Our router has its own losses.
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",
+        "moe_grouped_gemm": HAVE_TE,
+        "moe_token_dispatcher_type": "alltoall",
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": 1,
+    }
+
+
+def _parallel(config: Config, layout: Layout) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "tensor_model_parallel_size": layout.tp,
+        "sequence_parallel": layout.tp > 1,
+        "pipeline_model_parallel_size": layout.pp,
+        "context_parallel_size": layout.cp,
+        "batch_p2p_sync": False,
+    }
+    if (stages := _stages_per_rank(config, layout)) > 1:
+        # Without overlap gloo takes one stage's tensors for another's: wrong, and silent.
+        fields |= {
+            "virtual_pipeline_model_parallel_size": stages,
+            "overlap_p2p_comm": True,
+            "batch_p2p_comm": False,
+        }
+    if config.parallel.recompute == "full":
+        fields |= {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    return fields
+
+
+def optimizer_config(config: Config) -> OptimizerConfig:
+    """megatron-core's AdamW, with our settings."""
+    optim, dtype = config.optim, getattr(torch, config.train.dtype)
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.betas[0],
+        adam_beta2=optim.betas[1],
+        adam_eps=optim.eps,
+        clip_grad=optim.clip or 0.0,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+    )

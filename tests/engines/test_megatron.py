@@ -1,0 +1,64 @@
+"""Our models in megatron-core, on its parallelism and its optimizer, against our Trainer."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.oracle.cases import arguments
+from tests.oracle.compare import TOLERANCE, assert_same
+from tests.ranks import run_on_ranks
+
+pytestmark = pytest.mark.oracle
+
+OURS = Path(__file__).parents[1] / "oracle" / "our_cases.py"
+THEIRS = Path(__file__).with_name("megatron_cases.py")
+SMALL = (
+    "model.vocab_size=1024,model.d_model=64,model.d_ff=96,model.attention.head_dim=16,"
+    "model.linear.key_dim=16,model.linear.value_dim=16,model.moe.d_expert=32,"
+    "model.moe.d_shared_expert=32,data.seq_len=64,train.global_batch=4,train.microbatch=1"
+)
+MODELS = {
+    "hybrid": SMALL,
+    "dense": f"{SMALL},model.moe.n_experts=0,model.tie_embeddings=true",
+    "softmax": f"{SMALL},model.layer_pattern=[softmax,sliding],model.attention.window=9,"
+    "model.attention.output_gate=false,model.zero_centered_norm=false,"
+    "model.moe.d_shared_expert=0",
+}
+LAYOUTS = {
+    "tp2": ("dense", "parallel.tp=2"),
+    "pp2": ("dense", "parallel.pp=2"),
+    "pp2-interleaved": ("hybrid", "parallel.pp=2,parallel.pipeline.schedule=interleaved"),
+    "ep2": ("hybrid", "parallel.ep=2"),
+    "tp2-ep2": ("hybrid", "parallel.tp=2,parallel.ep=2"),
+    "cp2-softmax": ("softmax", "parallel.cp=2"),
+    "cp2-hybrid": ("hybrid", "parallel.cp=2,parallel.recompute=full"),
+}
+
+
+def run(
+    ranks: int, script: Path, shards: Path, folder: Path, cases: dict[str, str]
+) -> dict[str, dict]:
+    run_on_ranks(ranks, script, *arguments(shards, folder, cases))
+    return {name: torch.load(folder / f"{name}.pt") for name in cases}
+
+
+@pytest.fixture(scope="module")
+def ours(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    return run(1, OURS, shards, tmp_path_factory.mktemp("ours"), MODELS)
+
+
+@pytest.fixture(scope="module")
+def theirs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    cases = {name: f"{MODELS[model]},{layout}" for name, (model, layout) in LAYOUTS.items()}
+    return run(2, THEIRS, shards, tmp_path_factory.mktemp("megatron"), cases)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_losses_gradients_and_weights_are_those_of_our_trainer(
+    name: str, ours: dict[str, dict], theirs: dict[str, dict]
+) -> None:
+    reference = ours[LAYOUTS[name][0]]
+    assert theirs[name]["losses"] == pytest.approx(reference["losses"], rel=TOLERANCE)
+    assert_same(theirs[name]["gradients"], reference["gradients"])
+    assert_same(theirs[name]["weights"], reference["weights"])
