@@ -105,7 +105,7 @@ def _match(manager: Any, name: str, folder: Path | None) -> list[str]:
     if not found:
         nearest = get_close_matches(name, manager.all_tasks, n=NEAREST, cutoff=0.5)
         hint = f"did you mean {', '.join(nearest)}?" if nearest else "`lm-eval ls tasks` lists them"
-        where = "" if folder is None else f", and neither has --tasks-dir {folder}"
+        where = "" if folder is None else f", nor has --tasks-dir {folder}"
         raise UserError(f"--tasks {name}: the harness has no such task{where}; {hint}")
     return found
 

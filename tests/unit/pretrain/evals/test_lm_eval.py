@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 import torch
 
@@ -16,19 +17,15 @@ from pretrain.checkpoint.hf import export
 from pretrain.config import load_config
 from pretrain.errors import TrainingError, UserError
 from pretrain.evals import lm_eval as evaluation
+from pretrain.evals import lm_eval_tasks
 from pretrain.evals.generate import generate
+from pretrain.evals.lm_eval_model import ExportedModel
+from pretrain.evals.lm_eval_tasks import load_tasks
 from pretrain.evals.perplexity import perplexity
 from pretrain.metrics.lm_eval import read_lm_eval
 from pretrain.model.init import initialize
 from pretrain.model.transformer import Transformer
 from pretrain.run_dir import RunDirectory
-
-datasets = pytest.importorskip("datasets")
-pytest.importorskip("lm_eval")
-
-from pretrain.evals import lm_eval_tasks  # noqa: E402
-from pretrain.evals.lm_eval_model import ExportedModel  # noqa: E402
-from pretrain.evals.lm_eval_tasks import load_tasks  # noqa: E402
 
 CONTEXT = 96
 TEXT = "ab cde fghi jklm nop abc <|endoftext|> lmno pab cde " * 3
