@@ -1,7 +1,9 @@
 """How an attempt of a run begins, and where it goes on from."""
 
 import os
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -21,6 +23,19 @@ def begin_attempt(run: RunDirectory) -> int:
     """Let rank 0 begin the attempt that its launcher has made, or the next one. Collective."""
     made = os.environ.get(ATTEMPT_VARIABLE)
     return _on_rank_0(lambda: run.begin_attempt(int(made) if made else None))
+
+
+def process_started() -> float:
+    """When this process was started, in seconds since the epoch: before it had Python, or torch."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    # proc(5): field 22, of which the first two have gone with the name.
+    since_boot_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot_s)
+
+
+def is_requeued() -> bool:
+    """Whether Slurm has put the job of this attempt back into the queue since it was submitted."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
 def read_past(config: Config, run: RunDirectory) -> tuple[int, Past]:

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch.distributed as dist
 
+from pretrain.attempt import is_requeued, process_started
 from pretrain.config import Config, phases_of
 from pretrain.data import curriculum_of
 from pretrain.data_config import ShardSource
 from pretrain.guard import Rollback, Verdict
 from pretrain.ledger import Ledger, LedgerSource
 from pretrain.metrics.expert_load import DeadExperts
-from pretrain.metrics.goodput import Goodput
+from pretrain.metrics.goodput import Cause, Goodput
 from pretrain.metrics.sinks import JsonlSink, MetricsWriter, read_metrics, step_line
 from pretrain.metrics.wandb_sink import WandbSink
 from pretrain.numerics import numerics_of
@@ -37,8 +38,12 @@ class Recorder:
         fence = partial(run.check_attempt, attempt)
         self._steps = config.train.steps
         self._aside = run.aside(attempt)
+        # With the rows of all steps, also of those that are undone.
+        self._goodput = Goodput(run, attempt, process_started(), is_requeued=is_requeued())
         self._rows = JsonlSink(run.metrics)
         self._rows.cut_back(trainer.progress.step, self._aside)
+        self._goodput.undo()
+        self._goodput.save()
         data = config.data
         self.ledger = Ledger.open(
             run.ledger,
@@ -60,7 +65,6 @@ class Recorder:
         write_atomically(run.ranks_of(attempt), json.dumps(ranks) + "\n")
         self._mirror = WandbSink(run, config)
         self._metrics = MetricsWriter([self._rows, self._mirror], fence)
-        self._goodput = Goodput(run)
         self._dead_experts = DeadExperts(config.guard.window)
         self._run, self._attempt = run, attempt
         self._last_step = self._saved = trainer.progress.step
@@ -68,6 +72,7 @@ class Recorder:
 
     def enter(self, trainer: Trainer, result: StepResult) -> None:
         """Enter what became of the batches of a step."""
+        self._goodput.add_step(result.measured.data_wait_s, is_taken=result.verdict is None)
         step = trainer.progress.step + (result.verdict is not None)
         seq_len = trainer.config.data.seq_len
         for plan, first_token in result.passed_over:
@@ -79,7 +84,6 @@ class Recorder:
             self.ledger.skip(step, *batch, result.verdict.reason, *measured)
         else:
             self.ledger.train(step, *batch, *measured)
-            self._goodput.add(result.seconds)
             self._warn_of_dead_experts(step, result)
         self._skipped += len(result.passed_over) + (result.verdict is not None)
         self._last_step = step
@@ -88,6 +92,7 @@ class Recorder:
         what = f"step {self._last_step}: {verdict.reason}; batch skipped"
         print(f"warning: {what}", flush=True)
         self._mirror.alert("batch skipped", what)
+        self._goodput.spend("skipped batches")
 
     def enter_rollback(self, rollback: Rollback) -> None:
         """Enter that the run is about to go back: from here on it cannot forget to."""
@@ -107,7 +112,9 @@ class Recorder:
         self.ledger.roll_back(rollback.step, step, trainer.stream.tokens)
         self.ledger.sync()
         self._rows.cut_back(step, self._aside)
-        self._goodput.go_back()
+        self._goodput.undo()
+        self._goodput.spend("undone steps")
+        self._goodput.save()
         self._rollbacks += 1
         batches = (rollback.skip.stop - rollback.skip.first) // trainer.tokens_per_step
         what = (
@@ -123,13 +130,21 @@ class Recorder:
         if newest is not None and newest != self._saved:
             self._run.mark_saved(newest, self._attempt, str(trainer.store.target))
             self._saved = newest
+            self._goodput.spend("checkpoints")
+            self._goodput.save()
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Write a row of metrics, and the line that a log shows of it."""
         guard = {"guard/skipped": self._skipped, "guard/rollbacks": self._rollbacks}
+        self._goodput.spend("logging")
         row = {**row, **guard, **self._goodput.metrics()}
         self._metrics.log(row)
         print(step_line(row, self._steps), flush=True)
+        self._goodput.spend("logging")
+
+    def spent_on(self, cause: Cause) -> None:
+        """What has passed since anything was entered was spent on this."""
+        self._goodput.spend(cause)
 
     def lacks(self, step: int, name: str) -> bool:
         """Whether the newest row is that of `step`, and does not have this metric."""
@@ -147,6 +162,8 @@ class Recorder:
         return newest[0] if newest else {}
 
     def close(self) -> None:
+        self._goodput.spend("logging")
+        self._goodput.save(is_stopped=True)
         self._metrics.close()
 
     def _warn_of_dead_experts(self, step: int, result: StepResult) -> None:

@@ -116,8 +116,13 @@ class RunDirectory:
 
     @property
     def began(self) -> Path:
-        """When its first attempt began to train, in seconds since the epoch."""
+        """When rank 0 of its first attempt that trained was started, in seconds since the epoch."""
         return self.root / "began.json"
+
+    @property
+    def time_spent(self) -> Path:
+        """What the time since then went into, up to the newest checkpoint or the end."""
+        return self.root / "time.json"
 
     @property
     def ledger(self) -> Path:

@@ -124,7 +124,11 @@ def run_steps(
     until = train.steps if phase.stop is None else min(phase.stop, train.steps)
     clock, stopping = Clock(), False
     newest = trainer.progress.step
+    if recorder:
+        recorder.spent_on("starting")
     evaluate_late(held_out, newest, recorder, partial(monitor.beat, newest))
+    if recorder:
+        recorder.spent_on("evaluation")
     while phase.first <= trainer.progress.step < until and not stopping:
         beat = partial(monitor.beat, trainer.progress.step + 1)
         lr = trainer.lr()
@@ -140,6 +144,8 @@ def run_steps(
         # Who is asked to stop has little time; the next attempt has the same weights.
         is_evaluated = held_out.is_due(step) and not result.verdict and not stopping
         evaluated = held_out.evaluate(beat) if is_evaluated else {}
+        if recorder and is_evaluated:
+            recorder.spent_on("evaluation")
         if not result.verdict and (is_last or is_evaluated or step % train.log_every == 0):
             surveyed = survey(trainer, lr) if is_survey_due(step, train) else {}
             if recorder:
@@ -151,6 +157,8 @@ def run_steps(
                 recorder.ledger.sync()
             with clock:
                 trainer.save(is_last=is_last)
+            if recorder:
+                recorder.spent_on("checkpoints")
         if recorder:
             recorder.enter_checkpoint(trainer)
     monitor.beat(trainer.progress.step, "end", is_slow=True)

@@ -298,18 +298,39 @@ DEFINITIONS: tuple[Metric, ...] = (
     Metric(
         "perf/productive_s",
         "s",
-        "sum of perf/step_s over the steps that stand, of all attempts",
+        "time of the steps that stand, of all attempts, without waiting for data",
         "Without batches that were skipped and steps that were undone. After a restart it goes on "
-        "from the last row that is left.",
+        "from the last row that is left. With all of perf/lost_s it is the time since rank 0 of "
+        "the first attempt was started.",
         "rank 0",
         "pretrain/metrics/goodput.py",
     ),
     Metric(
         "perf/goodput",
         "share",
-        "perf/productive_s / time since the run's first attempt began to train",
-        "The rest was lost: between attempts, starting, in checkpoints, and in steps that were "
-        "skipped, undone or trained twice.",
+        "perf/productive_s / (perf/productive_s + sum of perf/lost_s)",
+        "Of all time since the run began; perf/lost_s tells what has become of the rest.",
+        "rank 0",
+        "pretrain/metrics/goodput.py",
+    ),
+    Metric(
+        "perf/ettr",
+        "share",
+        "perf/productive_s / (perf/productive_s + sum of perf/lost_s without stopped)",
+        "Effective training time ratio (Kokolis et al. 2024, arXiv:2410.21680): of the time in "
+        "which the run was to train, waiting in a queue included.",
+        "rank 0",
+        "pretrain/metrics/goodput.py",
+    ),
+    Metric(
+        "perf/lost_s",
+        "s",
+        "{cause: time since the run began that no step has used that stands}",
+        "starting: from the start of rank 0 to an attempt's, or a phase's, first step; data wait: "
+        "as perf/data_wait_s; skipped batches: computed, and not learned from; undone steps: by a "
+        "rollback, with its loading, or trained again after a kill; evaluation; checkpoints; "
+        "logging: rows, surveys of weights, and the end of W&B; between attempts: dead, ending, or "
+        "waiting in a queue; stopped: from an end in order until somebody started it again.",
         "rank 0",
         "pretrain/metrics/goodput.py",
     ),
