@@ -273,11 +273,28 @@ def export(
 
 
 @app.command()
-def report(run: Run) -> None:
-    """Write RUN/report.html: one file with every chart, readable without a network."""
-    from launch.train import write_run_report
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run directories, shown side by side.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The file (default: RUN/report.html of a single run).")
+    ] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Show the page in a browser, and follow the runs.")
+    ] = False,
+    port: Annotated[
+        int | None, typer.Option(help="Of --serve (default 8750; 0: one that is free).")
+    ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(help="The address that --serve answers at (default 127.0.0.1: this machine)."),
+    ] = None,
+) -> None:
+    """Write every chart of runs into one file that needs no network, or follow them live."""
+    from launch.report import report_runs
 
-    print(write_run_report(run))
+    report_runs(runs, out, serve, port, host)
 
 
 @app.command()

@@ -1,13 +1,13 @@
-"""`farspan train` and `farspan report`."""
+"""`farspan train`."""
 
-import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from launch.local import StopSignals
-from pretrain.config import load_config, read_run_config
+from launch.report import write_report_of
+from pretrain.config import load_config
 from pretrain.errors import TrainingError, UserError
 from pretrain.layouts import resolve_layouts
 from pretrain.run_dir import RunDirectory
@@ -75,15 +75,6 @@ def try_to_report(run: RunDirectory) -> None:
     """Write the report of a run, or say why it cannot be written."""
     # What became of the run does not depend on it.
     try:
-        print(f"report: {write_run_report(run.root)}")
+        print(f"report: {write_report_of([run.root])}")
     except (OSError, UserError, TrainingError) as error:
         print(f"warning: no report: {error}; `farspan report {run.root}`", file=sys.stderr)
-
-
-def write_run_report(directory: Path) -> Path:
-    """Write the report of a run, with what is known of its data."""
-    from pretrain.metrics.report import write_report
-
-    run = RunDirectory(directory)
-    read_run_config(run)
-    return write_report(run, json.loads(run.data.read_text()))
