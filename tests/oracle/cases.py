@@ -37,7 +37,9 @@ def run_cases(run_case: Callable[[str, Config, torch.device], dict[str, Any]]) -
     device = join_ranks(timedelta(minutes=2))
     for case in sys.argv[3:]:
         name, _, overrides = case.partition(":")
-        config = load_config("tiny-hybrid-moe", [f"data.shards={shards}", *_split(overrides)])
+        config = load_config(
+            "tiny-hybrid-moe", [f"data.shards={shards}", *split_overrides(overrides)]
+        )
         result = run_case(name, config, device)
         if dist.get_rank() == 0:
             torch.save(result, results / f"{name}.pt")
@@ -46,7 +48,7 @@ def run_cases(run_case: Callable[[str, Config, torch.device], dict[str, Any]]) -
     dist.destroy_process_group()
 
 
-def _split(overrides: str) -> list[str]:
+def split_overrides(overrides: str) -> list[str]:
     """A value may be a list, whose commas separate no overrides."""
     return re.split(r",(?=[\w.]+=)", overrides)
 

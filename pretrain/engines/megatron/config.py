@@ -130,8 +130,6 @@ def _attention(model: ModelConfig) -> dict[str, Any]:
         "linear_key_head_dim": linear.key_dim,
         "linear_value_head_dim": linear.value_dim,
         "linear_conv_kernel_dim": linear.conv_width,
-        # Names of a checkpoint's tensors then have the layer's number: layers differ.
-        "hetereogenous_dist_checkpoint": True,
     }
     if "sliding" in kinds:
         fields["window_size"] = (c.window - 1, 0)
