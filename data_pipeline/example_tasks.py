@@ -28,12 +28,14 @@ doc_to_choice: choices
 """
 
 COPY = """\
-# One answer: how likely it is, and whether it is likelier than any other text.
+# One answer: how likely it is, and whether it is likelier than any other text. It begins with the
+# space before it, as tokens do.
 task: example_copy
 tag: example
 output_type: loglikelihood
 doc_to_text: "{{text}}"
-doc_to_target: "{{letter}}"
+target_delimiter: ""
+doc_to_target: " {{letter}}"
 """
 
 REVERSAL = """\

@@ -83,7 +83,7 @@ class ExportedModel(TemplateLM):
         for request in requests:
             context, answer = request.args
             pair = self._encode_pair(context, answer) if context else self._alone(answer)
-            self._check(request.task_name, *pair)
+            self._check(request, *pair)
             pairs.append(pair)
         return self._score(pairs)
 
@@ -137,11 +137,18 @@ class ExportedModel(TemplateLM):
     def _alone(self, answer: str) -> Pair:
         return [self.eot_token_id], self.tok_encode(answer)
 
-    def _check(self, task: str, context: list[int], answer: list[int]) -> None:
-        if not answer or len(answer) > self.max_length:
+    def _check(self, request: Any, context: list[int], answer: list[int]) -> None:
+        task = request.task_name
+        if not answer:
             raise UserError(
-                f"{task}: an answer has {len(answer)} tokens; the model sees {self.max_length} at "
-                "most (--context), and an answer needs at least one"
+                f"{task}: the answer {request.args[1]!r} has no token of its own after "
+                f"{request.args[0][-20:]!r}: begin answers with a space (target_delimiter or "
+                "doc_to_target of the task's file)"
+            )
+        if len(answer) > self.max_length:
+            raise UserError(
+                f"{task}: an answer has {len(answer)} tokens, and the model sees "
+                f"{self.max_length} at most (--context)"
             )
         if len(context) + len(answer) > self.max_length + 1:
             self.truncated[task] += 1

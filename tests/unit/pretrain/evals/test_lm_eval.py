@@ -161,8 +161,10 @@ def test_what_is_truncated_is_counted(asked: ExportedModel) -> None:
 
 
 def test_what_cannot_be_asked_is_refused(asked: ExportedModel) -> None:
-    with pytest.raises(UserError, match=r"task: an answer has \d+ tokens; the model sees 96"):
+    with pytest.raises(UserError, match=r"task: an answer has \d+ tokens, and the model sees 96"):
         asked.loglikelihood([request("ab", TEXT)])
+    with pytest.raises(UserError, match=r"task: the answer '' has no token of its own after 'ab'"):
+        asked.loglikelihood([request("ab", "")])
     with pytest.raises(UserError, match="task generates up to 96 tokens, and the model sees 96"):
         asked.generate_until([request("ab", {"until": [], "max_gen_toks": CONTEXT})])
 
