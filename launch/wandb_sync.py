@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,9 +22,11 @@ from urllib3.util import Retry
 
 from launch.run_state import read_state
 from launch.starters import slurm_here
+from launch.wandb_rows import MirroredRow, mirrored_rows
 from pretrain.config import Config, read_run_config
 from pretrain.errors import TrainingError, UserError
-from pretrain.metrics.sinks import last_step, read_metrics, to_json
+from pretrain.metrics.samples import NAME as SAMPLES
+from pretrain.metrics.sinks import last_step, to_json
 from pretrain.metrics.wandb_sink import Mirror, has_key, scalars, start_wandb, wandb_id
 from pretrain.run_dir import RunDirectory
 
@@ -68,21 +71,43 @@ class WandbHistory:
         """The digest of the last row of each step."""
         return {int(row["train/step"]): digest(row) for row in self._rows() if "train/step" in row}
 
+    def attempt(self) -> int | None:
+        """The number of the attempt that W&B's configuration of the run is of."""
+        run = self._run()
+        described: Mapping[str, Any] = run.config.get("farspan", {}) if run else {}
+        return described.get("attempt")
+
     def url(self) -> str:
         import wandb
 
         return f"{wandb.setup().settings.app_url}/{self._owner}/runs/{self._name}"
 
     def _rows(self) -> Iterator[Mapping[str, Any]]:
+        if run := self._run():
+            with self._asking():
+                yield from run.scan_history(use_cache=False)
+
+    def _run(self) -> Any:
+        """None where W&B does not know it."""
         from wandb.apis.public.runs import RunNotFoundError
         from wandb.errors import CommError
 
+        with self._asking():
+            try:
+                self._api.flush()
+                return self._api.run(f"{self._owner}/{self._name}")
+            except CommError as error:
+                if isinstance(error.exc, RunNotFoundError):
+                    return None
+                raise
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        from wandb.errors import CommError
+
         try:
-            self._api.flush()
-            yield from self._api.run(f"{self._owner}/{self._name}").scan_history(use_cache=False)
+            yield
         except CommError as error:
-            if isinstance(error.exc, RunNotFoundError):
-                return
             raise TrainingError(f"W&B does not say what it has of {self.url()}: {error}") from error
 
 
@@ -135,13 +160,14 @@ def check_answers(host: str) -> None:
 
 
 def digest(row: Mapping[str, Any]) -> int:
-    """Equal for rows with the same scalars, whatever W&B adds to them."""
+    """Equal for rows with the same scalars, and samples or none, whatever W&B adds to them."""
     mirrored = (
         (name, to_json(value))
         for name, value in row.items()
         if isinstance(value, int | float | str) and not name.startswith("_")
     )
-    return hash(frozenset(mirrored))
+    # W&B names the file of a table in its own way.
+    return hash((frozenset(mirrored), SAMPLES in row))
 
 
 def sync_run(directory: Path, wait_s: float) -> bool:
@@ -177,7 +203,9 @@ def sync_run(directory: Path, wait_s: float) -> bool:
     found = compare(run, last, history, wait_s)
     if found.missing:
         print(f"W&B lacks {len(found.missing)} of {found.rows:,} rows: {steps_text(found.missing)}")
-        send_rows(run, config, set(found.missing))
+    # A fragment that is sent late describes the attempt that it is of.
+    if found.missing or history.attempt() != run.current_attempt():
+        send_rows(run, config, last, set(found.missing))
         found = compare(run, last, history, wait_s)
     if found.undone:
         print(f"W&B also has {found.undone} steps that were undone by a kill or a rollback")
@@ -247,19 +275,18 @@ def compare(run: RunDirectory, last: int, history: WandbHistory, wait_s: float) 
 
 
 def compare_now(run: RunDirectory, last: int, history: WandbHistory) -> Arrival:
-    rows = [(step, of_row) for step, of_row in rows_of(run) if step <= last]
+    rows = [(row.step, digest_of(row)) for row in mirrored_rows(run, last)]
     latest = history.latest()
     missing = tuple(step for step, of_row in rows if latest.get(step) != of_row)
     return Arrival(len(rows), missing, len(latest.keys() - {step for step, _ in rows}))
 
 
-def rows_of(run: RunDirectory) -> Iterator[tuple[int, int]]:
-    for row in read_metrics(run.metrics):
-        yield int(row["train/step"]), digest(scalars(row))
+def digest_of(row: MirroredRow) -> int:
+    return digest(scalars(row.values) | dict.fromkeys([SAMPLES] * bool(row.samples)))
 
 
-def send_rows(run: RunDirectory, config: Config, steps: set[int]) -> None:
-    """Send the rows of some steps from metrics.jsonl.
+def send_rows(run: RunDirectory, config: Config, last: int, steps: set[int]) -> None:
+    """Send the rows of some steps, and the description of the run as it is now.
 
     Raises TrainingError: W&B does not let the run go on.
     """
@@ -267,9 +294,9 @@ def send_rows(run: RunDirectory, config: Config, steps: set[int]) -> None:
 
     try:
         mirror = Mirror(run, start_wandb(run, config, "online", x_disable_stats=True))
-        for row in read_metrics(run.metrics):
-            if row["train/step"] in steps:
-                mirror.log(row)
+        for row in mirrored_rows(run, last) if steps else ():
+            if row.step in steps:
+                mirror.log(row.values, row.samples)
         mirror.finish()
     except (wandb.errors.Error, OSError) as error:
         raise TrainingError(f"W&B does not take rows: {error}") from error

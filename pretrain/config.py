@@ -145,6 +145,11 @@ class WandbConfig(Section):
     mode: Literal["offline", "online", "disabled"] = "offline"
     project: str = "farspan"
     entity: str | None = Field(None, description="The user or team [the account's default].")
+    samples: NonNegative = Field(
+        4,
+        description="Rows of the first batch of each attempt that are shown as text; 0: W&B gets no text "
+        "of the data.",
+    )
 
 
 class RunConfig(Section):

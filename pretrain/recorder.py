@@ -10,12 +10,13 @@ import torch.distributed as dist
 
 from pretrain.attempt import is_requeued, process_started
 from pretrain.config import Config, phases_of
-from pretrain.data import curriculum_of
+from pretrain.data import curriculum_of, source_names
 from pretrain.data_config import ShardSource
 from pretrain.guard import Rollback, Verdict
 from pretrain.ledger import Ledger, LedgerSource
 from pretrain.metrics.expert_load import DeadExperts
 from pretrain.metrics.goodput import Cause, Goodput
+from pretrain.metrics.samples import Beginnings
 from pretrain.metrics.sinks import JsonlSink, MetricsWriter, read_metrics, step_line
 from pretrain.metrics.wandb_sink import WandbSink
 from pretrain.numerics import numerics_of
@@ -69,6 +70,7 @@ class Recorder:
         self._run, self._attempt = run, attempt
         self._last_step = self._saved = trainer.progress.step
         self._skipped = self._rollbacks = 0
+        self._samples = config.wandb.samples if config.wandb.mode != "disabled" else 0
 
     def enter(self, trainer: Trainer, result: StepResult) -> None:
         """Enter what became of the batches of a step."""
@@ -85,6 +87,8 @@ class Recorder:
         else:
             self.ledger.train(step, *batch, *measured)
             self._warn_of_dead_experts(step, result)
+            if self._samples:
+                self._show_samples(trainer)
         self._skipped += len(result.passed_over) + (result.verdict is not None)
         self._last_step = step
 
@@ -165,6 +169,13 @@ class Recorder:
         self._goodput.spend("logging")
         self._goodput.save(is_stopped=True)
         self._metrics.close()
+
+    def _show_samples(self, trainer: Trainer) -> None:
+        """Show W&B the first batch of the attempt, of which this rank has just read its rows."""
+        rows = min(self._samples, trainer.config.train.global_batch // trainer.mesh.data_ranks)
+        beginnings = Beginnings.of(trainer.stream, trainer.plan, rows)
+        self._mirror.show(beginnings, source_names(trainer.config.data))
+        self._samples = 0
 
     def _warn_of_dead_experts(self, step: int, result: StepResult) -> None:
         dead = self._dead_experts.add(result.measured.expert_counts)

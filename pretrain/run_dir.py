@@ -251,6 +251,10 @@ class RunDirectory:
         """How many ranks an attempt had, and their layout."""
         return self.folder_of(attempt) / "ranks.json"
 
+    def samples_of(self, attempt: int) -> Path:
+        """What an attempt was trained on first, as text, for W&B."""
+        return self.folder_of(attempt) / "samples.json"
+
     def aside(self, attempt: int) -> Path:
         """Where an attempt writes what it then renames into place; gone once another begins."""
         return self.root / "aside" / f"{attempt:04d}"

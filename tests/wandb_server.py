@@ -14,17 +14,19 @@ from threading import Lock, Thread
 from typing import Any, ClassVar
 
 HISTORY, CONFIG = "wandb-history.jsonl", "config"
+UPLOAD = re.compile(r"/upload/([^/]+)/(.*)")
 FILE_STREAM = re.compile(r"/files/[^/]+/[^/]+/([^/]+)/file_stream")
 
 
 @dataclass
 class StoredRun:
-    """What the server has of a run: rows by their line, the configuration, alerts."""
+    """What the server has of a run: rows by their line, the configuration, alerts, files."""
 
     name: str
     lines: dict[str, dict[int, str]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     alerts: list[tuple[str, str]] = field(default_factory=list)
+    files: dict[str, bytes] = field(default_factory=dict)
     exit_code: int | None = None
 
     @property
@@ -163,6 +165,37 @@ class WandbServer:
         ]
         return {"createRunFiles": {"runID": name, "uploadHeaders": [], "files": files}}
 
+    def _ArtifactType(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        return {"project": {"artifact": None}}
+
+    def _CreateArtifact(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        name = asked["input"]["artifactCollectionName"]
+        sequence = {"id": name, "name": name, "latestArtifact": None, "project": None}
+        artifact = {"id": name, "state": "PENDING", "artifactSequence": sequence}
+        return {"createArtifact": {"artifact": artifact}}
+
+    def _CreateArtifactManifest(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        artifact = asked["artifactID"]
+        manifest = {"id": artifact, "file": self._file_of(artifact, asked["name"])}
+        return {"createArtifactManifest": {"artifactManifest": manifest}}
+
+    def _CreateArtifactFiles(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        files = [
+            {"node": self._file_of(file["artifactID"], file["name"])}
+            for file in asked["input"]["artifactFiles"]
+        ]
+        return {"createArtifactFiles": {"files": {"edges": files}}}
+
+    def _file_of(self, artifact: str, name: str) -> dict[str, Any]:
+        where = {"uploadUrl": f"{self.url}/upload/{artifact}/{name}", "uploadHeaders": []}
+        more = dict.fromkeys(("storagePath", "uploadMultipartUrls"))
+        return {"id": name, "name": name, "displayName": name, "artifact": {"id": artifact}} | (
+            where | more
+        )
+
+    def _CommitArtifact(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        return {"commitArtifact": {"artifact": {"id": asked["artifactID"], "digest": ""}}}
+
     def _NotifyScriptableRunAlert(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
         self.run(asked["runName"]).alerts.append((asked["title"], asked["text"]))
         return {"notifyScriptableRunAlert": {"success": True}}
@@ -260,7 +293,10 @@ class _Handler(BaseHTTPRequestHandler):
             name = re.search(r"(?:query|mutation)\s+(\w+)", asked["query"])
             operation = asked.get("operationName") or (name[1] if name else asked["query"])
             return 200, {"data": self.state.answer(operation, asked.get("variables") or {})}
-        if self.path.startswith("/upload/"):
+        if upload := UPLOAD.match(self.path):
+            # Artifacts have files beside those of the run.
+            if upload[1] in self.state.runs:
+                self.state.run(upload[1]).files[upload[2]] = body
             return 200, {}
         self.state.unknown.append(f"{self.command} {self.path}")
         return 404, {}

@@ -5,8 +5,9 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import astuple
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Thread
@@ -17,6 +18,7 @@ import numpy as np
 
 from pretrain.config import Config
 from pretrain.errors import TrainingError
+from pretrain.metrics.samples import COLUMNS, NAME, Beginnings, Sample, write_samples
 from pretrain.run_dir import RunDirectory, write_atomically
 
 Row = Mapping[str, Any]
@@ -61,6 +63,15 @@ def histograms(row: Row) -> dict[str, Any]:
     }
 
 
+def table_of(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Documents as a table of W&B's; nothing if there are none."""
+    import wandb
+
+    if not samples:
+        return {}
+    return {NAME: wandb.Table(columns=list(COLUMNS), data=[astuple(one) for one in samples])}
+
+
 class WandbSink:
     """Mirrors each row to Weights & Biases against train/step: numbers, and histograms of lists.
 
@@ -95,6 +106,14 @@ class WandbSink:
 
     def write(self, row: Row) -> None:
         self._do(lambda mirror: mirror.log(row))
+
+    def show(self, beginnings: Beginnings, sources: Sequence[str]) -> None:
+        """Show documents as a table, with the next row.
+
+        Args:
+            sources: their names.
+        """
+        self._do(lambda mirror: mirror.show(beginnings, sources))
 
     def alert(self, title: str, text: str) -> None:
         """Let W&B tell whoever asked for alerts of the project."""
@@ -140,15 +159,29 @@ class Mirror:
         self._run = wandb_run
         self._numbers = os.open(run.wandb_step, os.O_RDWR | os.O_CREAT, 0o666)
         self._next = wandb_run.step
+        self._directory = run
+        self._samples: list[Sample] = []
 
-    def log(self, row: Row) -> None:
+    def show(self, beginnings: Beginnings, sources: Sequence[str]) -> None:
+        self._samples = beginnings.as_text(self._directory.tokenizer, sources)
+
+    def log(self, row: Row, samples: Sequence[Sample] = ()) -> None:
+        """
+        Args:
+            samples: to show with it.
+        """
+        if self._samples:
+            samples, self._samples = self._samples, []
+            attempt = self._directory.current_attempt()
+            write_samples(self._directory, attempt, row["train/step"], samples)
         # `farspan wandb sync` may have taken some since the row before.
         taken = int(os.pread(self._numbers, STEP_DIGITS, 0) or 0)
         number = max(self._next, taken)
         self._next = number + 1
         # In one write: a number is never half there.
         os.pwrite(self._numbers, f"{self._next:0{STEP_DIGITS}d}".encode(), 0)
-        self._run.log(scalars(row) | histograms(row), step=number, commit=True)
+        values = scalars(row) | histograms(row)
+        self._run.log(values | table_of(samples), step=number, commit=True)
 
     def alert(self, title: str, text: str) -> None:
         self._run.alert(title, text, "WARN")

@@ -15,12 +15,14 @@ from threading import Event
 import pytest
 
 from data_pipeline.shards import load_manifest
+from data_pipeline.tokenize import train_tokenizer
 from launch.local import rank_pids
-from launch.wandb_sync import digest, steps_text
+from launch.wandb_rows import mirrored_rows
+from launch.wandb_sync import digest, digest_of, steps_text
 from pretrain.config import load_config, read_run_config
 from pretrain.metrics.registry import METRICS, check_names
 from pretrain.metrics.sinks import last_step, read_metrics
-from pretrain.metrics.wandb_sink import described, scalars
+from pretrain.metrics.wandb_sink import described
 from pretrain.run_dir import RunDirectory
 from tests.ranks import ROOT
 from tests.wandb_server import HISTORY, WandbServer
@@ -30,8 +32,11 @@ KEY = "0123456789abcdef" * 2 + "f" * 8
 ATTEMPT = """
 import json, os, sys, time
 from pathlib import Path
+import numpy as np
+from data_pipeline.tokenize import load_tokenizer
 from pretrain.config import read_run_config
 from pretrain.metrics.registry import METRICS, check_names
+from pretrain.metrics.samples import Beginnings
 from pretrain.metrics.sinks import JsonlSink, MetricsWriter
 from pretrain.metrics.wandb_sink import WandbSink
 from pretrain.run_dir import RunDirectory, write_atomically
@@ -43,6 +48,10 @@ rows = JsonlSink(run.metrics)
 rows.cut_back(first - 1, run.aside(attempt))
 mirror = WandbSink(run, read_run_config(run))
 writer = MetricsWriter([rows, mirror])
+if run.tokenizer.exists():
+    old, new = map(load_tokenizer(run.tokenizer).encode, ("It was long ago.", "New text"))
+    pieces = np.array([[0, 7, 90, 90 + len(old)], [1, 3, 0, len(new)]])
+    mirror.show(Beginnings([pieces], np.array([old + new])), ["books", "web"])
 for step in range(first, stop):
     loss = float("nan") if step == 4 else 1 / step + attempt / 1000
     speed = {"perf/step_s": 0.5, "perf/tokens_per_s": 64.0}
@@ -117,13 +126,19 @@ def sync(
 
 
 def assert_mirrored(server: WandbServer, run: RunDirectory) -> None:
-    """The last row of each step that the server has is that of metrics.jsonl, and W&B's logs of all
-    this lie in the run directory.
+    """The last row of each step that the server has is that of metrics.jsonl with what belongs to
+    it, and W&B's logs of all this lie in the run directory.
     """
     assert not (run.root.parent / "wandb").exists()
     by_step = {row["train/step"]: digest(row) for row in server.the_run().rows()}
-    expected = {row["train/step"]: digest(scalars(row)) for row in read_metrics(run.metrics)}
+    expected = {row.step: digest_of(row) for row in mirrored_rows(run, last_step(run.metrics))}
     assert {step: by_step.get(step) for step in expected} == expected
+
+
+def tables(server: WandbServer) -> list[list[list[object]]]:
+    """The samples that the server was sent."""
+    files = server.the_run().files
+    return [json.loads(files[name])["data"] for name in files if name.startswith("media/table")]
 
 
 def assert_no_key(run: RunDirectory) -> None:
@@ -198,6 +213,52 @@ def test_rows_that_the_server_loses_or_changes_are_sent_again(tmp_path, server, 
     done = sync(run, home)
     assert "W&B lacks 2 of 8 rows: steps 5, 8" in done.stdout
     assert_mirrored(server, run)
+
+
+@pytest.mark.slow
+def test_samples_and_evaluations_arrive_and_are_sent_again_where_they_are_lost(
+    tmp_path, server, home
+):
+    """Of two attempts, the newer of which is sent first."""
+    run = make_run(tmp_path / "run")
+    train_tokenizer(["It was long ago. New text"], 300, run.tokenizer)
+    attempt(run, home, 1, 4, "dp 2")
+    (older,) = run.wandb.glob("offline-run-*/run-*.wandb")
+    run.tokenizer.unlink()
+    attempt(run, home, 4, 9, "tp 2")
+    older.with_name(f"{older.name}.synced").touch()
+    evaluate(run, step=8, right=3)
+    done = sync(run, home)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "W&B lacks 4 of 8 rows: steps 1-3, 8" in done.stdout
+    older.with_name(f"{older.name}.synced").unlink()
+    assert sync(run, home).returncode == 0
+    stored = server.the_run()
+    assert stored.values("farspan")["attempt"] == 2
+    text = [
+        [0, "books", 7, 0, 90, 5, "It was long ago."],
+        [0, "web", 3, 5, 0, 3, "New text"],
+    ]
+    # Sent by the sync from samples.json, and then in the fragment.
+    assert tables(server) == [text, text]
+    assert [row for row in stored.rows() if row["train/step"] == 8][-1]["eval/needle/4096"] == 0.75
+    evaluate(run, step=8, right=4)
+    evaluate(run, step=9, right=1)
+    done = sync(run, home)
+    assert "W&B lacks 2 of 9 rows: steps 8-9" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0
+    assert [row["eval/needle/4096"] for row in stored.rows()[-2:]] == [1.0, 0.25]
+    sent = len(stored.lines[HISTORY])
+    assert sync(run, home).returncode == 0
+    assert len(stored.lines[HISTORY]) == sent
+
+
+def evaluate(run: RunDirectory, step: int, right: int) -> None:
+    """As `farspan eval --suite long` leaves what it has found."""
+    run.evaluations.mkdir(exist_ok=True)
+    cell = {"task": "needle", "length": 4096, "depth": 0.5, "questions": 4, "right": right}
+    tree = {"step": step, "cells": [cell], "loss_by_position": []}
+    run.evaluation("long", step).write_text(json.dumps(tree))
 
 
 @pytest.mark.slow
@@ -342,6 +403,7 @@ def test_training_is_synced_while_it_runs_and_after_a_kill(shards, tmp_path, ser
     about = server.the_run().values("farspan")
     assert about["ranks"] == 1
     assert about["data"][0]["shards"] == load_manifest(shards).sha256
+    assert [sorted({row[0] for row in table}) for table in tables(server)] == [[0, 1, 2, 3]] * 2
     assert not any(KEY in output for output in outputs)
     assert_no_key(run)
 
