@@ -40,6 +40,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "DEMO_DIR": str(folder / "demo"),
         "FARSPAN_CACHE": str(folder / "cache"),
+        "HF_HOME": str(folder / "hugging-face"),
     }
     outputs = {}
     for command in COMMANDS:
