@@ -147,8 +147,8 @@ class WandbConfig(Section):
     entity: str | None = Field(None, description="The user or team [the account's default].")
     samples: NonNegative = Field(
         4,
-        description="Rows of the first batch of each attempt that are shown as text; 0: W&B gets no "
-        "text of the data.",
+        description="Rows of the first batch of each attempt that are shown as text; 0: W&B gets "
+        "no text of the data.",
     )
 
 
