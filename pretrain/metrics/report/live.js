@@ -116,8 +116,9 @@
       version = ""
       wait_s = Math.min(LONGEST_WAIT_S, Math.max(2, wait_s * 2))
       const since = away_since.toLocaleTimeString()
-      const why = error instanceof TypeError || error.name == "TimeoutError" ? "is farspan report --serve still running?" : error.message
-      say(`no answer since ${since}: ${why} Asking again in ${wait_s} s`, true)
+      // What fetch throws where nobody answers says nothing.
+      const why = error instanceof TypeError ? "Is farspan report --serve still running?" : error.message
+      say(`No answer since ${since}. ${why} Asking again every ${wait_s} s.`, true)
     }
     timer = setTimeout(poll_if_seen, 1000 * wait_s)
   }
