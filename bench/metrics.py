@@ -19,14 +19,18 @@ import torch.distributed as dist
 from bench.gated_delta import cpu_model
 from bench.parallel_step import VOCAB_SIZE, write_documents
 from parallel.gradients import add_to_parts, part_of
+from parallel.stopwatch import Stopwatch
 from pretrain.config import load_config
 from pretrain.metrics.sinks import JsonlSink, MetricsWriter
 from pretrain.metrics.step import metrics_row
 from pretrain.metrics.survey import survey
 from pretrain.run_dir import RunDirectory
+from pretrain.token_losses import LossGroups
 from pretrain.trainer import Trainer
 
 ALLOWED_SHARE = 0.02
+# Collectives of a layer and microbatch, forward and backward, where every axis is used.
+WAITS_PER_LAYER = 20
 STEPS, REPEATS, TOKENS = 5, 30, 512
 CPU = torch.device("cpu")
 MODELS = {
@@ -91,12 +95,29 @@ def measure(overrides: list[str], run: Path) -> dict[str, float]:
     def entropy() -> None:
         (lse - (probability * logits).sum(-1)).sum()
 
+    tokens = train.global_batch, TOKENS
+    groups, labels, losses = LossGroups(2, TOKENS), torch.ones(tokens), torch.rand(tokens)
+    source, position = torch.ones(tokens, dtype=torch.int64), torch.arange(TOKENS).expand(tokens)
+
+    def of_groups() -> None:
+        groups.split(groups.add_up(losses, labels, groups.of_tokens(source, position)))
+
+    watch, waits = Stopwatch(), WAITS_PER_LAYER * model.n_layers * microbatches
+
+    def of_waits() -> None:
+        for _ in range(waits):
+            with watch.running(CPU):
+                pass
+        watch.take()
+
     routed = model.n_layers * microbatches
     every = train.survey_every
     return {
         "a step": statistics.median(spent),
         "router entropy": routed * median_of(entropy),
         "norms of layers": median_of(of_layers),
+        "loss by source and position": median_of(of_groups),
+        f"clocks at {waits} waits": median_of(of_waits),
         "count of what is sent": 2 * median_of(trainer.parallelised.sent_bytes),
         "the row": median_of(lambda: metrics_row(trainer, result, lr, 0.0)),
         "writing it": median_of(lambda: writer.log(row)),

@@ -28,6 +28,7 @@ from torch import Tensor
 from bench.gated_delta import cpu_model
 from bench.ranks import run_on_ranks
 from parallel.mesh import join_ranks
+from parallel.pipeline.bubble import replayed_bubble
 from parallel.pipeline.plan import Action, Schedule, consecutive, stages_of_rank
 from parallel.pipeline.schedule import Pipeline, PipelineShape
 from parallel.stage import Objective, Stage
@@ -194,7 +195,7 @@ def report(schedule: Schedule, steps: list[Step]) -> bool:
     """Print a row of the table; whether the bubble is as it has to be."""
     per_rank = STAGES_PER_RANK[schedule]
     by_clock = statistics.median(map(bubble_by_clock, steps))
-    bubble = statistics.median(map(replayed_bubble, steps))
+    bubble = statistics.median(map(bubble_of_cpu_times, steps))
     theory = (PP - 1) / (per_rank * MICROBATCHES + PP - 1)
     ratio = bubble / theory
     zero_bubble = schedule in ZERO_BUBBLE
@@ -222,29 +223,8 @@ def bubble_by_clock(step: Step) -> float:
     return 1 - busy / (len(step) * duration(step))
 
 
-def replayed_bubble(step: Step) -> float:
-    """From CPU times alone: a rank computes in its order, as soon as what it needs is there."""
-    last_stage = max(c.action.stage for rank in step for c in rank)
-    done: dict[tuple[bool, int, int], float] = {}  # (is forward, stage, microbatch) -> when
-    clocks = [0.0] * len(step)
-    waiting = [list(reversed(rank)) for rank in step]
-    while any(waiting):
-        for rank, computations in enumerate(waiting):
-            while computations:
-                (kind, stage, microbatch), *_, cpu = computations[-1]
-                forward = kind == "forward"
-                ready = 0.0
-                if kind != "weight" and stage != (0 if forward else last_stage):
-                    needed = (forward, stage - 1 if forward else stage + 1, microbatch)
-                    if needed not in done:
-                        break
-                    ready = done[needed]
-                clocks[rank] = max(clocks[rank], ready) + cpu
-                if kind != "weight":
-                    done[forward, stage, microbatch] = clocks[rank]
-                computations.pop()
-    busy = sum(c.cpu for rank in step for c in rank)
-    return 1 - busy / (len(step) * max(clocks))
+def bubble_of_cpu_times(step: Step) -> float:
+    return replayed_bubble([[(c.action, c.cpu) for c in rank] for rank in step])
 
 
 def milliseconds(steps: list[Step], kind: str) -> float:
