@@ -26,7 +26,6 @@ from data_pipeline.rates import RATES, timed
 from data_pipeline.recipe import Recipe
 from data_pipeline.run import (
     DOCUMENTS,
-    PLANS,
     TOKENIZER,
     Progress,
     Resources,
@@ -40,6 +39,7 @@ from data_pipeline.run import (
     piece_of,
     plan_of,
     planned_shards,
+    plans_of,
     refuse_changed,
     shards_of,
     train_tokenizer_on,
@@ -105,14 +105,7 @@ class PartedRun:
         with file_errors():
             sources, plan = self._asked_for()
             check_plan(self.out, plan)
-            is_ended = (self.out / "manifest.json").exists()
-            pieces = _names(piece_of(self._work, 0).folder.parent)
-            names = [piece_of(self._work, number).folder.name for number in range(len(sources))]
-            return State(
-                cleaned=tuple(is_ended or name in pieces for name in names),
-                written=() if is_ended else self._written(),
-                is_finished=is_ended and not self._work.exists(),
-            )
+            return state_of(self.out, len(sources))
 
     def clean(self, part: Part, workers: int = 1, progress: Progress = no_progress) -> int:
         """Clean a part of the archives, at a time with others; return how many it has."""
@@ -192,11 +185,13 @@ class PartedRun:
                 "shards",
                 workers=workers,
                 part=str(part),
-                measure=lambda: {"share": 1 - (len(mine) - done) / len(tasks)},
-            ):
-                for _ in Native(workers).do_each(write_planned_shard, tasks, self.out):
-                    done += 1
-                    progress("shards", done, len(mine))
+            ) as attempt:
+                attempt.count(items=len(tasks), share=0)
+                for written, _ in enumerate(
+                    Native(workers).do_each(write_planned_shard, tasks, self.out), 1
+                ):
+                    progress("shards", done + written, len(mine))
+                    attempt.count(share=written / len(tasks))
             return len(mine)
 
     def finish(self, workers: int = 1, progress: Progress = no_progress) -> RunResult:
@@ -271,7 +266,7 @@ class PartedRun:
 
     @property
     def _plans(self) -> Path:
-        return self._work / "plans" / PLANS
+        return plans_of(self._work)
 
     def _asked_for(self) -> tuple[list[Source], dict[str, Any]]:
         """The archives, and the plan of the run, which leaves open what their contents are."""
@@ -282,12 +277,26 @@ class PartedRun:
         plan = plan_of(identities, self.recipe, self.id_header, self.tokenizer, vocab_size)
         return sources, plan
 
-    def _written(self) -> tuple[bool, ...] | None:
-        if damage_of(self._plans.parent):
-            return None
-        plans = load_plans(self._plans, Path())
-        made = _names(shards_of(self._work))
-        return tuple(plan.name in made for plan in plans)
+
+def state_of(out: Path, archives: int) -> State:
+    """How far a run of so many archives is, by the files in its folder."""
+    work = out / "work"
+    is_ended = (out / "manifest.json").exists()
+    pieces = _names(piece_of(work, 0).folder.parent)
+    names = [piece_of(work, number).folder.name for number in range(archives)]
+    return State(
+        cleaned=tuple(is_ended or name in pieces for name in names),
+        written=() if is_ended else _written(work),
+        is_finished=is_ended and not work.exists(),
+    )
+
+
+def _written(work: Path) -> tuple[bool, ...] | None:
+    plans = plans_of(work)
+    if damage_of(plans.parent):
+        return None
+    made = _names(shards_of(work))
+    return tuple(plan.name in made for plan in load_plans(plans, Path()))
 
 
 def _has_sound_audit(piece: Piece) -> bool:

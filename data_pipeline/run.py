@@ -253,8 +253,13 @@ def write_out(
         "inputs": inputs,
         "funnel": ledger.funnel(counts),
     }
-    with timed(work / RATES, "shards", workers=workers):
+    with timed(work / RATES, "shards", workers=workers) as attempt:
         plans = planned_shards(work / "dedup" / DOCUMENTS, tokenizer, work)
+
+        def show(done: int) -> None:
+            progress("shards", done, len(plans))
+            attempt.count(items=len(plans), share=done / max(1, len(plans)))
+
         manifest = write_planned_shards(
             plans,
             read_texts,
@@ -263,7 +268,7 @@ def write_out(
             shards_of(work),
             open_engine(resources.engine, workers),
             extra=extra,
-            progress=lambda done: progress("shards", done, len(plans)),
+            progress=show,
         )
     _end(out, manifest)
     return _result(manifest, out, is_new=True)
@@ -359,9 +364,11 @@ def clean(
         tick()
         if tasks:
             rates, workers = meter_file.parent / RATES, engine.workers
-            stack.enter_context(
-                timed(rates, "clean", workers=workers, part=part, measure=meter.counts)
-            )
+
+            def measure() -> dict[str, float]:
+                return meter.counts() | {"items": len(tasks)}
+
+            stack.enter_context(timed(rates, "clean", workers=workers, part=part, measure=measure))
         ready = partial(get_ready, recipe)
         for _ in engine.do_each(clean_archive, tasks, meter_file.parent, ready):
             done += 1
@@ -445,13 +452,18 @@ def _texts(files: Sequence[Path]) -> Iterator[str]:
 
 def planned_shards(documents: Path, tokenizer: Path, work: Path) -> list[Plan]:
     """Which of the kept documents each shard gets; kept in a file, so that others know it, too."""
-    stage = work / "plans"
+    stage = plans_of(work).parent
     if not is_made(stage):
         files = kept_files(documents)
         size = bytes_of_tokens(TOKENS_PER_SHARD, _texts(files), tokenizer)
         plans = plan_shards(files, read_sizes, size)
         make_stage(stage, lambda out: save_plans(plans, out / PLANS))
     return load_plans(stage / PLANS, documents)
+
+
+def plans_of(work: Path) -> Path:
+    """Where they are kept."""
+    return work / "plans" / PLANS
 
 
 def shards_of(work: Path) -> Path:

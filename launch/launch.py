@@ -131,7 +131,8 @@ def status(
         list[Path] | None,
         typer.Argument(
             metavar="[RUN]...",
-            help="Run directories (default: those under ./runs, and of your Slurm jobs).",
+            help="Run directories, and folders of data runs (default: those under ./runs, and of "
+            "your Slurm jobs).",
         ),
     ] = None,
     watch: Annotated[
@@ -140,6 +141,9 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
 ) -> None:
     """Where runs are: state, attempt, step, tokens/s, last checkpoint, ETA, and what went wrong.
+
+    Of `farspan data run`: the stage, how many of its parts are done, running, queued or failed,
+    archives, documents, their rate, and until when the stage is done.
 
     Of one run also which nodes are excluded and why, and what its last attempts died of. It needs
     neither Slurm's accounting nor its JSON, and without Slurm it goes by the run directory alone.

@@ -15,6 +15,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from launch.data_state import DataState, is_data_run, read_data_state
+from launch.data_status import line_of, render_data_runs
 from launch.durations import duration_text
 from launch.failures import Failure
 from launch.run_state import RunState, read_state
@@ -29,11 +31,14 @@ FAILURES_SHOWN = 5
 # Also where standard output is no terminal.
 TABLE_WIDTH = 120
 
+State = RunState | DataState
+
 
 def print_status(runs: Sequence[Path], watch: bool, as_json: bool) -> None:
     """
     Args:
-        runs: run directories; none: those under ./runs, and of this user's jobs.
+        runs: run directories, and folders of data runs; none: those under ./runs, and of this
+            user's jobs.
         watch: show them anew every two seconds, until all have ended.
     """
     console = Console(highlight=False)
@@ -57,10 +62,10 @@ def print_status(runs: Sequence[Path], watch: bool, as_json: bool) -> None:
         console.print(render(states))
 
 
-def read_states(runs: Sequence[Path], slurm: Slurm | None) -> list[RunState]:
+def read_states(runs: Sequence[Path], slurm: Slurm | None) -> list[State]:
     """The states of runs, or of all that are found. Raises UserError: there are none."""
     if runs:
-        return [read_state(RunDirectory(run.resolve()), slurm) for run in runs]
+        return [_read(run.resolve(), slurm) for run in runs]
     found = list(dict.fromkeys((*_runs_here(), *_runs_of_jobs(slurm))))
     if not found:
         raise UserError(
@@ -68,11 +73,18 @@ def read_states(runs: Sequence[Path], slurm: Slurm | None) -> list[RunState]:
             + (", and no jobs of yours that train one" if slurm else "")
             + ": name a run directory, as in `farspan launch status RUN`"
         )
-    return [read_state(RunDirectory(run), slurm) for run in found]
+    return [_read(run, slurm) for run in found]
 
 
-def to_json(state: RunState) -> dict[str, Any]:
+def _read(run: Path, slurm: Slurm | None) -> State:
+    is_data = not RunDirectory(run).config.exists() and is_data_run(run)
+    return read_data_state(run, slurm) if is_data else read_state(RunDirectory(run), slurm)
+
+
+def to_json(state: State) -> dict[str, Any]:
     """Everything that is known of a run."""
+    if isinstance(state, DataState):
+        return state.to_json()
     fields = {name: getattr(state, name) for name in RunState.__dataclass_fields__}
     failures, excluded = map(asdict, state.failures), map(asdict, state.excluded)
     return fields | {
@@ -82,8 +94,17 @@ def to_json(state: RunState) -> dict[str, Any]:
     }
 
 
-def render(states: Sequence[RunState]) -> RenderableType:
-    """One run as a list of what is known of it; several as a row each."""
+def render(states: Sequence[State]) -> RenderableType:
+    """One run as a list of what is known of it; several as a row each, data runs by themselves."""
+    trained = [state for state in states if isinstance(state, RunState)]
+    of_data = [state for state in states if isinstance(state, DataState)]
+    if not of_data:
+        return _render_runs(trained)
+    data_runs = render_data_runs([_name(state.out) for state in of_data], of_data)
+    return Group(_render_runs(trained), "", data_runs) if trained else data_runs
+
+
+def _render_runs(states: Sequence[RunState]) -> RenderableType:
     if len(states) == 1:
         return _details(states[0])
     table = Table(box=None, pad_edge=False)
@@ -156,22 +177,25 @@ def _watch(console: Console, runs: Sequence[Path], slurm: Slurm | None) -> None:
     printed: dict[Path, str] = {}
     for states in _until_ended(runs, slurm):
         for state in states:
+            folder = state.out if isinstance(state, DataState) else state.run.root
             line = _line(state)
-            if printed.get(state.run.root) != line:
-                printed[state.run.root] = line
+            if printed.get(folder) != line:
+                printed[folder] = line
                 print(line, flush=True)
 
 
-def _line(state: RunState) -> str:
+def _line(state: State) -> str:
     """Without what changes all the time."""
+    if isinstance(state, DataState):
+        return line_of(_name(state.out), state)
     facts = _facts(state)
     words = [_name(state.run.root), facts["state"], f"attempt {state.attempt}"]
     words += [f"step {facts['step']}", *([facts["where"]] if facts["where"] else [])]
     return "  ".join(words)
 
 
-def _until_ended(runs: Sequence[Path], slurm: Slurm | None) -> Iterator[list[RunState]]:
-    states: list[RunState] = []
+def _until_ended(runs: Sequence[Path], slurm: Slurm | None) -> Iterator[list[State]]:
+    states: list[State] = []
     while True:
         try:
             states = read_states(runs, slurm)
@@ -186,11 +210,16 @@ def _until_ended(runs: Sequence[Path], slurm: Slurm | None) -> Iterator[list[Run
 
 
 def _runs_here() -> list[Path]:
-    return sorted(path.parent.resolve() for path in RUNS.glob("*/config.yaml"))
+    runs = [path.parent for path in RUNS.glob("*/config.yaml")]
+    data_runs = [path for path in RUNS.glob("*") if path.is_dir() and is_data_run(path)]
+    return sorted(run.resolve() for run in {*runs, *data_runs})
 
 
 def _runs_of_jobs(slurm: Slurm | None) -> list[Path]:
-    """Where this user's jobs train: a job works in its run directory."""
+    """Where this user's jobs train: a job works in its run directory.
+
+    Those of data runs work where they were submitted, so that their folders have to be named.
+    """
     if slurm is None:
         return []
     folders = slurm.call("squeue", "--noheader", "--me", "--format=%Z").splitlines()

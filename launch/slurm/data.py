@@ -98,7 +98,7 @@ def submit_data_run(run: DataRun, out: Path, request: Request, console: Console)
     jobs = _known(slurm, folder, before)
     if at_work := [info for info in jobs if not info.is_over]:
         checks.problems.append(_waits_for(out, at_work))
-    for line in (*_progress(out, state, tasks, request.tasks), *_failures(folder, before, jobs)):
+    for line in (*_progress(out, state, tasks, request.tasks), *failures_of(folder, before, jobs)):
         say(line)
     steps = steps_left(state, tasks)
     if not steps:
@@ -188,7 +188,7 @@ def _progress(out: Path, state: "State", tasks: int, asked: int | None) -> Itera
         yield f"{out}: {sum(state.written)} of {len(state.written)} shards are written"
 
 
-def _failures(folder: JobFolder, before: DataJob | None, jobs: list[JobInfo]) -> Iterator[str]:
+def failures_of(folder: JobFolder, before: DataJob | None, jobs: list[JobInfo]) -> Iterator[str]:
     """What of the last time has failed, why, and where it has said so."""
     failed = [info for info in jobs if info.is_over and info.state != "COMPLETED"]
     stages = {folder.job_name(stage): stage for stage in Stage}

@@ -53,6 +53,7 @@ DATA_DEFINITIONS: tuple[Metric, ...] = (
     _metric("documents", "documents", COUNTED, "Documents that came into the stage."),
     _metric("bytes_in", "bytes", COUNTED, f"Bytes that came into the stage. {BY_STAGE}."),
     _metric("bytes_out", "bytes", COUNTED, f"Bytes that the stage left. {BY_STAGE}."),
+    _metric("items", "items", "archives or shards", "What an attempt has to do."),
     _metric(
         "share",
         "1",
