@@ -1,4 +1,4 @@
-"""The W&B dashboard of farspan's runs, as code: six sections of panels over registered metrics."""
+"""The W&B dashboard of farspan's runs, as code: sections of panels over registered metrics."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,10 @@ from pretrain.metrics.registry import METRICS
 NAME = "farspan"
 # What W&B calls the saved view; a second push replaces it.
 VIEW = "nw-farspan-v"
+LONG_TASKS = tuple(
+    f"eval/{task}"
+    for task in ("needle", "multi_key", "multi_value", "variable_tracking", "overwrite")
+)
 COLUMNS, WIDTH, HEIGHT = 3, 8, 6
 
 
@@ -20,7 +24,8 @@ class Panel:
 
     Attributes:
         metrics: their names in the registry, of one unit. A list such as moe/load is a heat map of
-            its histogram; a mapping such as perf/sent_bytes_by_axis a line for each of its numbers.
+            its histogram; of a mapping such as perf/sent_bytes_by_axis, or a list by position, each
+            number is a line.
     """
 
     title: str
@@ -54,6 +59,8 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
     "Long context": (
         Panel("Length of a row", ("train/seq_len",), log_y=True),
         Panel("Loss, which falls where more context helps", ("train/loss",)),
+        Panel("Loss by tokens before", ("train/loss_by_position",), is_mapping=True),
+        Panel("Tokens by tokens before", ("train/loss_tokens_by_position",), is_mapping=True),
         Panel("Peak memory", ("perf/memory_peak",)),
         Panel("Time of a step", ("perf/step_s",), log_y=True),
     ),
@@ -65,21 +72,39 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("Time of a step", ("perf/step_s",), log_y=True),
         Panel("Bytes that rank 0 sends", ("perf/sent_bytes",)),
         Panel("The same by axis", ("perf/sent_bytes_by_axis",), is_mapping=True),
+        Panel("Communication that nothing hides", ("perf/exposed_communication_s",)),
+        Panel("The same / step", ("perf/exposed_communication_share",)),
+        Panel("Pipeline bubble", ("perf/pipeline_bubble", "perf/pipeline_bubble_predicted")),
         Panel("Memory", ("perf/memory_allocated", "perf/memory_reserved", "perf/memory_peak")),
     ),
     "Data": (
         Panel("Share of the step that waits for data", ("perf/data_wait_share",)),
         Panel("Wait for data", ("perf/data_wait_s",), log_y=True),
         Panel("Tokens with a loss", ("train/loss_tokens",)),
+        Panel("Loss by source", ("train/loss_by_source",), is_mapping=True),
+        Panel("Tokens with a loss by source", ("train/loss_tokens_by_source",), is_mapping=True),
     ),
     "Reliability": (
-        Panel("Share of the time that went into steps that stand", ("perf/goodput",)),
+        Panel("Share of the time in steps that stand", ("perf/goodput", "perf/ettr")),
+        Panel("Time lost by cause", ("perf/lost_s",), is_mapping=True),
         Panel("Time in steps that stand", ("perf/productive_s",)),
         Panel("Batches skipped by the guard", ("guard/skipped",)),
         Panel("Rollbacks", ("guard/rollbacks",)),
         Panel("Slowest rank", ("perf/slowest_rank",)),
         Panel("Slowest rank / median", ("perf/slowest_over_median",)),
         Panel("Stall of a checkpoint", ("perf/checkpoint_stall_s",)),
+        Panel("Stall of an evaluation", ("perf/evaluation_s",)),
+    ),
+    "Evaluation": (
+        Panel("Loss on held-out text", ("eval/heldout_loss",), is_mapping=True),
+        Panel("Perplexity of held-out text", ("eval/heldout_perplexity",), True, is_mapping=True),
+        Panel("Loss by tokens before", ("eval/loss_by_position",), is_mapping=True),
+        *(
+            Panel(name.removeprefix("eval/").replace("_", " "), (name,), is_mapping=True)
+            for name in METRICS
+            if name.startswith("eval/icl_") or name in LONG_TASKS
+        ),
+        Panel("Tasks of lm-evaluation-harness", ("eval/lm_eval",), is_mapping=True),
     ),
 }
 

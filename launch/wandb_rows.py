@@ -73,15 +73,27 @@ def numbers_of_long(tree: Mapping[str, Any]) -> dict[str, Any]:
     return dict(numbers)
 
 
+def numbers_of_icl(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """By number of examples."""
+    numbers: dict[str, Any] = defaultdict(dict)
+    for cell in tree["cells"]:
+        numbers[f"eval/icl_{cell['task']}"][_shots(cell["shots"])] = cell["accuracy"]
+    return dict(numbers)
+
+
 def numbers_of_lm_eval(tree: Mapping[str, Any]) -> dict[str, Any]:
     """By task, metric and number of examples; what is not finite is left out."""
     numbers = {}
     for row in tree["rows"]:
         if row["value"] is not None:
             chosen = () if row["filter"] in NO_FILTER else (row["filter"],)
-            shots = f"{row['shots']} shot" + "s" * (row["shots"] != 1)
-            numbers["/".join((row["task"], row["metric"], *chosen, shots))] = row["value"]
+            words = (row["task"], row["metric"], *chosen, _shots(row["shots"]))
+            numbers["/".join(words)] = row["value"]
     return {"eval/lm_eval": numbers} if numbers else {}
 
 
-NUMBERS_OF = {"long": numbers_of_long, "lm-eval": numbers_of_lm_eval}
+def _shots(count: int) -> str:
+    return f"{count} shot" if count == 1 else f"{count} shots"
+
+
+NUMBERS_OF = {"long": numbers_of_long, "icl": numbers_of_icl, "lm-eval": numbers_of_lm_eval}

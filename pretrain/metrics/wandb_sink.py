@@ -31,19 +31,34 @@ BEGIN_TIMEOUT_S = 10.0
 INIT_TIMEOUT_S = 60.0
 STEP_DIGITS = 20
 BINS = 32
+# Lists of which part n is of tokens predicted from 2^n and more others.
+BY_POSITION = ("train/loss_by_position", "train/loss_tokens_by_position")
 # The sha256 of its manifest and of its tokenizer, and its weight.
 OF_DATA = ("shards", "tokenizer", "weight")
 
 
 def scalars(row: Row) -> dict[str, int | float]:
-    """The numbers of a row, also those in mappings, whose keys become part of the name."""
+    """The numbers of a row, also those in mappings, whose keys become part of the name, and losses
+    by position: their histogram would not tell which is where.
+    """
     numbers: dict[str, int | float] = {}
-    for name, value in row.items():
+    for name, value in _positions_named(row).items():
         if isinstance(value, int | float):
             numbers[name] = value
         elif isinstance(value, Mapping):
             numbers |= scalars({f"{name}/{key}": item for key, item in value.items()})
     return numbers
+
+
+def _positions_named(row: Row) -> Row:
+    by_position = {name: row[name] for name in BY_POSITION if name in row}
+    return {
+        **row,
+        **{
+            name: {str(1 << n): value for n, value in enumerate(values)}
+            for name, values in by_position.items()
+        },
+    }
 
 
 def histograms(row: Row) -> dict[str, Any]:
@@ -53,7 +68,7 @@ def histograms(row: Row) -> dict[str, Any]:
     lists = {
         name: np.ravel(np.asarray(value, dtype=float))
         for name, value in row.items()
-        if isinstance(value, list)
+        if isinstance(value, list) and name not in BY_POSITION
     }
     finite = {name: values[np.isfinite(values)] for name, values in lists.items()}
     return {

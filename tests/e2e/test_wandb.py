@@ -442,7 +442,8 @@ def test_panels_are_of_registered_metrics_and_export_without_a_network(tmp_path)
     panels = [panel["config"] for section in bank["sections"] for panel in section["panels"]]
     assert {panel["xAxis"] for panel in panels} == {"train/step"}
     assert [section["name"] for section in bank["sections"]] == [
-        *("Training health", "MoE", "Long context", "Performance", "Data", "Reliability")
+        *("Training health", "MoE", "Long context", "Performance", "Data", "Reliability"),
+        "Evaluation",
     ]
     for panel in panels:
         names = panel.get("metrics") or [panel["metricRegex"].removesuffix("/.*")]

@@ -20,6 +20,7 @@ LONG = {
     "loss_by_position": [{"first": 1, "last": 1, "loss": 2.5}],
 }
 SCORE = {"task": "hellaswag", "metric": "acc", "filter": "none", "shots": 0, "value": 0.25}
+ICL = {"cells": [{"task": "copy", "shots": n, "accuracy": n / 4} for n in (1, 4)]}
 LM_EVAL = {
     "rows": [
         SCORE,
@@ -39,6 +40,7 @@ def test_evaluations_stand_in_the_row_of_their_step_or_in_one_of_their_own(tmp_p
     run.metrics.write_text('{"train/step": 2, "train/loss": 5.0}\n{"train/step": 4}\n')
     write(run, "long", 2, LONG)
     write(run, "lm-eval", 2, LM_EVAL)
+    write(run, "icl", 2, ICL)
     write(run, "lm-eval", 3, {"rows": [SCORE]})
     write(run, "of-tomorrow", 2, {"numbers": 3})
     run.folder_of(1).mkdir(parents=True)
@@ -54,6 +56,8 @@ def test_evaluations_stand_in_the_row_of_their_step_or_in_one_of_their_own(tmp_p
         "eval/needle/4096": 5 / 8,
         "eval/needle/8192": 0.0,
         "eval/loss_by_position/1": 2.5,
+        "eval/icl_copy/1 shot": 0.25,
+        "eval/icl_copy/4 shots": 1.0,
         "eval/lm_eval/hellaswag/acc/0 shots": 0.25,
         "eval/lm_eval/hellaswag/acc/strict/1 shot": 0.5,
     }

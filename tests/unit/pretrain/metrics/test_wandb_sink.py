@@ -57,6 +57,7 @@ def test_numbers_and_histograms_are_mirrored_against_train_step(run, no_account,
             "train/loss": 0.1 + 0.2,
             "moe/load": [[0.5, 0.25], [nan, 0.25]],
             "perf/sent_bytes_by_axis": {"tp": {"all_reduce": 96}},
+            "train/loss_by_position": [5.0, 4.5, 4.0],
         }
     )
     sink.close()
@@ -70,6 +71,9 @@ def test_numbers_and_histograms_are_mirrored_against_train_step(run, no_account,
         "train/step": 7,
         "train/loss": 0.1 + 0.2,
         "perf/sent_bytes_by_axis/tp/all_reduce": 96,
+        "train/loss_by_position/1": 5.0,
+        "train/loss_by_position/2": 4.5,
+        "train/loss_by_position/4": 4.0,
     }
     assert {"glob_name": "*", "step_metric": "train/step"}.items() <= values_of(records, "metric")[
         1
