@@ -89,6 +89,22 @@ class Browser:
             self._mouse("mouseMoved", place)
         self._mouse("mouseReleased", end)
 
+    def click(self, place: tuple[float, float], times: int = 1) -> None:
+        self._mouse("mouseMoved", place)
+        for count in range(1, times + 1):
+            self._mouse("mousePressed", place, count)
+            self._mouse("mouseReleased", place, count)
+
+    def choose(self, selector: str, value: str) -> None:
+        """Set a control to a value, as a person does."""
+        self.js(
+            f"""(() => {{
+              const control = document.querySelector({json.dumps(selector)})
+              control.value = {json.dumps(value)}
+              for (const event of ["input", "change"]) control.dispatchEvent(new Event(event))
+            }})()"""
+        )
+
     def move(self, place: tuple[float, float]) -> None:
         self._mouse("mouseMoved", place)
 
@@ -98,7 +114,7 @@ class Browser:
         path.write_bytes(base64.b64decode(shot["data"]))
         return path
 
-    def _mouse(self, kind: str, place: tuple[float, float]) -> None:
+    def _mouse(self, kind: str, place: tuple[float, float], count: int = 1) -> None:
         is_held = kind != "mouseMoved"
         self._call(
             "Input.dispatchMouseEvent",
@@ -106,7 +122,7 @@ class Browser:
             x=place[0],
             y=place[1],
             button="left" if is_held else "none",
-            clickCount=int(is_held),
+            clickCount=count if is_held else 0,
         )
 
     def _call(self, method: str, **arguments: Any) -> dict[str, Any]:

@@ -3,8 +3,7 @@ import gzip
 import json
 import math
 import re
-import shutil
-import subprocess
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,11 +15,11 @@ from pretrain.config import load_config
 from pretrain.metrics.report import write_report
 from pretrain.metrics.sinks import JsonlSink
 from pretrain.run_dir import RunDirectory
+from tests.browser import BROWSER, Browser, browser
 
 LAYERS, EXPERTS, STEPS = 4, 8, 500
 DEAD_LAYER, DEAD_EXPERT = 2, 5
 BLUE = (0x3D, 0x7E, 0xDB)
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 MANIFEST = {
     "unigram_entropy": 7.213,
     "funnel": [
@@ -204,31 +203,121 @@ def test_single_step_of_a_dense_model(tmp_path):
     assert "Expert load" not in References(page.read_text()).text
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine to open the page with")
-def test_browser_draws_the_charts_without_an_error(page, tmp_path):
-    picture = tmp_path / "page.png"
-    options = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
-        "--disable-background-networking --disable-component-update --hide-scrollbars "
-        "--virtual-time-budget=10000 --enable-logging=stderr --window-size=1400,2400"
+@pytest.fixture(scope="module")
+def shown(page, tmp_path_factory) -> Iterator[Browser]:
+    """The page in a browser, drawn."""
+    if BROWSER is None:
+        pytest.skip("no chromium on this machine to open the page with")
+    with browser(tmp_path_factory.mktemp("browser")) as opened:
+        opened.open(page.as_uri())
+        opened.wait_for(IS_DRAWN)
+        yield opened
+        assert opened.messages == []
+
+
+IS_DRAWN = "window.Bokeh?.documents[0]?.is_idle && document.querySelector('.key b').textContent"
+FIGURE = "Bokeh.documents[0].get_model_by_name('{}')"
+LOSS = FIGURE.format("train/loss")
+STEPS_SHOWN = f"[{LOSS}.x_range.start, {LOSS}.x_range.end]"
+
+
+def place_in(shown: Browser, chart: str, across: float) -> tuple[float, float]:
+    """A place of the window, `across` of the way from a chart's first step to its last."""
+    left, right, middle = shown.js(
+        f"""(() => {{
+          const view = Bokeh.index.find_one({FIGURE.format(chart)})
+          view.el.scrollIntoView({{ block: "center" }})
+          const [box, frame] = [view.el.getBoundingClientRect(), view.frame.bbox]
+          return [box.left + frame.left, box.left + frame.right, box.top + frame.vcenter]
+        }})()"""
     )
-    browser = subprocess.run(
-        [
-            BROWSER,
-            *options.split(),
-            f"--user-data-dir={tmp_path / 'profile'}",
-            f"--screenshot={picture}",
-            page.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    console = [line for line in browser.stderr.splitlines() if ":CONSOLE:" in line]
-    harmless = ("setting log level to", "document idle at")
-    assert [line for line in console if not any(text in line for text in harmless)] == []
-    assert any("document idle at" in line for line in console), browser.stderr
+    return left + across * (right - left), middle
+
+
+def key_of(shown: Browser, chart: str) -> str:
+    return shown.js(f"""document.querySelector('[data-chart="{chart}"] .key b').textContent""")
+
+
+def test_browser_draws_the_charts_and_asks_nobody(shown, tmp_path):
+    assert shown.js("performance.getEntriesByType('resource').length") == 0
+    shown.js("scrollTo(0, 0)")
+    picture = shown.screenshot(tmp_path / "page.png", whole=True)
     pixels = np.asarray(Image.open(picture).convert("RGB"), dtype=int)
     is_blue = (np.abs(pixels - BLUE) <= 2).all(-1)
     rows_with_lines = np.flatnonzero(is_blue.sum(-1) > 2)
-    assert len(rows_with_lines) > 100, "hardly anything of the charts' colour is on the page"
+    assert len(rows_with_lines) > 200, "hardly anything of the charts' colour is on the page"
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_nothing_is_wider_than_a_phone_or_a_laptop(shown, width):
+    shown.resize(width, 900)
+    shown.wait_for(f"innerWidth == {width} && Bokeh.documents[0].is_idle")
+    widest = shown.wait_for("document.documentElement.scrollWidth")
+    shown.resize(1440, 900)
+    assert widest == width
+
+
+def test_numbers_are_those_at_the_pointer_in_all_charts(shown, rows):
+    assert key_of(shown, "train/lr") == "0.001"
+    shown.move(place_in(shown, "train/loss", 0.01))
+    step = shown.wait_for("document.querySelector('#pointed').textContent")
+    row = rows[int(step.removeprefix("step ")) - 1]
+    for name in ("train/loss", "train/lr"):
+        number = float(key_of(shown, name).replace("−", "-"))
+        assert number == pytest.approx(row[name], rel=5e-3)
+    shown.move((2, 2))
+    shown.wait_for("document.querySelector('#pointed').textContent == ''")
+
+
+def test_dragging_zooms_all_charts_and_a_double_click_shows_all_again(shown, rows):
+    whole = shown.js(STEPS_SHOWN)
+    values = f"{LOSS}.y_range.end"
+    highest = shown.js(values)
+    start, end = (place_in(shown, "train/loss", across) for across in (0.5, 0.75))
+    shown.drag(start, end)
+    first, last = shown.wait_for(f"{LOSS}.x_range.start > 100 && {STEPS_SHOWN}")
+    assert (first, last) == pytest.approx((0.5 * STEPS, 0.75 * STEPS), abs=0.03 * STEPS)
+    assert shown.js(f"{FIGURE.format('train/lr')}.x_range.start") == first
+    # The values that are left have all of the height.
+    assert shown.wait_for(f"{values} < {highest} && {values}") < 4
+    for _ in range(2):
+        shown.click(place_in(shown, "train/loss", 0.4), times=2)
+    assert shown.wait_for(f"{LOSS}.x_range.start < 100 && {STEPS_SHOWN}") == whole
+    shown.wait_for(f"{values} == {highest}")
+
+
+def test_smoothing_follows_its_slider(shown, rows):
+    smooth = "Bokeh.documents[0].get_model_by_name('train/loss|my-run:smooth').data.value"
+    of_means = shown.js(f"Array.from({smooth}, (it) => Number.isNaN(it) ? null : it)")
+    losses = np.array([row["train/loss"] for row in rows])
+    is_there = np.isfinite(losses)
+    assert [value is not None for value in of_means] == is_there.tolist()
+    late = slice(300, STEPS)
+    noise = np.diff(np.array(of_means[late])).std()
+    assert noise < 0.3 * np.diff(losses[late]).std()
+    assert np.mean(of_means[late]) == pytest.approx(losses[late].mean(), rel=0.01)
+    shown.choose("#kind", "median")
+    medians = shown.js(f"Array.from({smooth}.slice(400, 410))")
+    span = int(shown.js("document.querySelector('#span').textContent").split()[0])
+    half = span // 2
+    expected = [np.median(losses[at - half : at + half + 1]) for at in range(400, 410)]
+    assert medians == pytest.approx(expected, rel=1e-5)
+    shown.choose("#smoothing", "0")
+    assert shown.js(f"{smooth}.length") == 0
+    assert shown.js("document.querySelector('#span').textContent") == "off"
+
+
+def test_a_logarithmic_scale_and_a_dark_page_are_a_click_away(shown):
+    shown.js("""document.querySelector('[data-chart="train/grad_norm"] .log').click()""")
+    assert shown.js(f"{FIGURE.format('train/grad_norm')}.y_scale.type") == "LogScale"
+    assert shown.js(f"{LOSS}.y_scale.type") == "LinearScale"
+    paper = "getComputedStyle(document.body).backgroundColor"
+    shown.js("document.querySelector('[data-scheme=dark]').click()")
+    assert shown.js(paper) == "rgb(20, 23, 27)"
+    # What was chosen outlives the page, as one that follows a run replaces itself.
+    shown.js("window.is_old = true, location.reload()")
+    shown.wait_for(
+        f"!window.is_old && document.body && ({paper}) == 'rgb(20, 23, 27)' && {IS_DRAWN}"
+    )
+    shown.wait_for(f"{FIGURE.format('train/grad_norm')}.y_scale.type == 'LogScale'")
+    assert shown.js("document.querySelector('#kind').value") == "median"

@@ -63,12 +63,19 @@ class Source(NamedTuple):
     steps: Sequence[Step]
 
 
-def funnel_of(run: Run) -> dict[str, Any]:
-    """Of each source its steps with reasons and examples, or else counts alone."""
-    sources = [_source(source) for source in run.funnels if source["steps"]]
+def funnel_of(runs: Sequence[Run]) -> dict[str, Any]:
+    """Of each source its steps with reasons and examples, or else counts alone.
+
+    What several runs train on is told once; counts alone only if it is the same for all of them.
+    """
+    sources: list[Source] = []
+    for found in (_source(source) for run in runs for source in run.funnels if source["steps"]):
+        if found not in sources:
+            sources.append(found)
     if sources:
         return {"sources": sources}
-    return {"outcomes": _outcomes(run.data_manifests)}
+    first, *others = [_outcomes(run.data_manifests) for run in runs]
+    return {"outcomes": first if all(other == first for other in others) else []}
 
 
 def _outcomes(manifests: Sequence[Mapping[str, Any]]) -> list[Outcome]:

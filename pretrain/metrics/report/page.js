@@ -227,11 +227,11 @@ const farspan = (() => {
       if (!is_fitting) setTimeout(() => { is_fitting = false; fit_all() })
       is_fitting = true
     })
-    const has_mouse = matchMedia("(pointer: fine)").matches
+    const is_touched = matchMedia("(pointer: coarse)").matches
     for (const chart of charts) {
       const { figure, element } = chart
       // On a touch screen dragging scrolls the page; it zooms only where there is a mouse.
-      figure.toolbar.tools[0].active = has_mouse
+      figure.toolbar.tools[0].active = !is_touched
       figure.on_event("doubletap", () => steps.setv({ start: steps.bounds[0], end: steps.bounds[1] }))
       for (const event of ["mousemove", "tap"]) figure.on_event(event, ({ x }) => point(x))
       figure.on_event("mouseleave", () => point(null))

@@ -80,7 +80,7 @@ def fragments(runs: Sequence[Run]) -> dict[str, str]:
         "lost-time": {"runs": lost_time(runs)},
         "events": {"events": events(runs)},
         "attempts": {"attempts": attempts(runs)},
-        "funnel": funnel_of(runs[0]),
+        "funnel": funnel_of(runs),
         "long": {"long": [(name, found) for name, found in long if found]},
         "evaluations": {"tables": [(name, found) for name, found in scores if found]},
         "settings": settings_of(runs),
