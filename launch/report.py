@@ -38,6 +38,9 @@ def report_runs(
         raise UserError("--out writes a file and --serve follows the runs: choose one of them")
     from launch.report_server import serve_report
 
+    for path in paths:
+        if not path.is_dir():
+            print(f"warning: there is no folder {path} yet; its run is shown once it has begun")
     serve_report(named_runs(paths), host or HOST, PORT if port is None else port)
 
 
@@ -46,6 +49,9 @@ def write_report_of(paths: Sequence[Path], out: Path | None = None) -> Path:
 
     Args:
         out: of one run RUN/report.html if None.
+
+    Raises:
+        UserError: there is no run, or nowhere to write.
     """
     from pretrain.metrics.history import read_history
     from pretrain.metrics.report import Run, render_page
@@ -62,30 +68,19 @@ def write_report_of(paths: Sequence[Path], out: Path | None = None) -> Path:
     out = out or runs[0].directory.report
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}; make it, or name another")
-    shown = [
-        Run(
-            run.name,
-            run.directory,
-            read_history(run.directory.metrics),
-            data_manifests(run.directory),
-        )
-        for run in runs
-    ]
+    shown = [Run(name, run, read_history(run.metrics), data_manifests(run)) for name, run in runs]
     write_atomically(out, render_page(shown))
     return out
 
 
 def named_runs(paths: Sequence[Path]) -> list[NamedRun]:
-    """Runs by the names of their directories, with as many of the folders above as tell them apart.
+    """Runs by the names of their folders, with as many of those above as tell them apart.
 
-    Raises UserError: a path is no directory.
+    Raises UserError: a path is that of a file.
     """
     for path in paths:
-        if not path.is_dir():
-            raise UserError(
-                f"{path} is not a run directory: there is no such folder; `farspan train RECIPE "
-                f"--run-dir {path}` makes one"
-            )
+        if path.is_file():
+            raise UserError(f"{path} is a file; name the run directory, as in {path.parent}")
     by_root = {path.resolve(): path for path in paths}
     return [NamedRun(_name_of(root, by_root), RunDirectory(by_root[root])) for root in by_root]
 

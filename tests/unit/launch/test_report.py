@@ -1,7 +1,11 @@
 import base64
 import http.client
 import json
+import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 
@@ -98,7 +102,7 @@ def test_runs_are_called_by_what_tells_them_apart(tmp_path):
         ({"serve": True, "out": "page.html"}, "choose one of them"),
         ({"out": "nowhere/page.html"}, "there is no folder"),
         ({"paths": 2}, "--out runs.html"),
-        ({"paths": 0}, "there is no such folder"),
+        ({"paths": 0}, "is not a run directory"),
     ],
 )
 def test_options_that_cannot_be_are_refused(tmp_path, run, options, told):
@@ -109,9 +113,21 @@ def test_options_that_cannot_be_are_refused(tmp_path, run, options, told):
         report_runs(paths or [tmp_path / "none"], **settings)
 
 
-def test_a_folder_that_is_no_run_cannot_be_written_about(tmp_path):
+def test_what_is_no_run_cannot_be_written_about(tmp_path, run):
     with pytest.raises(UserError, match="is not a run directory"):
         report_runs([tmp_path], None, serve=False, port=None, host=None)
+    with pytest.raises(UserError, match=f"is a file; name the run directory, as in {run.root}$"):
+        report_runs([run.config], None, serve=True, port=0, host=None)
+
+
+def test_a_folder_that_is_not_there_yet_is_waited_for(tmp_path):
+    report = LiveReport(named_runs([tmp_path / "later"]))
+    assert not report.look()
+    assert report.changes("")["sources"] == {}
+    assert "later" in report.page()
+    log(make_run(tmp_path / "later"), [1])
+    assert report.look()
+    assert report.changes("")["sources"]
 
 
 def test_several_runs_of_different_metrics_share_a_page(tmp_path, run):
@@ -265,3 +281,18 @@ def test_an_address_that_cannot_be_used_is_told(run, host, told):
     report = LiveReport(named_runs([run.root]))
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match=told):
         open_server(report, host, taken.getsockname()[1])
+
+
+def test_the_command_tells_its_address_and_ends_at_ctrl_c(run):
+    log(run, [1])
+    command = [sys.executable, "-m", "launch.cli", "report", str(run.root), "--serve", "--port=0"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        told = server.stdout.readline()
+        port = int(re.search(r"following first: http://127.0.0.1:(\d+) ", told).group(1))
+        assert get(port, "/")[0] == 200
+        server.send_signal(signal.SIGINT)
+        rest, errors = server.communicate(timeout=60)
+    assert (server.returncode, errors) == (0, "")
+    assert f"ssh -N -L {port}:127.0.0.1:{port} " in rest
