@@ -114,7 +114,7 @@ def documents_of(
 
 def check_divides(tokens: int, ranks: int) -> None:
     """Raise UserError where ranks cannot share a row."""
-    if tokens % (2 * ranks):
+    if ranks > 1 and tokens % (2 * ranks):
         raise UserError(
             f"a row of {tokens} tokens on {ranks} ranks of context parallelism: its length has to "
             f"be a multiple of {2 * ranks}"
