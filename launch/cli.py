@@ -28,6 +28,7 @@ Overrides = Annotated[
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.")]
 SUITE_LONG = "With --suite long"
+SUITE_ICL = "With --suite icl"
 SUITE_LM_EVAL = "With --suite lm-eval"
 
 
@@ -133,13 +134,16 @@ def evaluate(
         str | None,
         typer.Option(
             help="Of long: some of needle,multi_key,multi_value,variable_tracking,overwrite "
+            "(default: all). Of icl: some of copy,reversal,arithmetic,pattern,translation "
             "(default: all). Of lm-eval: names of tasks, groups or tags, * for anything."
         ),
     ] = None,
     samples: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Documents of each task and length, of a needle's depth (default: 8)."
+            min=1,
+            help="Of long: documents of each task and length, of a needle's depth (default: 8). Of "
+            "icl: prompts of each task and number of shots (default: 128).",
         ),
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the documents (default: 0).")] = None,
@@ -171,11 +175,18 @@ def evaluate(
             help="Fewest tokens between the questions and what they ask for (default: 0).",
         ),
     ] = None,
+    shots: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=SUITE_ICL,
+            help="Examples before the one that is asked for, each in turn (default: 0,1,2,4,8,16).",
+        ),
+    ] = None,
     form: Annotated[
         str | None,
         typer.Option(
-            rich_help_panel=SUITE_LONG,
-            help="tokens, text, or auto: tokens for models of `farspan data synthetic`.",
+            help="Of long and icl: tokens, text, or auto: tokens for models of `farspan data "
+            "synthetic`.",
         ),
     ] = None,
     shards: Annotated[
@@ -188,7 +199,7 @@ def evaluate(
         str | None,
         typer.Option(
             rich_help_panel=SUITE_LM_EVAL,
-            help="Examples before a question; several, as in 0,1,5, are asked in turn (default: 0).",
+            help="Examples before a question; several, as in 0,1,5, each in turn (default: 0).",
         ),
     ] = None,
     tasks_dir: Annotated[
@@ -222,6 +233,7 @@ def evaluate(
         "values": values,
         "gap": gap,
         "form": form,
+        "shots": shots,
         "shards": shards,
         "num_fewshot": num_fewshot,
         "tasks_dir": tasks_dir,

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from launch.evaluation_icl import evaluate_icl
 from launch.evaluation_lm_eval import evaluate_lm_eval
 from launch.evaluation_long import evaluate_long
 from launch.suite import Asked
@@ -27,6 +28,7 @@ SUITES = {
         ("lengths", "tasks", "samples", "seed", "pairs", "values", "gap", "form", "shards"),
         evaluate_long,
     ),
+    "icl": Suite(("tasks", "shots", "samples", "seed", "form"), evaluate_icl),
     "lm-eval": Suite(
         ("tasks", "num_fewshot", "tasks_dir", "limit", "context"),
         evaluate_lm_eval,

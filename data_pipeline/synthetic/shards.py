@@ -1,8 +1,9 @@
 """Shards of synthetic documents: a source of training data like any other."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.errors import DataError, file_errors
 from data_pipeline.formats.made import Made
@@ -10,8 +11,9 @@ from data_pipeline.run_folder import exclusive, record_plan
 from data_pipeline.shards import load_manifest, write_token_shards
 from data_pipeline.shards.manifest import PREDICTED_FROM, TOKENIZER
 from data_pipeline.shards.writer import TOKENS_PER_SHARD, Tokens
+from data_pipeline.synthetic.icl import check_icl_task, icl_random_numbers
 from data_pipeline.synthetic.stories import Task, random_numbers
-from data_pipeline.synthetic.tokens import Alphabet, write_document
+from data_pipeline.synthetic.tokens import Alphabet, write_document, write_examples
 
 DOCUMENTS_PER_REPORT = 512
 
@@ -44,21 +46,59 @@ def make_synthetic(
     """
     alphabet = Alphabet(vocab_size)
     alphabet.check(task, length)
+    plan = {"task": asdict(task), "length": length, "vocab_size": vocab_size, "seed": seed}
+
+    def write(number: int) -> tuple[str, Tokens]:
+        rng = random_numbers(seed, "training", task, length, number)
+        return f"{task.name}-{number}", write_document(task, length, alphabet, rng).tokens
+
+    return _make(write, plan, alphabet, out, documents, tokens_per_shard, progress)
+
+
+def make_examples(
+    tasks: Sequence[str],
+    out: Path,
+    *,
+    length: int,
+    documents: int,
+    vocab_size: int,
+    seed: int,
+    tokens_per_shard: int = TOKENS_PER_SHARD,
+    progress: Progress = _no_progress,
+) -> Made:
+    """Write documents of examples, each of one of these tasks of ICL_TASKS; else as
+    `make_synthetic`.
+    """
+    alphabet = Alphabet(vocab_size)
+    alphabet.check_examples(length)
+    for name in tasks:
+        check_icl_task(name)
+    plan = {"icl": list(tasks), "length": length, "vocab_size": vocab_size, "seed": seed}
+
+    def write(number: int) -> tuple[str, Tokens]:
+        rng = icl_random_numbers(seed, "training", " ".join(tasks), length, number)
+        return f"icl-{number}", write_examples(tasks, length, alphabet, rng)
+
+    return _make(write, plan, alphabet, out, documents, tokens_per_shard, progress)
+
+
+def _make(
+    write: Callable[[int], tuple[str, Tokens]],
+    asked: dict[str, Any],
+    alphabet: Alphabet,
+    out: Path,
+    documents: int,
+    tokens_per_shard: int,
+    progress: Progress,
+) -> Made:
+    """Write the documents of these numbers, from 0 on."""
     if documents < 1:
         raise DataError(f"documents = {documents}: must be at least 1")
-    plan = {
-        "command": "synthetic",
-        "task": asdict(task),
-        "length": length,
-        "documents": documents,
-        "vocab_size": vocab_size,
-        "seed": seed,
-    }
+    plan = {"command": "synthetic", **asked, "documents": documents}
 
     def write_all() -> Iterator[tuple[str, Tokens]]:
         for number in range(documents):
-            rng = random_numbers(seed, "training", task, length, number)
-            yield f"{task.name}-{number}", write_document(task, length, alphabet, rng).tokens
+            yield write(number)
             if (number + 1) % DOCUMENTS_PER_REPORT == 0 or number + 1 == documents:
                 progress("documents", number + 1, documents)
 

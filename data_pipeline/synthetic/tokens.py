@@ -1,5 +1,6 @@
 """Stories in reserved tokens, for models that are trained on them from scratch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from tokenizers import models, pre_tokenizers
 
 from data_pipeline.errors import DataError
+from data_pipeline.synthetic.icl import ICL_TASKS, LEAST_SYMBOLS, Example, draw_examples
 from data_pipeline.synthetic.stories import Event, Question, Task, tell
 from data_pipeline.tokenize import END_OF_DOCUMENT, Tokenizer
 
@@ -96,6 +98,35 @@ class Alphabet:
                 f"pairs or values{', or a smaller gap' if task.gap else ''}"
             )
 
+    def check_symbols(self) -> None:
+        """Raise DataError unless examples can be written."""
+        if self.symbols < LEAST_SYMBOLS:
+            least = FIRST_KEY + KINDS_OF_SYMBOLS * LEAST_SYMBOLS
+            raise DataError(
+                f"a vocabulary of {self.vocab_size} has {self.symbols} symbols, and examples need "
+                f"{LEAST_SYMBOLS}: take a vocabulary of {least} or more"
+            )
+
+    def check_examples(self, length: int) -> None:
+        """Raise DataError unless documents of `length` tokens can be written of examples."""
+        self.check_symbols()
+        # One to learn from, and one to learn.
+        least = 1 + 2 * max(1 + task.tokens for task in ICL_TASKS.values())
+        if length < least:
+            raise DataError(f"{length} tokens have no room for two examples: take {least} or more")
+
+    def spell(self, examples: Sequence[Example]) -> list[int]:
+        """`ask`, the input in keys, and the output in answers, of each."""
+        return [
+            token
+            for given, wanted in examples
+            for token in (
+                ASK,
+                *(FIRST_KEY + symbol for symbol in given),
+                *(self.first_answer + symbol for symbol in wanted),
+            )
+        ]
+
 
 class Document(NamedTuple):
     """
@@ -152,6 +183,19 @@ def write_document(
             asked += 1
         tokens[start : start + len(ids)] = ids
     return Document(tokens, question)
+
+
+def write_examples(
+    names: Sequence[str], length: int, alphabet: Alphabet, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """[length] tokens: as many examples as have room, of a task that is drawn among `names`, and
+    filler before them. Each output is to be predicted from all before it.
+    """
+    name = names[int(rng.integers(len(names)))]
+    count = (length - 1) // (1 + ICL_TASKS[name].tokens)
+    spelled = alphabet.spell(draw_examples(name, alphabet.symbols, count, rng))
+    filler = rng.integers(alphabet.filler.start, alphabet.filler.stop, length - 1 - len(spelled))
+    return np.concatenate([filler, np.array([*spelled, 0])])
 
 
 def _slot_tokens(task: Task) -> int:

@@ -22,6 +22,7 @@ from data_pipeline.synthetic import (
 )
 from pretrain.errors import UserError
 
+FORMS = ("auto", "tokens", "text")
 CONSONANTS, VOWELS = "bdfgklmnrt", "aeiou"
 SYLLABLES = [consonant + vowel for consonant in CONSONANTS for vowel in VOWELS]
 # Names of three syllables, and as many numbers of seven digits.
@@ -174,12 +175,12 @@ class TextForm:
         return self._ask(event.what, task)
 
     def _state(self, what: Statement, task: Task) -> Iterator[Piece]:
-        key = _name(what.key)
+        key = name_of(what.key)
         if what.is_copy:
             yield self._piece(" Variable")
             yield self._piece(f" {key}")
             yield self._piece(" is a copy of")
-            yield self._piece(f" {_name(what.value)}")
+            yield self._piece(f" {name_of(what.value)}")
         else:
             yield self._piece(" Variable" if task.name == "variable_tracking" else " The number of")
             yield self._piece(f" {key}")
@@ -188,7 +189,7 @@ class TextForm:
         yield self._piece(".")
 
     def _ask(self, what: Question, task: Task) -> Iterator[Piece]:
-        subject, answers = f" {_name(what.subject)}", [f" {_number(n)}" for n in what.answers]
+        subject, answers = f" {name_of(what.subject)}", [f" {_number(n)}" for n in what.answers]
         before, after, answer = {
             "multi_value": (
                 "\nQuestion: which numbers has",
@@ -203,7 +204,7 @@ class TextForm:
             "overwrite": ("\nQuestion: what is the last number of", "? Answer:", " It is"),
         }.get(task.name, ("\nQuestion: what is the number of", "? Answer:", " It is"))
         if task.name == "variable_tracking":
-            subject, answers = f" {_number(what.subject)}", [f" {_name(n)}" for n in what.answers]
+            subject, answers = f" {_number(what.subject)}", [f" {name_of(n)}" for n in what.answers]
         for text in (before, subject, after, answer):
             yield self._piece(text)
         yield Piece(self._encode(answers[0]), is_answer=True)
@@ -219,7 +220,8 @@ class TextForm:
         return self.tokenizer.encode(text)
 
 
-def _name(symbol: int) -> str:
+def name_of(symbol: int) -> str:
+    """An invented word; `symbol` is below SYMBOLS."""
     n = len(SYLLABLES)
     return SYLLABLES[symbol // n**2] + SYLLABLES[symbol // n % n] + SYLLABLES[symbol % n]
 

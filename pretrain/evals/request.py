@@ -8,9 +8,9 @@ from data_pipeline.synthetic import TASKS, Task
 from pretrain.config import Config, overridden
 from pretrain.errors import UserError
 from pretrain.eval_config import longest_position
+from pretrain.evals.forms import FORMS
 from pretrain.layouts import resolve_layout
 
-FORMS = ("auto", "tokens", "text")
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 # Of the document before a needle.
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -479,6 +479,49 @@ DEFINITIONS: tuple[Metric, ...] = (
         "pretrain/evals/held_out.py",
     ),
     Metric(
+        "eval/icl_copy",
+        "share",
+        QUESTIONS,
+        "Four symbols, to be repeated. This and those below that begin with icl_ are of `farspan "
+        "eval --suite icl`, in RUN/evals, by how many examples of the rule come before.",
+        "sum",
+        "pretrain/evals/icl.py",
+    ),
+    Metric(
+        "eval/icl_reversal",
+        "share",
+        QUESTIONS,
+        "Four symbols, to be repeated from the last to the first; examples alone tell it from "
+        "copying.",
+        "sum",
+        "pretrain/evals/icl.py",
+    ),
+    Metric(
+        "eval/icl_arithmetic",
+        "share",
+        QUESTIONS,
+        "A digit, to which a number is to be added that the examples tell, modulo 10.",
+        "sum",
+        "pretrain/evals/icl.py",
+    ),
+    Metric(
+        "eval/icl_pattern",
+        "share",
+        QUESTIONS,
+        "Two symbols, to be put into three places as in the examples.",
+        "sum",
+        "pretrain/evals/icl.py",
+    ),
+    Metric(
+        "eval/icl_translation",
+        "share",
+        QUESTIONS,
+        "Three words, in a language that is invented for each prompt: each has another word, and "
+        "they come in another order.",
+        "sum",
+        "pretrain/evals/icl.py",
+    ),
+    Metric(
         "eval/needle",
         "share",
         QUESTIONS,
