@@ -25,6 +25,7 @@ COMMANDS = [
         "docs/evaluation.md",
         "docs/long_context.md",
         "docs/wandb.md",
+        "docs/report.md",
     )
     for block in re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     for line in block.splitlines()
