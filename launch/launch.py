@@ -30,6 +30,10 @@ MaxRestarts = Annotated[
     int, typer.Option(min=0, help="Restarts in a row after failures without progress; 0: none.")
 ]
 
+Plain = Annotated[
+    bool, typer.Option("--plain", help="A line for each row, no panel, on a terminal too.")
+]
+
 
 @app.command()
 def local(
@@ -39,9 +43,7 @@ def local(
     run_dir: RunDir = None,
     max_restarts: MaxRestarts = 3,
     allow_change: AllowChange = None,
-    plain: Annotated[
-        bool, typer.Option("--plain", help="A line for each row, no panel, on a terminal too.")
-    ] = False,
+    plain: Plain = False,
 ) -> None:
     """Train on this machine: the life of a Slurm job, without Slurm.
 
@@ -212,7 +214,7 @@ def cancel(
 
 
 @app.command()
-def resubmit(run: Run, max_restarts: MaxRestarts = 3) -> None:
+def resubmit(run: Run, max_restarts: MaxRestarts = 3, plain: Plain = False) -> None:
     """Start a run again as it was started: after a failure, a cancel, or when it was stopped.
 
     A run of `farspan launch slurm` is submitted once more, with the same nodes, profile and limits;
@@ -222,7 +224,7 @@ def resubmit(run: Run, max_restarts: MaxRestarts = 3) -> None:
     from launch.resubmit import resubmit
     from pretrain.run_dir import RunDirectory
 
-    raise typer.Exit(resubmit(RunDirectory(run.resolve()), max_restarts))
+    raise typer.Exit(resubmit(RunDirectory(run.resolve()), max_restarts, plain))
 
 
 @app.command()

@@ -191,6 +191,8 @@ class Panel:
         """The attempt is over."""
         self.look()
         self._state = "done" if self._step == self._steps else "ended"
+        if self._state == "ended":
+            self.note(f"attempt {self._attempt} ends after step {self._step:,}")
 
     def note(self, event: str) -> None:
         self._events.append((f"{self._wall():%H:%M:%S}", event))

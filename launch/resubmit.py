@@ -13,11 +13,12 @@ from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory
 
 
-def resubmit(run: RunDirectory, max_restarts: int) -> int:
+def resubmit(run: RunDirectory, max_restarts: int, plain: bool) -> int:
     """Submit the job of a run once more, or train it here if it was trained on one machine.
 
     Args:
         max_restarts: on this machine; under Slurm the job says.
+        plain: show no panel on a terminal.
 
     Returns:
         An exit code.
@@ -49,7 +50,7 @@ def resubmit(run: RunDirectory, max_restarts: int) -> int:
         )
     print(f"resubmitting {run.root}, which has been trained on one machine", file=sys.stderr)
     run = prepare(str(run.config), [], _ranks(run), run.root)
-    return train_locally(run, _ranks(run), max_restarts)
+    return train_locally(run, _ranks(run), max_restarts, plain)
 
 
 def _ranks(run: RunDirectory) -> int:

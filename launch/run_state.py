@@ -23,7 +23,8 @@ from launch.starters import (
 )
 from launch.tails import last_lines
 from parallel.heartbeat import HEARTBEATS
-from pretrain.config import read_run_config
+from pretrain.config import phases_of, read_run_config
+from pretrain.curriculum import tokens_until
 from pretrain.run_dir import RunDirectory
 
 # prepared: no attempt yet. queued: Slurm has a job that waits. ending: its ranks have outlived what
@@ -95,9 +96,11 @@ def read_state(run: RunDirectory, slurm: Slurm | None) -> RunState:
     state, detail, where = _state(run, attempts, jobs_of(run, slurm) if slurm else [])
     rows = _recent_rows(run)
     step = int(rows[-1]["train/step"]) if rows else 0
-    step_s = median(row["perf/step_s"] for row in rows) if rows else None
+    tokens_per_s = median(row["perf/tokens_per_s"] for row in rows) if rows else None
     saved, saved_age_s = _marker(run.saved), _age_s(run.saved)
-    trains = state == "running" and step_s is not None
+    # Steps of other phases have other lengths.
+    phases, steps = phases_of(config), config.train.steps
+    tokens_left = tokens_until(phases, steps) - tokens_until(phases, step)
     return RunState(
         run=run,
         state=state,
@@ -105,11 +108,11 @@ def read_state(run: RunDirectory, slurm: Slurm | None) -> RunState:
         where=where,
         attempt=attempts[-1] if attempts else 0,
         step=step,
-        steps=config.train.steps,
-        tokens_per_s=median(row["perf/tokens_per_s"] for row in rows) if rows else None,
+        steps=steps,
+        tokens_per_s=tokens_per_s,
         checkpoint=saved.get("step"),
         checkpoint_age_s=saved_age_s if saved else None,
-        eta_s=(config.train.steps - step) * step_s if trains and step_s else None,
+        eta_s=tokens_left / tokens_per_s if state == "running" and tokens_per_s else None,
         excluded=tuple(excluded_now(run)),
         failures=tuple(filter(None, (read_failure(run, attempt) for attempt in attempts))),
     )

@@ -123,7 +123,7 @@ def test_a_run_that_trains_tells_how_fast_and_how_long(
     state = read_state(run, None)
     assert (state.state, state.where) == ("running", f"process {launcher.pid} on {HOST}")
     assert (state.attempt, state.step, state.checkpoint) == (1, 100, 90)
-    assert (state.tokens_per_s, state.eta_s) == (1000, 600)
+    assert (state.tokens_per_s, state.eta_s) == (1000, 300 * 8 * 256 / 1000)
     assert state.checkpoint_age_s is not None
     launcher.kill()
     launcher.wait()
