@@ -199,7 +199,7 @@ class ExportedModel(TemplateLM):
     def _score_answer(self, hidden: Tensor, answer: Sequence[int]) -> tuple[float, bool]:
         labels = torch.tensor(answer, device=hidden.device)
         chunk = max(1, LOGITS_BYTES // (4 * self._head.shape[0]))
-        likeliest, losses = predict(hidden, self._head.to(hidden.dtype), labels, chunk)
+        likeliest, losses = predict(hidden.to(self._head.dtype), self._head, labels, chunk)
         total = -losses.double().sum().item()
         if not math.isfinite(total):
             raise TrainingError(

@@ -104,6 +104,18 @@ def test_loglikelihoods_are_those_of_our_model(
     assert sum(greedy for _, greedy in found) >= 1
 
 
+def test_computation_in_bfloat16_is_near(
+    exported: tuple[Transformer, Path], asked: ExportedModel
+) -> None:
+    rounded = ExportedModel(exported[1], CONTEXT, CONTEXT, torch.device("cpu"), torch.bfloat16)
+    requests = [request("ab cde", " fghi jklm"), request("nop", " abc")]
+    for (near, _), (exact, _) in zip(
+        rounded.loglikelihood(requests), asked.loglikelihood(requests), strict=True
+    ):
+        assert near == pytest.approx(exact, rel=0.05)
+        assert near != exact
+
+
 def test_text_is_encoded_as_in_training(asked: ExportedModel) -> None:
     """A special token that a text spells is text."""
     text = " fghi<|endoftext|>"
