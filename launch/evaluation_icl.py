@@ -35,22 +35,26 @@ def evaluate_icl(asked: Asked) -> None:
     console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(
         f"step {result['step']:,}, prompts of {result['form']}, {request.samples} of each kind, "
-        f"layout {result['layout']}; in brackets the 95 % interval\n"
+        f"layout {result['layout']}"
     )
-    console.print(table_of(result))
+    for table in tables_of(result):
+        console.print()
+        console.print(table)
     console.print(f"\n{run.evaluation('icl', result['step'])}")
 
 
-def table_of(result: dict[str, Any]) -> Table:
+def tables_of(result: dict[str, Any]) -> list[Table]:
+    """What was right, and how sure that is."""
     request, cells = result["request"], result["cells"]
     found = {(cell["task"], cell["shots"]): cell for cell in cells}
     columns = [f"{shots} shot{'s' * (shots != 1)}" for shots in request["shots"]]
-    table = plain_table("right", ["chance", *columns])
+    right = plain_table("outputs right", ["chance", *columns])
+    sure = plain_table("95 % interval", columns)
     for task in request["tasks"]:
         of_task = [found[task, shots] for shots in request["shots"]]
-        shown = [
-            f"{cell['accuracy']:.1%} [{100 * cell['low']:.0f}, {100 * cell['high']:.0f}]"
-            for cell in of_task
-        ]
-        table.add_row(task, f"{of_task[0]['chance']:.1%}", *shown)
-    return table
+        shares = (f"{cell['accuracy']:.1%}" for cell in of_task)
+        right.add_row(task, f"{of_task[0]['chance']:.1%}", *shares)
+        sure.add_row(
+            task, *(f"{100 * cell['low']:.0f}-{100 * cell['high']:.0f}" for cell in of_task)
+        )
+    return [right, sure]

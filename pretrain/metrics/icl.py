@@ -29,4 +29,5 @@ def read_icl(run: RunDirectory) -> ScoreTable | None:
         *(f"{task}: {METRICS[f'eval/icl_{task}'].help}" for task in request["tasks"]),
     ]
     what = "Accuracy by how many examples of the rule come before."
-    return ScoreTable(tree["step"], "in context", columns, tuple(rows), tuple(notes), what)
+    suite = "Learned from examples in the context"
+    return ScoreTable(suite, tree["step"], "task", columns, tuple(rows), tuple(notes), what)

@@ -22,11 +22,13 @@ class ScoreRow(NamedTuple):
 class ScoreTable(NamedTuple):
     """
     Attributes:
+        suite: what has asked.
         title: of the first column.
         notes: what a reader has to know of the numbers.
         help: what the metric tells.
     """
 
+    suite: str
     step: int
     title: str
     columns: tuple[str, ...]
@@ -62,7 +64,8 @@ def score_table(tree: Mapping[str, Any]) -> ScoreTable:
         for label, found in by_label.items()
     )
     columns = ("chance", *(f"{n} shot" if n == 1 else f"{n} shots" for n in shots))
-    return ScoreTable(tree["step"], "task", columns, rows, _notes(scores), METRICS[NAME].help)
+    notes, what = _notes(scores), METRICS[NAME].help
+    return ScoreTable("lm-evaluation-harness", tree["step"], "task", columns, rows, notes, what)
 
 
 def _label(score: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from pretrain.metrics.evaluation import read_evaluation
 from pretrain.metrics.history import read_history
+from pretrain.metrics.icl import read_icl
 from pretrain.metrics.lm_eval import read_lm_eval
 from pretrain.metrics.registry import METRICS
 from pretrain.metrics.report.figures import HIGHEST_LOAD, Figures, embed
@@ -72,7 +73,7 @@ def fragments(runs: Sequence[Run]) -> dict[str, str]:
     """What changes on the page while runs go on, other than charts: {element id: inner HTML}."""
     several = len(runs) > 1
     long = [(run.name, read_evaluation(run.directory)) for run in runs]
-    scores = [(run.name, read_lm_eval(run.directory)) for run in runs]
+    scores = [(run.name, read(run.directory)) for run in runs for read in (read_icl, read_lm_eval)]
     contents: dict[str, dict[str, Any]] = {
         "status": {"status": f"{len(runs)} runs" if several else status_of(runs[0])},
         "alarms": {"alarms": list(alarms(runs))},

@@ -1,5 +1,7 @@
 """Examples tell the rule, and only they; what is asked of a model, and how it is counted."""
 
+import io
+import json
 from collections import Counter
 from collections.abc import Sequence
 from itertools import permutations, product
@@ -7,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from data_pipeline.shards import TokenReader
 from data_pipeline.stream import Tokenizer, load_tokenizer
 from data_pipeline.synthetic import ICL_TASKS, Alphabet, Example, draw_examples
 from data_pipeline.synthetic.shards import make_examples
 from data_pipeline.tokenize import train_tokenizer
+from launch.evaluation_icl import tables_of
 from pretrain.config import load_config
 from pretrain.errors import UserError
 from pretrain.evals.icl import ask, rows_of, wilson
@@ -26,6 +30,8 @@ from pretrain.evals.icl_request import (
     prompts,
 )
 from pretrain.evals.sharded import Scores
+from pretrain.metrics.icl import read_icl
+from pretrain.run_dir import RunDirectory
 
 IGNORED, ASK = -100, 3
 SYMBOLS = 6
@@ -166,3 +172,39 @@ def test_numbers_of_shots_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="must be numbers of examples"):
         parse_shots(text)
     assert parse_shots("4, 0,1,4") == (0, 1, 4)
+
+
+def test_tables_have_a_row_per_task_and_a_column_per_number_of_shots(tmp_path: Path) -> None:
+    request = {"tasks": ["copy", "pattern"], "shots": [0, 1], "samples": 20}
+    cells = [
+        {
+            "task": task,
+            "shots": shots,
+            "chance": 0.25,
+            "accuracy": right / 20,
+            **dict(zip(("low", "high"), wilson(right, 20), strict=True)),
+        }
+        for task, of_task in (("copy", (5, 20)), ("pattern", (0, 9)))
+        for shots, right in enumerate(of_task)
+    ]
+    result = {"step": 7, "form": "tokens", "request": request, "cells": cells}
+    console = Console(file=io.StringIO(), width=80)
+    for table in tables_of(result):
+        console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    lines = [line.split() for line in console.file.getvalue().splitlines()]
+    assert lines == [
+        ["outputs", "right", "chance", "0", "shots", "1", "shot"],
+        ["copy", "25.0%", "25.0%", "100.0%"],
+        ["pattern", "25.0%", "0.0%", "45.0%"],
+        ["95", "%", "interval", "0", "shots", "1", "shot"],
+        ["copy", "11-47", "84-100"],
+        ["pattern", "0-16", "26-66"],
+    ]
+    run = RunDirectory(tmp_path)
+    run.evaluations.mkdir()
+    run.evaluation("icl", 7).write_text(json.dumps(result))
+    shown = read_icl(run)
+    assert shown is not None
+    assert shown.columns == ("chance", "0 shots", "1 shot")
+    assert shown.rows[1] == ("pattern", ("25.0%", "0.0% [0, 16]", "45.0% [26, 66]"))
