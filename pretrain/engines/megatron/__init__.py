@@ -4,9 +4,10 @@ Context parallelism without Transformer Engine, with packed documents, and for h
 docs/megatron.md.
 """
 
-from pretrain.engines.megatron.installed import check_installed
+from pretrain.engines.extra import check_extra
 
-check_installed()
+# Without psutil its checkpoints hang, without einops it fails late.
+check_extra("megatron", {"megatron-core": "0.16.1", "psutil": None, "einops": None})
 
 from pretrain.engines.megatron.attention import RingAttention, Rope  # noqa: E402
 from pretrain.engines.megatron.documents import PackedDocuments, shard_batch  # noqa: E402

@@ -1,6 +1,5 @@
-"""From farspan's configuration to megatron-core's, and what does not fit into it."""
+"""From farspan's configuration to megatron-core's."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,80 +10,9 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 
 from pretrain.config import Config
-from pretrain.errors import UserError
-from pretrain.layouts import Layout, stages_per_rank
+from pretrain.engines.limits import stages_of_rank
+from pretrain.layouts import Layout
 from pretrain.model.config import ModelConfig
-
-
-def check_expressible(config: Config, layout: Layout) -> None:
-    """Raise UserError with all that megatron-core cannot do of a configuration."""
-    problems = [*_model_problems(config.model, layout), *_run_problems(config, layout)]
-    if problems:
-        listed = "\n".join(f"- {problem}" for problem in problems)
-        raise UserError(f"megatron-core cannot train this:\n{listed}\nThe native engine can")
-
-
-def _model_problems(model: ModelConfig, layout: Layout) -> Iterator[str]:
-    moe, attention, linear, tp = model.moe, model.attention, model.linear, layout.tp
-    kinds = model.layer_kinds()
-    if moe.n_experts and moe.balance != "batch" and (moe.balance == "bias" or moe.aux_loss):
-        yield f"model.moe.balance = {moe.balance}: the router in its layers knows batch alone"
-    if moe.n_experts and moe.capacity_factor is not None:
-        yield (
-            f"model.moe.capacity_factor = {moe.capacity_factor}: it drops by microbatch and rank; "
-            "null drops nothing"
-        )
-    if moe.n_experts and tp > 1 and layout.ep == 1:
-        yield (
-            f"experts with parallel.tp = {tp} and parallel.ep = 1: megatron-core 0.16.1 leaves "
-            "each rank of tp its own part of their gradient; set parallel.ep"
-        )
-    if moe.n_experts % layout.ep:
-        yield f"parallel.ep = {layout.ep} does not divide model.moe.n_experts = {moe.n_experts}"
-    shared = {
-        "model.vocab_size": model.vocab_size,
-        "model.attention.n_heads": attention.n_heads,
-        "model.attention.n_kv_heads": attention.n_kv_heads,
-        "model.d_ff": model.d_ff,
-    }
-    if "linear" in kinds:
-        shared["model.linear.n_key_heads"] = linear.n_key_heads
-        shared["model.linear.n_value_heads"] = linear.n_value_heads
-    if moe.n_experts:
-        del shared["model.d_ff"]
-        shared["model.moe.d_shared_expert"] = moe.d_shared_expert
-    for field, size in shared.items():
-        if size % tp:
-            yield f"parallel.tp = {tp} does not divide {field} = {size}"
-
-
-def _run_problems(config: Config, layout: Layout) -> Iterator[str]:
-    parallel, pipeline = config.parallel, config.parallel.pipeline
-    if layout.pp > 1 and pipeline.schedule not in ("1f1b", "interleaved"):
-        yield f"parallel.pipeline.schedule = {pipeline.schedule}: it has 1f1b and interleaved"
-    stages = layout.pp * _stages_per_rank(config, layout)
-    if config.model.n_layers % stages:
-        yield f"{stages} stages do not divide model.n_layers = {config.model.n_layers}"
-    if pipeline.layers_per_stage != "balanced":
-        yield "parallel.pipeline.layers_per_stage: its stages have equally many; balanced"
-    if layout.ulysses > 1:
-        yield f"parallel.ulysses = {layout.ulysses}: its groups of ranks exchange keys only; 1"
-    if config.data.seq_len % (2 * layout.cp):
-        yield f"2 x parallel.cp = {2 * layout.cp} does not divide data.seq_len"
-    if config.context.in_segments:
-        yield "context.segments, or lanes: it computes rows whole"
-    if parallel.recompute not in ("none", "full"):
-        yield f"parallel.recompute = {parallel.recompute}: none, or full for all layers"
-    if parallel.offload != "none" or parallel.feed_forward_tile is not None:
-        yield "parallel.offload and parallel.feed_forward_tile: it has no such thing"
-    if parallel.dispatcher != "all_to_all":
-        yield f"parallel.dispatcher = {parallel.dispatcher}: all_to_all"
-    if config.optim.in_backward or config.optim.state_dtype != "float32":
-        yield "optim.in_backward and optim.state_dtype: its AdamW has neither; false and float32"
-
-
-def _stages_per_rank(config: Config, layout: Layout) -> int:
-    return stages_per_rank(config) if layout.pp > 1 else 1
 
 
 def transformer_config(config: Config, layout: Layout) -> TransformerConfig:
@@ -164,7 +92,7 @@ def _parallel(config: Config, layout: Layout) -> dict[str, Any]:
         "context_parallel_size": layout.cp,
         "batch_p2p_sync": False,
     }
-    if (stages := _stages_per_rank(config, layout)) > 1:
+    if (stages := stages_of_rank(config, layout)) > 1:
         # Without overlap gloo takes one stage's tensors for another's: wrong, and silent.
         fields |= {
             "virtual_pipeline_model_parallel_size": stages,

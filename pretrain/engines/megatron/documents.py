@@ -104,6 +104,11 @@ def documents_of(
             f"packed_seq_params of format {packed.qkv_format}: farspan's layers know documents "
             "from shard_batch only; pass what it returns"
         )
+    if len(documents.layouts[0].blocks) != group.size():
+        raise UserError(
+            f"packed_seq_params are for {len(documents.layouts[0].blocks)} ranks, the layer has "
+            f"{group.size()} that share rows; give shard_batch the group of context parallelism"
+        )
     if documents.position.shape != (batch, tokens):
         raise UserError(
             f"packed_seq_params are of a batch {tuple(documents.position.shape)}, the layer got "

@@ -17,11 +17,8 @@ from torch import Tensor, nn
 
 from data_pipeline.stream import Batch
 from pretrain.config import Config
-from pretrain.engines.megatron.config import (
-    check_expressible,
-    optimizer_config,
-    transformer_config,
-)
+from pretrain.engines.limits import check_megatron
+from pretrain.engines.megatron.config import optimizer_config, transformer_config
 from pretrain.engines.megatron.cpu import on_any_device
 from pretrain.engines.megatron.documents import PackedDocuments, shard_batch
 from pretrain.engines.megatron.router import begin_step, finish_step, routers_of
@@ -73,7 +70,7 @@ class MegatronEngine:
 
     @on_any_device()
     def __init__(self, config: Config, layout: Layout, device: torch.device) -> None:
-        check_expressible(config, layout)
+        check_megatron(config, layout)
         self.config, self.device = config, device
         theirs = transformer_config(config, layout)
         stages = theirs.virtual_pipeline_model_parallel_size

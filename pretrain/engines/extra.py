@@ -1,0 +1,31 @@
+"""Whether what an engine needs is installed."""
+
+import warnings
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+
+from pretrain.errors import UserError
+
+
+def check_extra(extra: str, tested: Mapping[str, str | None]) -> None:
+    """Warn of versions that were not tested.
+
+    Args:
+        extra: of farspan.
+        tested: version of each package that has to be there; None is any.
+
+    Raises:
+        UserError: a package is not installed.
+    """
+    install = f"pip install 'farspan[{extra}]'"
+    for package, wanted in tested.items():
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            raise UserError(f"{package} is not installed; {install}") from None
+        if wanted not in (None, found):
+            warnings.warn(
+                f"{package} {found} was not tested, {wanted} was: compare losses with those of the "
+                f"native engine, or {install}",
+                stacklevel=2,
+            )
