@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from pretrain.evals.lm_eval_tasks import LoadedTasks
 
 SUITE = "lm-eval"
+# What the harness calls the version of a task whose file has none.
+NO_VERSIONS = (None, "Yaml", "N/A")
 # Of standard errors that have no formula.
 BOOTSTRAPS = 1000
 SEED = 0
@@ -69,7 +71,7 @@ class Score:
         value, stderr: None where it is not finite, or not known.
         chance: the accuracy of who guesses among the choices; None where there are none.
         samples: questions.
-        version: of the task, as its file says.
+        version: of the task, as its file says; empty if it does not.
         harness: version of lm-evaluation-harness.
         max_length: tokens that the model saw at most.
         requests, truncated: what the model was asked, and how many contexts lost their beginning.
@@ -213,12 +215,16 @@ def _scores(
             chance=chance if metric.startswith("acc") else None,
             higher_is_better=better is not False,
             samples=metrics["sample_len"],
-            version=str(results["versions"].get(name, "")),
+            version=_version(results["versions"].get(name)),
             harness=version("lm_eval"),
             max_length=model.max_length,
             requests=sum(len(task.instances) for task in tasks),
             truncated=sum(model.truncated[task.task_name] for task in tasks),
         )
+
+
+def _version(told: Any) -> str:
+    return "" if told in NO_VERSIONS else str(told)
 
 
 def _finite(value: Any) -> float | None:

@@ -88,14 +88,25 @@ def _cell(score: Mapping[str, Any]) -> str:
     return shown if stderr is None else f"{shown} ± {error.format(stderr)}"
 
 
+def _by_task(scores: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    by_task: dict[str, list[Mapping[str, Any]]] = {}
+    for score in scores:
+        by_task.setdefault(score["task"], []).append(score)
+    return by_task
+
+
+def _described(task: tuple[str, list[Mapping[str, Any]]]) -> str:
+    """`arc_easy 1.0: 2,376 questions`."""
+    name, scores = task
+    versions = " or ".join(sorted({score["version"] for score in scores} - {""}))
+    asked = " or ".join(f"{count:,}" for count in sorted({score["samples"] for score in scores}))
+    return f"{name} {versions}".rstrip() + f": {asked} questions"
+
+
 def _notes(scores: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     harness = sorted({score["harness"] for score in scores})
-    versions = {score["task"]: score["version"] for score in scores}
-    asked = {score["task"]: score["samples"] for score in scores}
-    of_tasks = ", ".join(
-        f"{task} {versions[task]} ({asked[task]:,} questions)" for task in versions
-    )
-    notes = [f"± is the standard error; harness {', '.join(harness)}; versions: {of_tasks}"]
+    of_tasks = ", ".join(map(_described, _by_task(scores).items()))
+    notes = [f"± is the standard error; harness {', '.join(harness)}; {of_tasks}"]
     cut = {(score["task"], score["shots"]): score for score in scores if score["truncated"]}
     for (task, shots), score in cut.items():
         notes.append(

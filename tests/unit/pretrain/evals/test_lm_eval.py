@@ -248,7 +248,35 @@ def test_scores_have_chance_shots_and_versions_and_are_kept(
     assert rows["example_arithmetic acc"][0] == "25.0%"
     assert all("%" in cell for cell in rows["example_arithmetic acc"])
     assert "example_copy perplexity ↓" in rows
-    assert "example_arithmetic 1.0 (4 questions)" in table.notes[0]
+    assert (
+        "example_arithmetic 1.0: 4 questions, example_copy 1.0: 2 or 4 questions"
+        in (table.notes[0])
+    )
+
+
+def test_groups_are_scored_over_their_tasks(
+    evaluated: Callable[..., evaluation.HarnessEvaluation], tasks: Path
+) -> None:
+    first = (tasks / "example_arithmetic.yaml").read_text()
+    (tasks / "sums.yaml").write_text(first.replace("task: example_arithmetic", "task: sums"))
+    group = {
+        "group": "choices",
+        "task": ["example_arithmetic", "sums"],
+        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+    }
+    (tasks / "choices.yaml").write_text(json.dumps(group))
+    found = evaluated(tasks=("choices",), tasks_dir=tasks, limit=3)
+    (of_group,) = (row for row in found.rows if row.task == "choices")
+    (of_task,) = (row for row in found.rows if (row.task, row.metric) == ("sums", "acc"))
+    assert (of_group.samples, of_group.requests, of_group.chance) == (6, 24, 0.25)
+    assert (of_group.value, of_group.version) == (of_task.value, "")
+
+
+def test_a_model_that_no_family_has_is_refused(tmp_path: Path) -> None:
+    config = load_config("tiny-hybrid-moe", ["model.attention.output_gate=false"])
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    with pytest.raises(UserError, match="no family of transformers has this model"):
+        evaluation.evaluate(RunDirectory(tmp_path), evaluation.HarnessRequest(tasks=("x",)))
 
 
 def write_task(folder: Path, **fields: Any) -> None:
