@@ -26,6 +26,8 @@ ARCHIVES = 5
 SEED = 1
 RANKS = 2
 KILL_AFTER_STEP = 15
+HELD_OUT_SHARE = 0.05
+EVALUATE_EVERY = 20
 HELD_OUT_CHARACTERS = 100_000
 # A folder with this file was made by a demo, and the next one may replace it.
 MARKER = ".farspan-demo"
@@ -44,6 +46,10 @@ class Demo:
     @property
     def data(self) -> Path:
         return self.root / "data"
+
+    @property
+    def pages(self) -> Path:
+        return self.root / "pages"
 
     @property
     def held_out(self) -> Path:
@@ -70,15 +76,17 @@ def run_demo(out: Path) -> None:
     _make_room(demo)
 
     _title(console, "A crawl, made on the spot from this machine's own documentation")
-    archives, held_out_archive = _make_crawl(demo, console)
+    archives = _make_crawl(demo, console)
 
     _title(console, "From web archives to token shards")
     data = ["data", "run", *archives, "--out", str(demo.data), "--recipe", "demo"]
     _farspan(console, *data, "--workers", "2", "--vocab-size", "4096")
-    _hold_out_text(console, demo, held_out_archive)
+    divide = ["data", "hold-out", str(demo.data), "--share", str(HELD_OUT_SHARE)]
+    _farspan(console, *divide, "--out", str(demo.pages))
+    _hold_out_text(console, demo)
 
     train = ["train", "demo", "--nproc", str(RANKS), "--run-dir", str(demo.run.root)]
-    train.append(f"data.shards={demo.data}")
+    train += [f"data.shards={demo.pages}", f"eval.every={EVALUATE_EVERY}"]
     _title(
         console,
         f"Training on {RANKS} processes; one is killed after step {KILL_AFTER_STEP}, and the run "
@@ -114,21 +122,20 @@ def _title(console: Console, text: str) -> None:
     console.print(f"\n[bold]{text}[/bold]")
 
 
-def _make_crawl(demo: Demo, console: Console) -> tuple[list[str], str]:
-    """The archives to train on, and one to evaluate on."""
+def _make_crawl(demo: Demo, console: Console) -> list[str]:
     from data_pipeline.sample import make_sample_crawl
 
     report = make_sample_crawl(demo.crawl, pages=PAGES, files=ARCHIVES, seed=SEED)
     planted = ", ".join(f"{count} {kind}" for kind, count in report.planted.items())
     console.print(f"{len(report.files)} WARC files in {demo.crawl}: {planted}")
-    *archives, held_out = sorted(map(str, demo.crawl.glob("*.warc.gz")))
-    return archives, held_out
+    return sorted(map(str, demo.crawl.glob("*.warc.gz")))
 
 
-def _hold_out_text(console: Console, demo: Demo, archive: str) -> None:
-    pages = demo.root / "held-out.jsonl"
-    _farspan(console, "data", "extract", archive, "--out", str(pages))
-    texts = [json.loads(line)["text"] for line in pages.read_text().splitlines()]
+def _hold_out_text(console: Console, demo: Demo) -> None:
+    texts_file = demo.root / "held-out.jsonl"
+    export = ["data", "export", str(demo.pages / "held-out"), "--to", "jsonl"]
+    _farspan(console, *export, "--out", str(texts_file))
+    texts = [json.loads(line)["text"] for line in texts_file.read_text().splitlines()]
     demo.held_out.write_text("\n\n".join(texts)[:HELD_OUT_CHARACTERS])
 
 
@@ -192,15 +199,18 @@ def _loss_in_transformers(demo: Demo, context: int) -> float:
 def _summary(demo: Demo, evaluation: dict[str, Any], loss_in_transformers: float) -> Table:
     manifest = json.loads((demo.data / "manifest.json").read_text())
     rows = list(read_metrics(demo.run.metrics))
+    held_out = [loss for row in rows for loss in row.get("eval/heldout_loss", {}).values()]
     table = Table.grid(padding=(0, 2))
     for name, value in (
         ("documents kept", f"{manifest['documents']:,} of {_documents_seen(manifest):,}"),
         ("tokens", f"{manifest['tokens']:,}"),
         ("unigram entropy of the tokens", f"{manifest['unigram_entropy']:.4f} nats"),
         ("training loss", f"{rows[0]['train/loss']:.4f} -> {rows[-1]['train/loss']:.4f} nats"),
+        ("held-out loss", f"{held_out[0]:.4f} -> {held_out[-1]:.4f} nats"),
         ("loss on held-out text, farspan", f"{evaluation['loss']:.6f} nats"),
         ("the same in transformers", f"{loss_in_transformers:.6f} nats"),
         ("token shards, audit", str(demo.data)),
+        ("shards held out", str(demo.pages / "held-out")),
         ("run: metrics, checkpoints, logs", str(demo.run.root)),
         ("charts", str(demo.run.report)),
         ("model for transformers and vLLM", str(demo.export)),

@@ -160,6 +160,7 @@ class Recorder:
         row = self._newest_row()
         self._rows.cut_back(row["train/step"] - 1, self._aside)
         self._metrics.log(row | more)
+        print(step_line(row | more, self._steps), flush=True)
 
     def _newest_row(self) -> dict[str, Any]:
         newest = deque(read_metrics(self._rows.path), maxlen=1)
