@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import select
 import struct
 import subprocess
 import sys
@@ -98,6 +99,7 @@ class Terminal:
         """What is printed from now on, without colours, until a text comes or the end."""
         text = b""
         while not until or until not in plain(text):
+            assert select.select([self._end], [], [], TIMEOUT_S)[0], plain(text)
             try:
                 text += os.read(self._end, 1 << 16)
             except OSError:
