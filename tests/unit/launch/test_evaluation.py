@@ -33,7 +33,7 @@ def run(tmp_path: Path) -> Path:
         (["--suite", "long", "--lengths", "2k"], "trained for 1024 tokens"),
         (["--suite", "long", "--nproc", "2", "parallel.cp=4"], "layout refused"),
         (["--suite", "long", "parallel.cpp=2"], "parallel.cpp is not a setting"),
-        (["--suite", "long", "--num-fewshot", "1"], "--num-fewshot does not belong to --suite long"),
+        (["--suite", "long", "--num-fewshot", "1"], "--num-fewshot does not belong to --suite"),
         (["--text", "x", "--num-fewshot", "1"], "--num-fewshot: settings belong to --suite"),
         (["--text", "x", "--seed", "2"], "--seed: settings belong to --suite"),
         (["--text", "x", "parallel.cp=2"], "parallel.cp=2: settings belong to --suite"),
