@@ -108,11 +108,10 @@ class Browser:
     def move(self, place: tuple[float, float]) -> None:
         self._mouse("mouseMoved", place)
 
-    def screenshot(self, path: Path, whole: bool = False) -> Path:
-        """A PNG of what the window shows, or of the whole page."""
-        shot = self._call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+    def screenshot(self, path: Path) -> None:
+        """A PNG of what the window shows."""
+        shot = self._call("Page.captureScreenshot", format="png")
         path.write_bytes(base64.b64decode(shot["data"]))
-        return path
 
     def _mouse(self, kind: str, place: tuple[float, float], count: int = 1) -> None:
         is_held = kind != "mouseMoved"

@@ -240,8 +240,11 @@ def key_of(shown: Browser, chart: str) -> str:
 
 def test_browser_draws_the_charts_and_asks_nobody(shown, tmp_path):
     assert shown.js("performance.getEntriesByType('resource').length") == 0
-    shown.js("scrollTo(0, 0)")
-    picture = shown.screenshot(tmp_path / "page.png", whole=True)
+    picture = tmp_path / "page.png"
+    shown.resize(1440, shown.js("document.documentElement.scrollHeight"))
+    shown.wait_for("!document.querySelector('.plot.unseen') && Bokeh.documents[0].is_idle")
+    shown.screenshot(picture)
+    shown.resize(1440, 900)
     pixels = np.asarray(Image.open(picture).convert("RGB"), dtype=int)
     is_blue = (np.abs(pixels - BLUE) <= 2).all(-1)
     rows_with_lines = np.flatnonzero(is_blue.sum(-1) > 2)

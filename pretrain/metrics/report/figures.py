@@ -19,6 +19,7 @@ from bokeh.models import (
     CustomJSHover,
     CustomJSTickFormatter,
     FixedTicker,
+    GlyphRenderer,
     HoverTool,
     LinearColorMapper,
     LinearScale,
@@ -61,12 +62,12 @@ class Figures:
             return self._map_figure(chart)
         return self._line_figure(chart, references)
 
-    def _empty(self, chart: Chart, height: int) -> figure:
+    def _empty(self, chart: Chart) -> figure:
         drawn = figure(
             name=chart.name,
             x_range=self._steps,
             y_range=Range1d(0, 1),
-            height=height,
+            height=height_of(chart),
             sizing_mode="stretch_width",
             toolbar_location=None,
             tools=[BoxZoomTool(dimensions="width"), CrosshairTool(overlay=self._pointer)],
@@ -87,7 +88,7 @@ class Figures:
 
     def _line_figure(self, chart: Chart, references: Sequence[tuple[str, float]]) -> figure:
         assert isinstance(chart.panel, Lines)
-        drawn = self._empty(chart, 300 if chart.panel.is_wide else 170)
+        drawn = self._empty(chart)
         drawn.add_layout(LogAxis(visible=False), "left")
         ticks = CustomJSTickFormatter(args={"unit": chart.unit}, code=TICK)
         for axis in drawn.left:
@@ -131,7 +132,7 @@ class Figures:
 
     def _map_figure(self, chart: Chart) -> figure:
         rows = chart.maps[0].rows
-        drawn = self._empty(chart, min(300, 50 + max(7, 220 // len(rows)) * len(rows)))
+        drawn = self._empty(chart)
         drawn.y_range = Range1d(-0.5, len(rows) - 0.5)
         drawn.ygrid.visible = False
         step = -(-len(rows) // TICKS_OF_ROWS)
@@ -140,40 +141,37 @@ class Figures:
             args={"rows": [_short_row(row) for row in rows]}, code="return rows[tick]"
         )
         drawn.tags = [{"unit": chart.unit, "map": chart.maps[0].scale}]
-        for heat_map in chart.maps:
-            self._add_map(drawn, chart, heat_map)
+        images = [self._add_map(drawn, heat_map) for heat_map in chart.maps]
+        for image in images[1:]:
+            image.visible = False
+        drawn.add_tools(self._hover(chart, images))
         return drawn
 
-    def _add_map(self, drawn: figure, chart: Chart, heat_map: HeatMap) -> None:
-        source = self._source(heat_map.source)
-        mapper = self._load_colors if heat_map.scale == "load" else self._log_colors
-        image = drawn.image(
+    def _add_map(self, drawn: figure, heat_map: HeatMap) -> GlyphRenderer:
+        return drawn.image(
             image="image",
             x="x",
             y="y",
             dw="dw",
             dh="dh",
-            source=source,
-            color_mapper=mapper,
-            visible=heat_map is chart.maps[0],
+            source=self._source(heat_map.source),
+            color_mapper=self._load_colors if heat_map.scale == "load" else self._log_colors,
         )
+
+    def _hover(self, chart: Chart, images: list[GlyphRenderer]) -> HoverTool:
+        """Maps that share a figure have the same rows and the same scale."""
+        first = chart.maps[0]
         value = CustomJSHover(
-            args={"source": source, "unit": chart.unit, "scale": heat_map.scale}, code=LEVEL
+            args={"source": images[0].data_source, "unit": chart.unit, "scale": first.scale},
+            code=LEVEL,
         )
-        row = CustomJSHover(args={"rows": list(heat_map.rows)}, code=ROW)
-        drawn.add_tools(
-            HoverTool(
-                renderers=[image],
-                tooltips=_tooltip(
-                    {
-                        "step": "$x{0,0}",
-                        "row": "$y{custom}",
-                        "of its share" if heat_map.scale == "load" else "mean": "@image{custom}",
-                    }
-                ),
-                formatters={"@image": value, "$y": row},
-                show_arrow=False,
-            )
+        row = CustomJSHover(args={"rows": list(first.rows)}, code=ROW)
+        told = "of its share" if first.scale == "load" else "mean"
+        return HoverTool(
+            renderers=images,
+            tooltips=_tooltip({"step": "$x{0,0}", "row": "$y{custom}", told: "@image{custom}"}),
+            formatters={"@image": value, "$y": row},
+            show_arrow=False,
         )
 
     def _source(self, name: str) -> ColumnDataSource:
@@ -190,6 +188,14 @@ class Figures:
         levels = range(NO_DATA)
         alphas = [round(8 + 247 * (level / (NO_DATA - 1)) ** 1.2) for level in levels]
         return _mapper([f"{BLUE}{alpha:02x}" for alpha in alphas])
+
+
+def height_of(chart: Chart) -> int:
+    """In pixels, with the axis."""
+    if chart.maps:
+        rows = len(chart.maps[0].rows)
+        return min(300, 50 + max(7, 220 // rows) * rows)
+    return 300 if isinstance(chart.panel, Lines) and chart.panel.is_wide else 170
 
 
 def embed(figures: Sequence[figure]) -> tuple[str, list[str]]:

@@ -250,9 +250,11 @@ def _map(panel: Map, run: Run, step_map: StepMap) -> HeatMap:
 def _log_levels(mean: NDArray[np.float32]) -> tuple[NDArray[np.uint8], float, float]:
     """Levels 0 to NO_DATA - 1 on a logarithmic scale between two values; NO_DATA where none is.
 
-    The scale spans the middle 98 % of the values: a single spike would take all of it.
+    The scale spans the middle 98 % of the values of the later half: a single spike, or how all
+    begins, would take all of it.
     """
-    shown = mean[np.isfinite(mean) & (mean > 0)]
+    later = mean[:, mean.shape[1] // 2 :]
+    shown = later[np.isfinite(later) & (later > 0)]
     if not len(shown):
         return np.full(mean.shape, NO_DATA, np.uint8), 1.0, 1.0
     low, high = np.quantile(shown, [0.01, 0.99]).astype(float)

@@ -296,6 +296,17 @@ const farspan = (() => {
     listen(scales)
   }
 
+  // Charts are drawn when they come into sight: all at once would take seconds.
+  const see = (plot) => {
+    plot.classList.remove("unseen")
+    seen.unobserve(plot)
+  }
+  const seen = new IntersectionObserver((entries) => {
+    for (const { isIntersecting, target } of entries) if (isIntersecting) see(target)
+  }, { rootMargin: "500px" })
+  for (const plot of all(".plot")) seen.observe(plot)
+  addEventListener("beforeprint", () => all(".plot.unseen").forEach(see))
+
   view = { ...view, ...recall() }
   document.addEventListener("farspan:data", hide_empty)
   set_theme(view.theme)

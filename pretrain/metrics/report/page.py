@@ -17,7 +17,7 @@ from pretrain.metrics.history import read_history
 from pretrain.metrics.icl import read_icl
 from pretrain.metrics.lm_eval import read_lm_eval
 from pretrain.metrics.registry import METRICS
-from pretrain.metrics.report.figures import HIGHEST_LOAD, Figures, embed
+from pretrain.metrics.report.figures import HIGHEST_LOAD, Figures, embed, height_of
 from pretrain.metrics.report.funnel import funnel_of
 from pretrain.metrics.report.layout import Chart, DrawnSection, chart_columns, lay_out, step_range
 from pretrain.metrics.report.reliability import attempts, events, lost_time
@@ -105,6 +105,7 @@ def _draw(
     names = [chart.name for chart in charts]
     return {
         "elements": dict(zip(names, map(Markup, elements), strict=True)),
+        "heights": {chart.name: height_of(chart) for chart in charts},
         "bokeh": Markup(BOKEH_JS.render_js()),
         "script": Markup(script),
     }
