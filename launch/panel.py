@@ -36,8 +36,6 @@ LABEL_WIDTH = 10
 # Two facts fit beside each other.
 WIDE = 64
 WIDEST = 100
-# Without events.
-LINES = 7
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
@@ -216,7 +214,7 @@ class Panel:
         if is_anew:
             self._losses.clear()
             self._pace.forget()
-            self._row_at = None
+            self._row, self._row_at = {}, None
         # What was there before has come at no time that is known.
         now = None if is_anew or is_first else self._clock()
         for row in rows:
@@ -245,7 +243,7 @@ class Panel:
             height: in lines.
         """
         # What the terminal itself prints, such as ^C, has to fit beside it.
-        width = min(width - 3, WIDEST)
+        width = max(LABEL_WIDTH + 1, min(width - 3, WIDEST))
         by_line = 2 if width >= WIDE else 1
         facts = self._facts()
         lines = [facts[i : i + by_line] for i in range(0, len(facts), by_line)]
@@ -346,7 +344,10 @@ def _line(facts: Sequence[Fact], width: int) -> Text:
     for label, value in facts:
         cell = Text.assemble((f"{label:<{LABEL_WIDTH}}", "dim"), value)
         cells.append(_fitted(cell, width // len(facts)))
-    return Text.assemble(*cells, no_wrap=True, overflow="ellipsis")
+    line = Text.assemble(*cells, no_wrap=True, overflow="ellipsis")
+    # A terminal that gets narrower would wrap the spaces.
+    line.rstrip()
+    return line
 
 
 def _fitted(text: Text, width: int) -> Text:

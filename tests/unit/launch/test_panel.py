@@ -100,7 +100,7 @@ def test_the_panel_shows_the_newest_row_and_fits_its_terminal(tmp_path: Path, ti
     assert "saved     no checkpoint yet" in text
     assert "batches skipped: 2, rollbacks: 1" in text
     assert "warning: step 7: the loss is not finite; batch skipped" in text
-    for width, height in ((80, 24), (40, 24), (40, 12), (200, 50), (20, 24)):
+    for width, height in ((80, 24), (40, 24), (40, 12), (200, 50), (20, 24), (14, 5)):
         lines = shown(panel, width, height)
         assert max(map(len, lines)) <= width - 3
         assert len(lines) < max(height, 12)
@@ -156,11 +156,16 @@ def test_rows_of_steps_that_were_undone_are_forgotten(tmp_path: Path, time: Time
     text = "\n".join(shown(panel))
     assert "4 of 100" in text
     assert re.search("loss +5.0000 ▁▁▁▁ *$", text, re.MULTILINE)
+    rows.cut_back(0, tmp_path)
+    panel.look()
+    assert "0 of 100" in "\n".join(shown(panel))
+    rows.write(row_of(1, 4096))
+    panel.look()
     # As a kill leaves it.
     with run.metrics.open("a") as file:
         file.write('{"train/step": 5, "train/lo')
     assert not panel.look()
-    assert "4 of 100" in "\n".join(shown(panel))
+    assert "1 of 100" in "\n".join(shown(panel))
 
 
 def test_checkpoints_are_told_once(tmp_path: Path, time: Time) -> None:
