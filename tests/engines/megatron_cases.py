@@ -53,6 +53,8 @@ def run_case(name: str, config: Config, device: torch.device) -> dict[str, Any]:
     elif name.endswith("loaded"):
         load_model(engine, CHECKPOINT)
         result = {"weights": engine.weights()}
+        engine.load_weights({weight: -value for weight, value in first_weights.items()})
+        result["negated"] = engine.weights()
     else:
         result = run_steps(engine, batches)
     engine.close()

@@ -39,6 +39,9 @@ LAYOUTS = {
 }
 
 
+# Of fp32, by which bf16 rounds.
+BF16 = {"tp2-ep2-bf16": ("hybrid", "parallel.tp=2,parallel.ep=2,train.dtype=bfloat16")}
+BF16_TOLERANCE = 1e-3
 # In the one layout, from what the other has saved.
 LOADED = {"pp2-loaded": ("hybrid", "parallel.pp=2")}
 
@@ -57,7 +60,7 @@ def ours(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, di
 
 @pytest.fixture(scope="module")
 def theirs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    layouts = LAYOUTS | LOADED
+    layouts = LAYOUTS | BF16 | LOADED
     cases = {name: f"{MODELS[model]},{layout}" for name, (model, layout) in layouts.items()}
     return run(2, THEIRS, shards, tmp_path_factory.mktemp("megatron"), cases)
 
@@ -74,9 +77,16 @@ def test_losses_gradients_and_weights_are_those_of_our_trainer(
     assert_same(found["weights"], reference["weights"])
 
 
-@pytest.mark.parametrize("name", LAYOUTS | LOADED)
+def test_losses_in_bf16_follow_those_in_fp32(
+    ours: dict[str, dict], theirs: dict[str, dict]
+) -> None:
+    losses = theirs["tp2-ep2-bf16"]["losses"]
+    assert losses == pytest.approx(ours["hybrid"]["losses"], rel=BF16_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", LAYOUTS | BF16 | LOADED)
 def test_weights_come_back_as_they_were(name: str, theirs: dict[str, dict]) -> None:
-    model, layout = (LAYOUTS | LOADED)[name]
+    model, layout = (LAYOUTS | BF16 | LOADED)[name]
     config = load_config("tiny-hybrid-moe", split_overrides(f"{MODELS[model]},{layout}")).model
     whole = Transformer(config)
     initialize(whole, config, seed=0)
@@ -91,3 +101,10 @@ def test_one_layout_loads_what_another_has_saved(theirs: dict[str, dict]) -> Non
     assert loaded.keys() == saved.keys()
     for weight, value in saved.items():
         assert torch.equal(loaded[weight], value), weight
+
+
+def test_whole_weights_are_taken_over(theirs: dict[str, dict]) -> None:
+    before, after = theirs["pp2-loaded"]["first_weights"], theirs["pp2-loaded"]["negated"]
+    assert after.keys() == before.keys()
+    for weight, value in before.items():
+        assert torch.equal(after[weight], -value), weight

@@ -23,7 +23,7 @@ from pretrain.engines.megatron.cpu import on_any_device
 from pretrain.engines.megatron.documents import PackedDocuments, shard_batch
 from pretrain.engines.megatron.router import begin_step, finish_step, routers_of
 from pretrain.engines.megatron.spec import block_spec
-from pretrain.engines.megatron.weights import fill, mark_shares, whole
+from pretrain.engines.megatron.weights import fill, mark_shares, stored_weight, whole
 from pretrain.layouts import Layout
 from pretrain.model.init import initial_values
 from pretrain.model.kernels.cross_entropy import IGNORED
@@ -86,13 +86,14 @@ class MegatronEngine:
         self.models = [_build_stage(config, theirs, number).to(device) for number in numbers]
         for gpt in self.models:
             mark_shares(gpt, config.model)
-        self.initialize()
         self.stages = [_wrap(model, theirs) for model in self.models]
         of_optimizer = optimizer_config(config)
         # Without these everything decays, norms too.
         overrides = get_standard_config_overrides(of_optimizer)
         self.optimizer = get_megatron_optimizer(of_optimizer, self.stages, overrides)
         self.routers = routers_of(self.models)
+        # Now that there are the optimizer's copies in fp32.
+        self.initialize()
 
     @property
     def data_rank(self) -> int:
@@ -122,11 +123,10 @@ class MegatronEngine:
         """Take over whole weights under our names, from a checkpoint or of a Hugging Face model."""
         for gpt in self.models:
             fill(gpt, self.config.model, weights.__getitem__)
-        self.optimizer.reload_model_params()
 
     @on_any_device()
     def weights(
-        self, tensor: Callable[[nn.Parameter], Tensor] = lambda weight: weight
+        self, tensor: Callable[[nn.Parameter], Tensor] = stored_weight
     ) -> dict[str, Tensor]:
         """Whole weights under our names, or what `tensor` makes of each, on every rank.
         Collective.

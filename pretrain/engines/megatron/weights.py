@@ -101,7 +101,14 @@ def fill(gpt: Any, model: ModelConfig, weight: Callable[[str], Tensor]) -> None:
             joined = _interleave(pieces, source.groups)
             if source.dim is not None:
                 joined = joined.chunk(tp.size(), source.dim)[tp.rank()]
-            parameters[name].copy_(joined)
+            for stored in {parameters[name], stored_weight(parameters[name])}:
+                stored.copy_(joined)
+
+
+def stored_weight(weight: nn.Parameter) -> Tensor:
+    """What the optimizer updates: in bf16 a copy in fp32, else the weight itself."""
+    stored: Tensor = getattr(weight, "main_param", weight)
+    return stored
 
 
 def of_rank(gpt: Any, model: ModelConfig, tensors: Mapping[str, Tensor]) -> Weights:
@@ -132,7 +139,7 @@ def of_rank(gpt: Any, model: ModelConfig, tensors: Mapping[str, Tensor]) -> Weig
 def whole(
     gpts: Iterable[Any],
     model: ModelConfig,
-    tensor: Callable[[nn.Parameter], Tensor] = lambda weight: weight,
+    tensor: Callable[[nn.Parameter], Tensor] = stored_weight,
 ) -> Weights:
     """Our whole weights, on every rank. Collective.
 
