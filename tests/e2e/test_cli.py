@@ -77,6 +77,9 @@ def test_a_run_directory_holds_the_whole_run(run: Path) -> None:
     assert rows[-1]["train/tokens"] == 4 * 8 * 64
     assert {"train/loss", "train/grad_norm", "perf/tokens_per_s"} <= rows[0].keys()
     assert all(0 < row["perf/goodput"] < 1 for row in rows)
+    spent_s = [sum([row["perf/productive_s"], *row["perf/lost_s"].values()]) for row in rows]
+    began = json.loads((run / "began.json").read_text())["time"]
+    assert 0 < spent_s[0] < spent_s[-1] <= (run / "done.json").stat().st_mtime - began + 0.1
     for name in ("config.yaml", "report.html", "tokenizer.json", "done.json", "checkpoints"):
         assert (run / name).exists(), name
     assert (run / "attempts" / "0001" / "rank-0.log").read_text()
