@@ -26,6 +26,7 @@ MEANT_FOR = {
     "hybrid-1b-1m": (1, 125),
     "million-cpu": (2, 8),
     "recall": (1, 8),
+    "icl": (1, 8),
 }
 # A quarter of a minute and more.
 SLOW = ("length-extension-1b", "million-cpu", "hybrid-1b-128k", "hybrid-1b-1m")
