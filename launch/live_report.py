@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,7 @@ class LiveReport:
         self._versions: list[Version] = []
         self._made = 0.0
         self._problem = ""
+        self._has_looked = False
 
     def follow(self, stop: threading.Event) -> None:
         """Read what is logged, until `stop` is set."""
@@ -73,6 +75,7 @@ class LiveReport:
                 except OSError as error:
                     problem = f"{reader.path} cannot be read: {error.strerror}"
         self._problem = problem
+        self._has_looked = True
         return has_news
 
     def page(self) -> str:
@@ -80,12 +83,15 @@ class LiveReport:
             return render_page(self._now(), live=True)
 
     def changes(self, since: str) -> dict[str, Any]:
-        """What a page has to replace, as JSON.
+        """What a page has to replace, as JSON; nothing until what is logged has been read.
 
         Args:
             since: the `version` that it has; everything is sent if it has none that is known.
         """
         with self._lock:
+            state = {"state": self._state(), "poll_s": POLL_S if self._is_live() else POLL_ENDED_S}
+            if self._share_read() < 1:
+                return state
             newest = self._newest()
             known = {f"{self._server}-{version.number}": version for version in self._versions}
             old = known.get(since)
@@ -99,8 +105,7 @@ class LiveReport:
                     if not old or old.fragments.get(name) != html
                 },
                 "step_range": newest.step_range,
-                "state": self._state(),
-                "poll_s": POLL_S if self._is_live() else POLL_ENDED_S,
+                **state,
             }
 
     def _now(self) -> list[Run]:
@@ -126,11 +131,15 @@ class LiveReport:
             for run in self._runs
         )
 
+    def _share_read(self) -> float:
+        if not self._has_looked:
+            return 0.0
+        return min(reader.share_read for reader in self._readers)
+
     def _state(self) -> str:
         if self._problem:
             return self._problem
-        share = min(reader.share_read for reader in self._readers)
-        if share < 1:
+        if (share := self._share_read()) < 1:
             return f"reading, {share:.0%}"
         return "live" if self._is_live() else "ended"
 
@@ -162,8 +171,18 @@ def _news(old: Any, new: Any) -> Any:
     if new and isinstance(new[0], np.ndarray):
         if old and all(map(np.array_equal, old, new)):
             return None
-        return {"images": [{"shape": image.shape, **_encoded(image)} for image in new]}
+        return {"images": [_image_news(*pair) for pair in zip_longest(old or (), new)]}
     return None if old == new else {"values": list(new)}
+
+
+def _image_news(old: np.ndarray | None, new: np.ndarray) -> dict[str, Any]:
+    """The columns after those that are equal: a heat map grows to the right."""
+    kept = 0
+    if old is not None and old.shape[0] == new.shape[0]:
+        width = min(old.shape[1], new.shape[1])
+        differs = np.flatnonzero((old[:, :width] != new[:, :width]).any(0))
+        kept = int(differs[0]) if len(differs) else width
+    return {"shape": new.shape, "kept": kept, **_encoded(new[:, kept:])}
 
 
 def _common(old: np.ndarray, new: np.ndarray) -> int:

@@ -110,8 +110,9 @@ class HistoryReader:
 
     @property
     def share_read(self) -> float:
-        """Of the bytes that the file had when it was last looked at."""
-        return self._place.offset / self._size if self._size else 1.0
+        """Of the file as it was when it was last looked at; 1 if less than a block is left."""
+        left = self._size - self._place.offset
+        return 1.0 if left < BLOCK_BYTES else self._place.offset / self._size
 
     def read_all(self) -> bool:
         """Read all that is new; whether anything was."""

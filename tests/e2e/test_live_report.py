@@ -12,6 +12,8 @@ from launch.live_report import LiveReport
 from launch.report import named_runs
 from launch.report_server import open_server
 from pretrain.config import load_config
+from pretrain.metrics.history import read_history
+from pretrain.metrics.report import Run, chart_columns
 from pretrain.metrics.sinks import JsonlSink
 from pretrain.run_dir import RunDirectory
 from tests.browser import BROWSER, browser
@@ -35,6 +37,7 @@ def log(run, steps, **more):
     for step in steps:
         load = [[(1 + math.sin(step + expert)) / 8 for expert in range(4)]]
         row = {"train/step": step, "train/loss": 5 / step, "moe/load": load, "train/lr": 1e-3}
+        row["train/grad_norm_by_layer"] = [1.0, 2.0 + step, 3.0]
         sink.write(row | more)
     sink.close()
 
@@ -100,10 +103,12 @@ def test_page_follows_a_run_and_keeps_its_zoom(tmp_path, page):
         assert drawn_steps(page, "train/loss", "my-run") == list(range(1, 41))
         assert zoom(page)[1] > whole[1]
         page.wait_for("document.getElementById('headline').innerText.includes('0.1250')")
-        image = page.js(
-            "Bokeh.documents[0].get_model_by_name('moe/load:1|my-run').data.image[0].shape"
+        expected = chart_columns([Run("my-run", run, read_history(run.metrics))])
+        image = f"{source_of('moe/load:1', 'my-run')}.data.image[0]"
+        assert page.js(f"{image}.shape") == [4, 40]
+        assert (
+            page.js(f"[...{image}]") == expected["moe/load:1|my-run"]["image"][0].ravel().tolist()
         )
-        assert image == [4, 40]
 
         page.js(f"{{ {STEPS}.setv({{ start: 5, end: 10 }}) }}")
         log(run, [41])

@@ -12,10 +12,12 @@
   let layout = null
   let wait_s = 2
   let away_since = null
-  let timer = null
+  let is_due = false
 
-  const model = (name) => window.Bokeh?.documents[0]?.get_model_by_name(name) ?? null
-  const is_drawn = () => !document.querySelector("[data-root-id]") || model("steps") != null
+  const models = () => (window.Bokeh?.documents ?? []).flatMap((it) => [...it.all_models])
+  const sources_by_name = () => new Map(models().filter((it) => it.type == "ColumnDataSource").map((it) => [it.name, it]))
+  const steps_shown = () => models().find((it) => it.type == "Range1d" && it.name == "steps") ?? null
+  const is_drawn = () => !document.querySelector("[data-root-id]") || steps_shown() != null
 
   const say = (text, is_away) => {
     const element = document.getElementById("live")
@@ -24,10 +26,22 @@
   }
 
   const decoded = ({ dtype, data }) => new TYPES[dtype](Uint8Array.from(atob(data), (it) => it.charCodeAt(0)).buffer)
+  // Columns that are kept, and those after them. Bokeh's arrays know their shape.
+  const image = (old, news) => {
+    const { kept, shape } = news
+    const [rows, width] = shape
+    const values = decoded(news)
+    const joined = new values.constructor(rows * width)
+    for (let row = 0; row < rows; row++) {
+      const before = row * old.shape[1]
+      joined.set(old.slice(before, before + kept), row * width)
+      joined.set(values.subarray(row * (width - kept), (row + 1) * (width - kept)), row * width + kept)
+    }
+    return new old.constructor(joined, shape)
+  }
   const column = (old, news) => {
     if ("values" in news) return news.values
-    // Bokeh's arrays know their shape.
-    if ("images" in news) return news.images.map((image, i) => new old[Math.min(i, old.length - 1)].constructor(decoded(image), image.shape))
+    if ("images" in news) return news.images.map((it, i) => image(old[i], it))
     const values = decoded(news)
     const joined = new values.constructor(news.kept + values.length)
     joined.set(old.slice(0, news.kept))
@@ -35,8 +49,9 @@
     return joined
   }
   const replace_sources = (sources) => {
+    const by_name = sources_by_name()
     for (const [name, columns] of Object.entries(sources)) {
-      const source = model(name)
+      const source = by_name.get(name)
       if (!source) continue
       const data = { ...source.data }
       for (const [key, news] of Object.entries(columns)) data[key] = column(data[key], news)
@@ -58,7 +73,7 @@
 
   const is_whole = (steps) => steps.start <= steps.bounds[0] && steps.end >= steps.bounds[1]
   const extend = ([first, last]) => {
-    const steps = model("steps")
+    const steps = steps_shown()
     if (!steps) return
     const follows = is_whole(steps) || steps.start >= last
     steps.setv({ bounds: [first, last], min_interval: (last - first) / 1000 })
@@ -74,18 +89,19 @@
   const restore_zoom = () => {
     const zoom = stored(ZOOM)
     store(ZOOM, null)
-    if (zoom) model("steps")?.setv({ start: zoom[0], end: zoom[1] })
+    if (zoom) steps_shown()?.setv({ start: zoom[0], end: zoom[1] })
   }
 
   // Charts that are new need a new page: once, as a page that still lacks them would not be better.
   const reloads = (changes) => {
+    const by_name = sources_by_name()
     const lacks =
       (layout != null && layout != changes.layout) ||
-      Object.keys(changes.sources).some((name) => !model(name)) ||
+      Object.keys(changes.sources).some((name) => !by_name.has(name)) ||
       Object.keys(changes.fragments).some((id) => !document.getElementById(id))
     layout = changes.layout
     if (!lacks || stored(RELOADED_FOR) == layout) return false
-    const steps = model("steps")
+    const steps = steps_shown()
     store(ZOOM, steps && !is_whole(steps) ? [steps.start, steps.end] : null)
     if (!store(RELOADED_FOR, layout)) return false
     location.reload()
@@ -98,15 +114,19 @@
     return answer.json()
   }
 
+  const take = (changes) => {
+    if (reloads(changes)) return false
+    extend(changes.step_range)
+    replace_sources(changes.sources)
+    replace_fragments(changes.fragments)
+    document.dispatchEvent(new CustomEvent("farspan:data"))
+    version = changes.version
+    return true
+  }
   const poll = async () => {
     try {
       const changes = await ask()
-      if (reloads(changes)) return
-      extend(changes.step_range)
-      replace_sources(changes.sources)
-      replace_fragments(changes.fragments)
-      document.dispatchEvent(new CustomEvent("farspan:data"))
-      version = changes.version
+      if ("sources" in changes && !take(changes)) return
       wait_s = changes.poll_s
       away_since = null
       say(changes.state, false)
@@ -120,13 +140,13 @@
       const why = error instanceof TypeError ? "Is farspan report --serve still running?" : error.message
       say(`No answer since ${since}. ${why} Asking again every ${wait_s} s.`, true)
     }
-    timer = setTimeout(poll_if_seen, 1000 * wait_s)
+    setTimeout(poll_if_seen, 1000 * wait_s)
   }
   const poll_if_seen = () => {
-    timer = null
-    if (!document.hidden) poll()
+    is_due = document.hidden
+    if (!is_due) poll()
   }
-  document.addEventListener("visibilitychange", () => { if (timer == null) poll_if_seen() })
+  document.addEventListener("visibilitychange", () => { if (is_due) poll_if_seen() })
 
   const begin = () => {
     if (!is_drawn()) return setTimeout(begin, 50)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from itertools import zip_longest
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from launch.report import named_runs, report_runs
 from launch.report_server import open_server
 from pretrain.config import load_config
 from pretrain.errors import UserError
+from pretrain.metrics import history
 from pretrain.metrics.sinks import JsonlSink
 from pretrain.run_dir import RunDirectory
 
@@ -69,10 +71,16 @@ class Page:
         if "values" in news:
             return news["values"]
         if "images" in news:
-            images = news["images"]
-            return [self._decoded(image).reshape(image["shape"]).tolist() for image in images]
+            return [
+                self._image(before, image) for before, image in zip_longest(old, news["images"])
+            ]
         fresh = self._decoded(news)
         return np.concatenate([np.asarray(old[: news["kept"]], fresh.dtype), fresh])
+
+    def _image(self, old, news):
+        rows, columns = news["shape"]
+        fresh = self._decoded(news).reshape(rows, columns - news["kept"])
+        return np.concatenate([old[:, : news["kept"]], fresh], axis=1) if news["kept"] else fresh
 
     def _decoded(self, sent):
         return np.frombuffer(base64.b64decode(sent["data"]), sent["dtype"])
@@ -144,6 +152,8 @@ def test_several_runs_of_different_metrics_share_a_page(tmp_path, run):
 
 def test_a_page_gets_only_what_is_new_and_shows_the_same(tmp_path, run):
     report = LiveReport(named_runs([run.root]))
+    assert report.changes("")["state"] == "reading, 0%"
+    report.look()
     page = Page()
     page.take(report.changes(page.version))
     assert page.sources == {}
@@ -170,6 +180,9 @@ def test_a_page_gets_only_what_is_new_and_shows_the_same(tmp_path, run):
     assert page.sent["sources"][loss]["step"]["kept"] == 3
     assert page.sent["layout"] == layout
     assert page.sources[loss]["value"][-1] == 0.25
+    load = next(name for name in page.sources if name.startswith("moe/load:"))
+    (image,) = page.sent["sources"][load]["image"]["images"]
+    assert (image["kept"], image["shape"]) == (3, (2, 4))
 
     # Back to step 2, and on from there.
     sink = JsonlSink(run.metrics)
@@ -186,6 +199,21 @@ def test_a_page_gets_only_what_is_new_and_shows_the_same(tmp_path, run):
     fresh.take(report.changes("of another server"))
     late.assert_shows(fresh)
     page.assert_shows(fresh)
+
+
+def test_a_page_is_left_as_it_is_until_a_long_file_has_been_read(run, monkeypatch):
+    monkeypatch.setattr(history, "BLOCK_BYTES", 1000)
+    log(run, range(1, 40))
+    report = LiveReport(named_runs([run.root]))
+    report.look()
+    changes = report.changes("")
+    assert changes["state"].startswith("reading, ")
+    assert "sources" not in changes
+    while report.look():
+        pass
+    changes = report.changes("")
+    assert (changes["state"], "sources" in changes) == ("live", True)
+    assert "train/loss|first" in changes["sources"]
 
 
 def test_a_file_that_cannot_be_read_is_told_on_the_page(run):
