@@ -17,6 +17,7 @@ from pretrain.metrics.history import read_history
 from pretrain.metrics.icl import read_icl
 from pretrain.metrics.lm_eval import read_lm_eval
 from pretrain.metrics.registry import METRICS
+from pretrain.metrics.report.curves import by_position, by_shots
 from pretrain.metrics.report.figures import HIGHEST_LOAD, Figures, embed, height_of
 from pretrain.metrics.report.funnel import funnel_of
 from pretrain.metrics.report.layout import Chart, DrawnSection, chart_columns, lay_out, step_range
@@ -72,7 +73,9 @@ def render_page(runs: Sequence[Run], live: bool = False) -> str:
 def fragments(runs: Sequence[Run]) -> dict[str, str]:
     """What changes on the page while runs go on, other than charts: {element id: inner HTML}."""
     several = len(runs) > 1
-    long = [(run.name, read_evaluation(run.directory)) for run in runs]
+    evaluated = [(run.name, read_evaluation(run.directory)) for run in runs]
+    long = [(name, found) for name, found in evaluated if found]
+    shot_curves = [(run.name, by_shots(run)) for run in runs]
     scores = [(run.name, read(run.directory)) for run in runs for read in (read_icl, read_lm_eval)]
     contents: dict[str, dict[str, Any]] = {
         "status": {"status": f"{len(runs)} runs" if several else status_of(runs[0])},
@@ -82,8 +85,11 @@ def fragments(runs: Sequence[Run]) -> dict[str, str]:
         "events": {"events": events(runs)},
         "attempts": {"attempts": attempts(runs)},
         "funnel": funnel_of(runs),
-        "long": {"long": [(name, found) for name, found in long if found]},
-        "evaluations": {"tables": [(name, found) for name, found in scores if found]},
+        "long": {"long": long, "position_curves": by_position(long)},
+        "evaluations": {
+            "tables": [(name, found) for name, found in scores if found],
+            "shot_curves": [(name, curves) for name, curves in shot_curves if curves],
+        },
         "settings": settings_of(runs),
     }
     return {

@@ -163,3 +163,22 @@ def test_a_table_of_scores_stands_in_the_page(tmp_path):
     write_json(run.directory.evaluation("lm-eval", 30), {"step": 30, "rows": [score]})
     told = text(fragments([run])["evaluations"])
     assert "step 30 task chance 5 shots arithmetic acc 25.0% 50.0% ± 10.0%" in told
+
+
+def test_accuracy_over_examples_is_a_curve_for_each_task(tmp_path):
+    run = make_run(tmp_path / "run", [])
+    accuracy = {("copy", 0): 0.25, ("copy", 4): 1.0, ("reversal", 0): 0.25, ("reversal", 4): 0.5}
+    cells = [
+        {"task": task, "shots": shots, "accuracy": share, "low": 0.1, "high": 1.0, "chance": 0.25}
+        for (task, shots), share in accuracy.items()
+    ]
+    request = {"tasks": ["copy", "reversal"], "shots": [0, 4], "samples": 8}
+    tree = {"step": 7, "form": "tokens", "request": request, "cells": cells}
+    write_json(run.directory.evaluation("icl", 7), tree)
+    html = fragments([run])["evaluations"]
+    assert "copy, 4 shots: 100 %" in html
+    heights = re.findall(r'<polyline points="[\d.]+,([\d.]+) [\d.]+,([\d.]+) "', html)
+    (copy, reversal) = [(float(first), float(last)) for first, last in heights]
+    # Downwards on the page, from 168 for nothing to 8 for all.
+    assert copy == (128, 8)
+    assert reversal == (128, 88)
