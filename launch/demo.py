@@ -92,6 +92,7 @@ def run_demo(out: Path) -> None:
         f"Training on {RANKS} processes; one is killed after step {KILL_AFTER_STEP}, and the run "
         "goes on from its last checkpoint",
     )
+    console.print(f"to follow it in a browser, elsewhere: farspan report {demo.run.root} --serve")
     _train_and_kill_a_rank(console, demo, train)
 
     _title(console, "Evaluation, generation, export")
