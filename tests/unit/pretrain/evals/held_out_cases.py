@@ -30,7 +30,7 @@ def train(run: RunDirectory, overrides: list[str], device: torch.device) -> dict
     for evaluates in (False, True):
         trainer = Trainer(config, run, device)
         losses, norms = [], []
-        for _ in range(3):
+        for _ in range(2):
             result = trainer.step(stop_requested=False)
             losses.append(result.measured.loss)
             norms.append(result.grad_norm)
