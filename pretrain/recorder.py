@@ -1,7 +1,6 @@
 """What rank 0 writes down while a run trains: the ledger, the metrics, and lines for its log."""
 
 import json
-from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ from pretrain.ledger import Ledger, LedgerSource
 from pretrain.metrics.expert_load import DeadExperts
 from pretrain.metrics.goodput import Cause, Goodput
 from pretrain.metrics.samples import Beginnings
-from pretrain.metrics.sinks import JsonlSink, MetricsWriter, read_metrics, step_line
+from pretrain.metrics.sinks import JsonlSink, MetricsWriter, last_row, step_line
 from pretrain.metrics.wandb_sink import WandbSink
 from pretrain.numerics import numerics_of
 from pretrain.run_dir import RunDirectory, write_atomically
@@ -152,19 +151,15 @@ class Recorder:
 
     def lacks(self, step: int, name: str) -> bool:
         """Whether the newest row is that of `step`, and does not have this metric."""
-        row = self._newest_row()
+        row = last_row(self._rows.path)
         return row.get("train/step") == step and name not in row
 
     def amend(self, more: dict[str, Any]) -> None:
         """Add metrics to the newest row."""
-        row = self._newest_row()
+        row = last_row(self._rows.path)
         self._rows.cut_back(row["train/step"] - 1, self._aside)
         self._metrics.log(row | more)
         print(step_line(row | more, self._steps), flush=True)
-
-    def _newest_row(self) -> dict[str, Any]:
-        newest = deque(read_metrics(self._rows.path), maxlen=1)
-        return newest[0] if newest else {}
 
     def close(self) -> None:
         self._goodput.spend("logging")

@@ -2,11 +2,10 @@
 
 import json
 import time
-from collections import deque
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from pretrain.metrics.sinks import read_metrics
+from pretrain.metrics.sinks import last_row
 from pretrain.run_dir import RunDirectory, write_atomically
 
 Cause = Literal[
@@ -112,8 +111,7 @@ Account = Mapping[str, Any]
 
 
 def _in_last_row(run: RunDirectory) -> Account:
-    rows = read_metrics(run.metrics) if run.metrics.exists() else ()
-    last: Mapping[str, Any] = next(iter(deque(rows, maxlen=1)), {})
+    last = last_row(run.metrics) if run.metrics.exists() else {}
     return {
         "productive_s": last.get("perf/productive_s", 0.0),
         "lost_s": last.get("perf/lost_s", {}),

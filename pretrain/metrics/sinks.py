@@ -3,7 +3,6 @@
 import json
 import math
 import os
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +14,8 @@ from pretrain.run_dir import writing
 
 Row = Mapping[str, Any]
 
+# Read at a time where a file is read from its end.
+TAIL_BYTES = 1 << 16
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -143,15 +144,25 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     Raises UserError where another line is not JSON.
     """
     for line in _complete_lines(path):
-        row = _parse(line, path)
-        has_non_finite = any(f'"{name}"' in line for name in NON_FINITE)
-        yield _map_numbers(row, _from_json) if has_non_finite else row
+        yield _row_of(line, path)
+
+
+def last_row(path: Path) -> dict[str, Any]:
+    """The last row of metrics.jsonl, however long that is; empty if there is none."""
+    with path.open("rb") as file:
+        begin, tail = file.seek(0, os.SEEK_END), b""
+        # It ends with a line break, and so does the row before it.
+        while begin and tail.count(b"\n") < 2:
+            end, begin = begin, max(0, begin - TAIL_BYTES)
+            file.seek(begin)
+            tail = file.read(end - begin) + tail
+    whole = tail[: tail.rfind(b"\n") + 1].splitlines()
+    return _row_of(whole[-1].decode(errors="replace"), path) if whole else {}
 
 
 def last_step(path: Path) -> int:
     """The step of the last row of metrics.jsonl, 0 if there is none."""
-    last = deque(_complete_lines(path), maxlen=1)
-    return int(_parse(last[0], path)["train/step"]) if last else 0
+    return int(last_row(path).get("train/step", 0))
 
 
 def _complete_lines(path: Path) -> Iterator[str]:
@@ -159,6 +170,12 @@ def _complete_lines(path: Path) -> Iterator[str]:
         for line in file:
             if line.endswith("\n"):
                 yield line
+
+
+def _row_of(line: str, path: Path) -> dict[str, Any]:
+    row = _parse(line, path)
+    has_non_finite = any(f'"{name}"' in line for name in NON_FINITE)
+    return _map_numbers(row, _from_json) if has_non_finite else row
 
 
 def _parse(line: str, path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.errors import FencedError, UserError
-from pretrain.metrics.sinks import JsonlSink, MetricsWriter, read_metrics
+from pretrain.metrics.sinks import JsonlSink, MetricsWriter, last_row, last_step, read_metrics
 from pretrain.run_dir import RunDirectory, WriteError
 from tests.disks import files_of_at_most
 
@@ -55,6 +55,21 @@ def test_numbers_that_are_not_finite_stay_json_and_come_back(tmp_path):
     assert math.isnan(row["train/loss"])
     assert row["train/grad_norm"] == math.inf
     assert row["moe/load"] == [[-math.inf]]
+
+
+@pytest.mark.parametrize("length", [10, 70_000, 200_000])
+def test_the_last_row_is_found_from_the_end(tmp_path, length):
+    path = tmp_path / "metrics.jsonl"
+    path.touch()
+    assert last_row(path) == {}
+    rows = JsonlSink(path)
+    for step in (1, 2, 3):
+        rows.write({"train/step": step, "train/loss": math.inf, "moe/load": "x" * length})
+        assert last_row(path) == [*read_metrics(path)][-1]
+    with path.open("a") as file:
+        file.write('{"train/step": 4')
+    assert last_row(path)["train/step"] == last_step(path) == 3
+    rows.close()
 
 
 def test_cut_back_keeps_each_step_once(tmp_path, aside):
