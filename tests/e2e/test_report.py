@@ -3,7 +3,7 @@ import gzip
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from pretrain.config import load_config
-from pretrain.metrics.report import write_report
+from pretrain.metrics.history import read_history
+from pretrain.metrics.report import Run, render_page
 from pretrain.metrics.sinks import JsonlSink
 from pretrain.run_dir import RunDirectory
 from tests.browser import BROWSER, Browser, browser
@@ -61,6 +62,12 @@ def make_run(root: Path, rows: list[dict]) -> RunDirectory:
         sink.write(row)
     sink.close()
     return run
+
+
+def write_report(run: RunDirectory, data_manifests: Sequence[dict] = ()) -> Path:
+    history = read_history(run.metrics)
+    run.report.write_text(render_page([Run(run.root.name, run, history, data_manifests)]))
+    return run.report
 
 
 @pytest.fixture(scope="module")

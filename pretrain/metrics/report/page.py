@@ -13,7 +13,6 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from pretrain.metrics.evaluation import read_evaluation
-from pretrain.metrics.history import read_history
 from pretrain.metrics.icl import read_icl
 from pretrain.metrics.lm_eval import read_lm_eval
 from pretrain.metrics.registry import METRICS
@@ -24,7 +23,6 @@ from pretrain.metrics.report.layout import Chart, DrawnSection, chart_columns, l
 from pretrain.metrics.report.reliability import attempts, events, lost_time
 from pretrain.metrics.report.run import Run
 from pretrain.metrics.report.summary import alarms, settings_of, status_of, summarize
-from pretrain.run_dir import RunDirectory, write_atomically
 
 HEADINGS = {
     "lost-time": "Where the time went",
@@ -33,14 +31,6 @@ HEADINGS = {
     "funnel": "From the crawl to tokens",
     "long": "Answers in long contexts",
 }
-
-
-def write_report(run: RunDirectory, data_manifests: Sequence[Mapping[str, Any]] = ()) -> Path:
-    """Write the run's report.html from what lies in its directory, and return its path."""
-    name = run.root.resolve().name
-    page = render_page([Run(name, run, read_history(run.metrics), data_manifests)])
-    write_atomically(run.report, page)
-    return run.report
 
 
 def render_page(runs: Sequence[Run], live: bool = False) -> str:

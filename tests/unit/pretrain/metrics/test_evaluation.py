@@ -8,7 +8,8 @@ from typing import Any
 
 from pretrain.evals.request import DEPTHS
 from pretrain.metrics.evaluation import read_evaluation
-from pretrain.metrics.report import write_report
+from pretrain.metrics.history import read_history
+from pretrain.metrics.report import Run, render_page
 from pretrain.run_dir import RunDirectory
 
 LENGTHS = [1024, 65536]
@@ -37,6 +38,10 @@ def save(run: RunDirectory, step: int, **fields: Any) -> None:
     path.write_text(json.dumps(tree | fields))
 
 
+def page_of(run: RunDirectory) -> str:
+    return render_page([Run("run", run, read_history(run.metrics))])
+
+
 def test_rows_are_tasks_or_depths_and_columns_lengths(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     assert read_evaluation(run) is None
@@ -62,7 +67,7 @@ def test_rows_are_tasks_or_depths_and_columns_lengths(tmp_path: Path) -> None:
 def test_the_page_shows_them_even_before_the_first_metric(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     save(run, 1000)
-    page = write_report(run).read_text()
+    page = page_of(run)
     cells = re.findall(r'<td style="--share: ([\d.]+)">([\d.]+)%', page)
     assert len(cells) == 2 * (2 + len(DEPTHS))
     assert all(float(share) == float(percent) / 100 for share, percent in cells)
@@ -78,4 +83,4 @@ def test_loss_by_position_alone(tmp_path: Path) -> None:
     found = read_evaluation(run)
     assert found is not None
     assert not found.grids
-    assert "4,096 to 8,191" in write_report(run).read_text()
+    assert "4,096 to 8,191" in page_of(run)
