@@ -31,11 +31,13 @@ def read_batches(engine: MegatronEngine) -> list[Batch]:
 def run_steps(engine: MegatronEngine, batches: list[Batch], first: int = 0) -> dict[str, Any]:
     train, losses, gradients = engine.config.train, [], {}
     for step, batch in enumerate(batches[first:], first):
+        lr = learning_rate(step, train.steps, engine.config.optim.lr, engine.config.schedule)
+        if step > 0:
+            losses.append(engine.step(batch, lr).loss)
+            continue
         loss, _ = engine.backward(batch)
         losses.append(loss)
-        if step == 0:
-            gradients = engine.weights(lambda weight: weight.main_grad)
-        lr = learning_rate(step, train.steps, engine.config.optim.lr, engine.config.schedule)
+        gradients = engine.weights(lambda weight: weight.main_grad)
         engine.update(lr)
     return {"losses": losses, "gradients": gradients, "weights": engine.weights()}
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
@@ -82,6 +83,9 @@ class MegatronEngine:
             expert_model_parallel_size=layout.ep,
             expert_tensor_parallel_size=1,
         )
+        if device.type == "cuda":
+            # Recomputation and Transformer Engine look for its generators.
+            model_parallel_cuda_manual_seed(config.train.seed)
         numbers = [None] if stages is None else list(range(stages))
         self.models = [_build_stage(config, theirs, number).to(device) for number in numbers]
         for gpt in self.models:
@@ -105,11 +109,13 @@ class MegatronEngine:
         return int(parallel_state.get_data_parallel_world_size())
 
     def initialize(self) -> None:
-        """The weights that our Trainer starts from, one whole weight in memory at a time."""
+        """The weights that our Trainer starts from, two whole ones in memory at a time."""
         model = self.config.model
         with torch.device("meta"):
             shapes = {name: w.shape for name, w in Transformer(model).named_parameters()}
 
+        # A layer's experts are asked for one by one, and each of our two weights has all of them.
+        @lru_cache(maxsize=2)
         def weight(name: str) -> Tensor:
             region = tuple(slice(0, size) for size in shapes[name])
             seed = self.config.train.seed

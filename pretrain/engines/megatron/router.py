@@ -81,11 +81,10 @@ def begin_step(routers: list[Router], loss_tokens: int, tokens: int) -> None:
         router.loss_share = loss_tokens / (tokens * router.config.num_layers)
 
 
-def finish_step(routers: list[Router]) -> list[Tensor]:
-    """Learn from the step, over all ranks; the experts' counts of each layer. Collective."""
+def finish_step(routers: list[Router]) -> None:
+    """Learn from the step, over all ranks. Collective."""
     for router in routers:
         # Ranks of tp have parts of the sequence.
         dist.all_reduce(router.counts, group=router.tp_dp_cp_group)
         router.previous.copy_(router.counts)
         router.counts.zero_()
-    return [router.previous.clone() for router in routers]
