@@ -127,14 +127,15 @@ def evaluate(
     suite: Annotated[
         str | None,
         typer.Option(
-            help="long: tasks that need a long context. lm-eval: tasks of lm-evaluation-harness."
+            help="long: tasks that need a long context. icl: tasks that examples tell. lm-eval: "
+            "those of lm-evaluation-harness."
         ),
     ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Of long: some of needle,multi_key,multi_value,variable_tracking,overwrite "
-            "(default: all). Of icl: some of copy,reversal,arithmetic,pattern,translation "
+            help="Of long: some of needle, multi_key, multi_value, variable_tracking, overwrite "
+            "(default: all). Of icl: some of copy, reversal, arithmetic, pattern, translation "
             "(default: all). Of lm-eval: names of tasks, groups or tags, * for anything."
         ),
     ] = None,
