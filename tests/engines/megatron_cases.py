@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
 
 from data_pipeline.stream import Batch
 from pretrain.config import Config
 from pretrain.data import open_stream
 from pretrain.engines.megatron.checkpoint import load_model, save_model
+from pretrain.engines.megatron.cpu import on_any_device
 from pretrain.engines.megatron.engine import MegatronEngine
+from pretrain.errors import UserError
 from pretrain.layouts import resolve_layout
 from pretrain.schedule import learning_rate
 from tests.oracle.cases import STEPS, run_cases
@@ -42,6 +45,23 @@ def run_steps(engine: MegatronEngine, batches: list[Batch], first: int = 0) -> d
     return {"losses": losses, "gradients": gradients, "weights": engine.weights()}
 
 
+@on_any_device()
+def reload(engine: MegatronEngine) -> dict[str, Any]:
+    """From a checkpoint as a user of megatron-core saves it, after two that are none of the model."""
+    refused = []
+    for folder in (CHECKPOINT.parent, CHECKPOINT):
+        try:
+            load_model(engine, folder)
+        except UserError as error:
+            refused.append(str(error))
+    own = CHECKPOINT.with_name("own")
+    own.mkdir(exist_ok=True)
+    dist_checkpointing.save({"model": engine.models[0].sharded_state_dict()}, str(own))
+    engine.load_weights({name: -weight for name, weight in engine.weights().items()})
+    load_model(engine, own)
+    return {"refused": refused, "reloaded": engine.weights()}
+
+
 def run_case(name: str, config: Config, device: torch.device) -> dict[str, Any]:
     engine = MegatronEngine(config, resolve_layout(config, dist.get_world_size()), device)
     batches, first_weights = read_batches(engine), engine.weights()
@@ -59,6 +79,8 @@ def run_case(name: str, config: Config, device: torch.device) -> dict[str, Any]:
         result["negated"] = engine.weights()
     else:
         result = run_steps(engine, batches)
+    if name.endswith("softmax"):
+        result |= reload(engine)
     engine.close()
     return {"first_weights": first_weights, **result}
 

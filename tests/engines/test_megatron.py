@@ -108,3 +108,16 @@ def test_whole_weights_are_taken_over(theirs: dict[str, dict]) -> None:
     assert after.keys() == before.keys()
     for weight, value in before.items():
         assert torch.equal(after[weight], -value), weight
+
+
+def test_stacked_layers_of_a_foreign_checkpoint_are_read(theirs: dict[str, dict]) -> None:
+    saved, loaded = (theirs["cp2-softmax"][which] for which in ("weights", "reloaded"))
+    assert loaded.keys() == saved.keys()
+    for weight, value in saved.items():
+        assert torch.equal(loaded[weight], value), weight
+
+
+def test_what_is_no_checkpoint_of_the_model_is_refused(theirs: dict[str, dict]) -> None:
+    no_checkpoint, of_another_model = theirs["cp2-softmax"]["refused"]
+    assert "no metadata.json" in no_checkpoint
+    assert "are not there, decoder.layers.0.self_attention" in of_another_model

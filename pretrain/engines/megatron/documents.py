@@ -45,6 +45,7 @@ def shard_batch(
     Args:
         batch: tensors [B, T, ..].
         position: [B, T] int64, of each token in its document: 0 starts one, and so does a row.
+            On the host it is read without waiting for a GPU.
         group: the ranks of context parallelism.
         layout: "balanced" gives each rank equal tokens and equal work; positions are then not what
             megatron-core's rotary embedding takes for granted, so that `RingAttention` has to
@@ -66,8 +67,8 @@ def shard_batch(
     else:
         layouts = [RowLayout(row, zigzag(tokens, ranks)) for row in rows]
     mine = [torch.from_numpy(row.tokens_of(rank)) for row in layouts]
-    places = torch.stack(mine).to(position.device)
-    documents = SplitDocuments.of_rank(layouts, rank).to(position.device)
+    places, device = torch.stack(mine), next(iter(batch.values()), position).device
+    documents = SplitDocuments.of_rank(layouts, rank).to(device)
     sharded = {name: _gather(x, places.to(x.device)) for name, x in batch.items()}
     sharded["position"] = documents.position
     return sharded, PackedDocuments(

@@ -217,7 +217,7 @@ class MegatronEngine:
         cost = attention_cost(self.config.model)
         for tokens, labels, position in microbatches:
             batch = {"tokens": tokens.to(self.device), "labels": labels.to(self.device)}
-            mine, documents = shard_batch(batch, position.to(self.device), group, cost=cost)
+            mine, documents = shard_batch(batch, position, group, cost=cost)
             yield Microbatch(**mine, documents=documents)
 
 
