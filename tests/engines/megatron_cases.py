@@ -47,7 +47,7 @@ def run_steps(engine: MegatronEngine, batches: list[Batch], first: int = 0) -> d
 
 @on_any_device()
 def reload(engine: MegatronEngine) -> dict[str, Any]:
-    """From a checkpoint as a user of megatron-core saves it, after two that are none of the model."""
+    """From a checkpoint as a user of megatron-core saves it, after what is none of the model."""
     refused = []
     for folder in (CHECKPOINT.parent, CHECKPOINT):
         try:

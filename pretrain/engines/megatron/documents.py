@@ -15,8 +15,6 @@ from parallel.layout import AttentionCost, RowLayout, split_row, zigzag
 from pretrain.errors import UserError
 from pretrain.model.kernels.documents import Documents
 
-Layout = Literal["balanced", "zigzag"]
-
 
 @dataclass
 class PackedDocuments(PackedSeqParams):
@@ -33,7 +31,7 @@ def shard_batch(
     batch: Mapping[str, Tensor],
     position: Tensor,
     group: dist.ProcessGroup,
-    layout: Layout = "balanced",
+    layout: Literal["balanced", "zigzag"] = "balanced",
     cost: AttentionCost | None = None,
 ) -> tuple[dict[str, Tensor], PackedDocuments]:
     """This rank's tokens of rows that the ranks of `group` share.
