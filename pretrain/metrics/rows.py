@@ -3,7 +3,7 @@
 import io
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -155,26 +155,30 @@ class _Collected:
         self._values = defaultdict(lambda: ([], []))
 
     def add(self, name: str, step: float, value: Any) -> None:
-        if isinstance(value, Mapping):
-            for key, item in value.items():
-                self.add(f"{name}/{key}", step, item)
-            return
         if isinstance(value, str):
             value = NON_FINITE.get(value)
-        if value is None:
-            return
         try:
-            array = np.array(value, dtype=np.float64)
+            # The usual kind first.
+            if isinstance(value, (float, int)):
+                self._append(name, (), step, float(value))
+            elif isinstance(value, dict):
+                for key, item in value.items():
+                    self.add(f"{name}/{key}", step, item)
+            elif isinstance(value, list):
+                array = np.array(value, dtype=np.float64)
+                if array.size:
+                    self._append(name, array.shape, step, array)
         except (ValueError, TypeError, OverflowError):
             return
-        if array.size:
-            steps, values = self._values[name, array.shape]
-            steps.append(step)
-            values.append(array)
+
+    def _append(self, name: str, shape: tuple[int, ...], step: float, value: Any) -> None:
+        steps, values = self._values[name, shape]
+        steps.append(step)
+        values.append(value)
 
     def columns(self) -> Iterator[Column]:
         for (name, _), (steps, values) in self._values.items():
-            yield Column(name, np.array(steps, dtype=np.float64), np.stack(values))
+            yield Column(name, np.array(steps, dtype=np.float64), np.array(values))
 
 
 def _parse_each(lines: bytes, first_line: int) -> Rows:

@@ -7,14 +7,7 @@ import pytest
 
 from pretrain.metrics import history as history_module
 from pretrain.metrics.downsample import MAX_BUCKETS, ColumnAverager, Downsampler
-from pretrain.metrics.history import (
-    LEVELS_PER_UNIT,
-    NO_DATA,
-    HistoryReader,
-    read_history,
-    smooth,
-    thin,
-)
+from pretrain.metrics.history import LEVELS_PER_UNIT, NO_DATA, HistoryReader, read_history
 from pretrain.metrics.rows import FEW_BYTES, parse_rows
 from pretrain.metrics.sinks import JsonlSink
 
@@ -78,6 +71,7 @@ def test_both_parsers_read_the_same():
             "ragged": list(range(1 + step % 3)),
             "with gaps": [1.0, None],
             "empty": [],
+            "empty within": [[], []],
             "load": random.random((2, 2)).tolist(),
         }
         for step in range(1, 1001)
@@ -280,22 +274,3 @@ def test_memory_does_not_grow_with_the_file(metrics):
     short, long = peak_of(200_000), peak_of(800_000)
     assert metrics.stat().st_size > 4 * history_module.BLOCK_BYTES
     assert long < 1.1 * short
-
-
-def test_smoothing_has_no_bias_at_the_start_and_passes_over_gaps():
-    assert smooth(np.full(50, 3.0), 10) == pytest.approx(np.full(50, 3.0))
-    smoothed = smooth(np.array([1.0, np.nan, np.inf, 1.0, 4.0]), 3)
-    assert np.isnan(smoothed).tolist() == [False, True, True, False, False]
-    assert smoothed[3] == pytest.approx(1.0)
-    assert 1.0 < smoothed[4] < 4.0
-
-
-def test_thinning_keeps_spikes_gaps_and_the_limit():
-    value = np.sin(np.arange(100_000) / 500)
-    value[[123, 45_678]] = 99.0, -99.0
-    value[70_000] = np.nan
-    kept = thin(value, 3000)
-    assert {123, 45_678, 70_000} <= set(kept.tolist())
-    assert len(kept) <= 3001
-    assert np.all(np.diff(kept) > 0)
-    assert thin(value[:3000], 3000).tolist() == list(range(3000))
