@@ -129,6 +129,9 @@ def _shown(stage: str, reason: str, one: Drawn) -> dict[str, Any]:
     shown["score"] = shown.pop("quality_score")
     if stage in LISTED or reason in LISTED:
         return shown | dict.fromkeys(("url", "detail", "excerpt"))
+    # Where an archive lies is of no use to who reads of it elsewhere.
+    file = one.row["file"]
+    shown["detail"] = shown["detail"] and shown["detail"].replace(file, file.rpartition("/")[2])
     for name in ("url", "detail"):
         shown[name] = shown[name] and MASKS.mask(shown[name]).text
     text = _printable(MASKS.mask(one.text).text).strip()

@@ -84,6 +84,15 @@ def test_of_what_is_on_a_list_nothing_is_shown(stage: str, reason: str) -> None:
     assert {example[name] for name in ("url", "detail", "excerpt")} == {None}
 
 
+def test_an_archive_is_named_without_its_folder() -> None:
+    row = row_of(1, "crawl", "truncated") | {"file": "/home/joe/crawl/a.warc"}
+    examples = Examples()
+    examples.offer(1, row | {"detail": "/home/joe/crawl/a.warc, byte 7: the file is cut"}, "")
+    (example,) = examples.of("crawl", "truncated")
+    assert example["detail"] == "a.warc, byte 7: the file is cut"
+    assert "joe" not in str(example)
+
+
 def test_a_page_without_text_shows_the_beginning_of_its_source() -> None:
     body = b"<html>\x00" + b"<nav>menu</nav>" * 1000
     page = Page("<1>", "https://example.com", "a.warc", 100, 200, "text/html", "utf-8", body)

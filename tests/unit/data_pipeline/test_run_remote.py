@@ -15,6 +15,7 @@ from data_pipeline.crawl import remote
 from data_pipeline.crawl.remote import UnreachableError
 from data_pipeline.errors import DataError
 from data_pipeline.extract import extract_archives
+from data_pipeline.rates import METRICS
 from data_pipeline.recipe import load_recipe
 from data_pipeline.run import RunResult, run
 from data_pipeline.sample import make_sample_crawl
@@ -56,7 +57,7 @@ def results(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(out.rglob("*")):
         name = str(path.relative_to(out))
-        if path.is_dir() or name in ("plan.json", ".lock"):
+        if path.is_dir() or name in ("plan.json", ".lock", METRICS):
             continue
         found[name] = path.read_bytes()
     for name in [name for name in found if name.startswith("audit/")]:
