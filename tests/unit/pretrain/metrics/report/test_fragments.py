@@ -101,7 +101,7 @@ def test_the_funnel_shows_examples_as_text_and_withholds_what_it_must(tmp_path):
     html = fragments([run])["funnel"]
     assert "<script>" not in html
     told = text(html)
-    assert "Of 80 documents in 4.00 kB of archives, 60 became 12,345 tokens." in told
+    assert "Of 80 documents in 4.00 kB of archives 60 were kept: 12,345 tokens." in told
     assert "quality 60 −20 3.00 kB" in told
     assert "word count 16 20.0 % harmful 4 5.0 %" in told
     assert "https://example.org/<b> (2 words) <script>alert(1)</script>" in told
@@ -111,10 +111,11 @@ def test_the_funnel_shows_examples_as_text_and_withholds_what_it_must(tmp_path):
 
 def test_runs_on_the_same_data_show_its_funnel_once(tmp_path):
     runs = [make_run(tmp_path / name, []) for name in ("a", "b", "c")]
-    other = [FUNNEL[0] | {"source": "books"}]
+    other = [FUNNEL[0] | {"source": "books", "documents": 50}]
     for run, funnel in zip(runs, (FUNNEL, FUNNEL, other), strict=True):
         write_json(run.directory.funnel, funnel)
     told = text(fragments(runs)["funnel"])
+    assert "60 were kept; 50 of them are trained on: 12,345 tokens" in told
     assert (told.count("web : Of 80"), told.count("books : Of 80")) == (1, 1)
 
 
