@@ -25,27 +25,13 @@ from pretrain.engines.megatron.documents import PackedDocuments, shard_batch
 from pretrain.engines.megatron.router import begin_step, finish_step, routers_of
 from pretrain.engines.megatron.spec import block_spec
 from pretrain.engines.megatron.weights import fill, mark_shares, stored_weight, whole
+from pretrain.engines.metrics import StepMetrics
 from pretrain.layouts import Layout
 from pretrain.model.init import initial_values
 from pretrain.model.kernels.cross_entropy import IGNORED
 from pretrain.model.transformer import Transformer
 from pretrain.objective import tokens_per_step
 from pretrain.parts import attention_cost
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """What a step measured, equal on all ranks.
-
-    Attributes:
-        loss: mean cross-entropy in nats.
-        loss_tokens: that the loss is the mean over.
-        grad_norm: before clipping.
-    """
-
-    loss: float
-    loss_tokens: int
-    grad_norm: float
 
 
 @dataclass(frozen=True)

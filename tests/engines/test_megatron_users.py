@@ -9,7 +9,7 @@ from tests.oracle.compare import assert_same
 
 pytestmark = pytest.mark.oracle
 
-THEIRS = Path(__file__).with_name("user_cases.py")
+THEIRS = Path(__file__).with_name("megatron_user_cases.py")
 CASES = [
     f"{model}-{rows}"
     for model in ("softmax", "hybrid")
