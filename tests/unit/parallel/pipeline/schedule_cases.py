@@ -4,6 +4,7 @@ Argument: the file for what rank 0 found.
 """
 
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -192,8 +193,10 @@ def run_case(
     )
     pipeline = Pipeline(stages, dist.group.WORLD, shape, device)
     actions = record(pipeline)
+    began = time.perf_counter()
     for _ in range(2):  # the gradients of two steps add up
         pipeline.forward_backward(*batch)
+    seconds = time.perf_counter() - began
     errors = {
         weight: float((gradient / 2 - reference[weight]).norm() / reference[weight].norm())
         for weight, gradient in gradients(stages).items()
@@ -210,6 +213,8 @@ def run_case(
         "stage_calls": [stage.calls for stage in stages],
         "block_calls": [block.calls for stage in stages for block in stage.blocks.values()],
         "order_is_as_told": performed == pipeline.order(),
+        "predicted_bubble": pipeline.predicted_bubble,
+        "busy_share": pipeline.busy.take() / seconds,
     }
 
 

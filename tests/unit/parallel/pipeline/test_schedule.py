@@ -45,3 +45,19 @@ def test_activations_are_recomputed_once(found: Found) -> None:
 def test_the_order_is_what_runs(found: Found) -> None:
     wrong = [name for name, ranks in found.items() if not all(r["order_is_as_told"] for r in ranks)]
     assert not wrong
+
+
+def test_bubbles_are_those_of_theory(found: Found) -> None:
+    """Of p = 2 ranks and m = 6 microbatches: (p - 1) / (v m + p - 1), or less in halves."""
+    for name, ranks in found.items():
+        (bubble,) = {rank["predicted_bubble"] for rank in ranks}
+        if name.startswith(("gpipe", "1f1b")):
+            assert bubble == pytest.approx(1 / 7), name
+        elif name == "interleaved":
+            assert bubble == pytest.approx(1 / 19)
+        else:
+            assert 0 <= bubble < (1 / 7 if "recompute" in name else 1 / 13), name
+
+
+def test_ranks_tell_for_how_long_they_compute(found: Found) -> None:
+    assert all(0 < rank["busy_share"] < 1 for ranks in found.values() for rank in ranks)
