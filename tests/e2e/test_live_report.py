@@ -97,9 +97,11 @@ def test_page_follows_a_run_and_keeps_its_zoom(tmp_path, page):
         log(run, range(1, 21))
         wait_for_step(page, "my-run", 20)
         whole = zoom(page)
+        assert page.js("document.getElementById('span').textContent") == "5 steps"
         page.js("window.has_stayed = true")
         log(run, range(21, 41))
         wait_for_step(page, "my-run", 40)
+        assert page.js("document.getElementById('smoothing').max") == "4"
         assert drawn_steps(page, "train/loss", "my-run") == list(range(1, 41))
         assert zoom(page)[1] > whole[1]
         page.wait_for("document.getElementById('headline').innerText.includes('0.1250')")

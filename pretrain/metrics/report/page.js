@@ -7,6 +7,7 @@ const farspan = (() => {
   let view = { smoothing: null, kind: "mean", logs: [], layers: {}, theme: "auto" }
   let charts = []
   let steps = null
+  let smoothing = 0
   let pointed = null
   let is_waiting = false
 
@@ -98,8 +99,17 @@ const farspan = (() => {
   }
 
   const span_of = (index) => SPANS[Math.min(index, SPANS.length - 1)]
+  // A longer run has more of them, and a wider one unless somebody has chosen.
+  const offer_spans = () => {
+    const length = steps.bounds[1] - steps.bounds[0]
+    const largest = (limit) => SPANS.findLastIndex((span) => span <= limit)
+    const most = Math.max(1, largest(length / 2))
+    smoothing = Math.min(view.smoothing ?? largest(Math.max(5, length / 50)), most)
+    $("#smoothing").max = most
+    $("#smoothing").value = smoothing
+  }
   const smooth = () => {
-    const span = span_of(view.smoothing)
+    const span = span_of(smoothing)
     for (const { lines } of charts) {
       for (const { raw, smoothed, means } of lines) {
         if (!smoothed) continue
@@ -252,7 +262,7 @@ const farspan = (() => {
       })
     }
     $("#smoothing").addEventListener("input", ({ target }) => {
-      view.smoothing = Number(target.value)
+      view.smoothing = smoothing = Number(target.value)
       smooth()
       show_values()
       remember()
@@ -263,7 +273,7 @@ const farspan = (() => {
       show_values()
       remember()
     })
-    document.addEventListener("farspan:data", () => { smooth(); fit_all(); show_values() })
+    document.addEventListener("farspan:data", () => { offer_spans(); smooth(); fit_all(); show_values() })
   }
 
   // What is empty has no heading.
@@ -279,12 +289,7 @@ const farspan = (() => {
   const start = (figures, scales) => {
     steps = figures[0].x_range
     charts = figures.map(as_chart)
-    const length = steps.end - steps.start
-    const most = SPANS.findLastIndex((span) => span <= length / 2)
-    const usual = SPANS.findLastIndex((span) => span <= Math.max(5, length / 50))
-    $("#smoothing").max = Math.max(most, 1)
-    view.smoothing = Math.min(view.smoothing ?? usual, Math.max(most, 1))
-    $("#smoothing").value = view.smoothing
+    offer_spans()
     $("#kind").value = view.kind
     smooth()
     fit_all()
