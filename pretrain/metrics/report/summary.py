@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,6 +100,7 @@ def _numbers(run: Run) -> Iterator[Number]:
         yield Number("Model", compact(total), f"parameters, {compact(active)} active per token")
 
 
+@cache
 def _parameters(model: ModelConfig) -> tuple[int, int]:
     """How many parameters the model has, and how many of them work on one token."""
     import torch
