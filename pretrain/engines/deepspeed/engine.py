@@ -8,6 +8,11 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.checkpoint.constants import (
+    UNIVERSAL_CHECKPOINT_INFO,
+    UNIVERSAL_CHECKPOINT_VERSION_KEY,
+    UNIVERSAL_CHECKPOINT_VERSION_VALUE,
+)
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_set_full_fp32_param
 from torch import Tensor, nn
@@ -19,11 +24,11 @@ from parallel.recompute import recompute_layers
 from pretrain.balancing import RouterState
 from pretrain.build import build_mesh
 from pretrain.config import Config, OptimConfig
+from pretrain.engines.deepspeed.checkpoint import check_same_ranks, step_folder
 from pretrain.engines.deepspeed.config import deepspeed_config
 from pretrain.engines.deepspeed.ulysses import ConsecutiveDocuments, exchange_heads
 from pretrain.engines.metrics import StepMetrics
 from pretrain.engines.zero_limits import ZeroConfig, check_deepspeed
-from pretrain.errors import UserError
 from pretrain.layouts import Layout
 from pretrain.model.init import initial_values
 from pretrain.model.kernels.cross_entropy import IGNORED
@@ -175,20 +180,18 @@ class DeepSpeedEngine:
 
     def save(self, directory: Path) -> None:
         """Save all that it takes to go on into a folder, in DeepSpeed's format. Collective."""
-        state = {"routers": self.routers.state_dict()}
+        # Without the latter ds_to_universal refuses ZeRO 1 and 2.
+        version = {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}
+        state = {"routers": self.routers.state_dict(), UNIVERSAL_CHECKPOINT_INFO: version}
         self.engine.save_checkpoint(str(directory), client_state=state)
 
     def load(self, directory: Path) -> None:
         """Stand where `save` was called, on as many ranks and with the same stage. Collective.
 
         Raises:
-            UserError: there is no checkpoint.
+            UserError: there is no checkpoint, or ranks or stage are others.
         """
-        if not (directory / "latest").is_file():
-            raise UserError(
-                f"{directory}: no file `latest`, which a checkpoint of DeepSpeed has beside its "
-                "folder of a step; name the folder that holds both"
-            )
+        check_same_ranks(step_folder(directory), dist.get_world_size(), self.zero.stage)
         _, state = self.engine.load_checkpoint(str(directory))
         for name, tensor in self.routers.state_dict().items():
             tensor.copy_(state["routers"][name])

@@ -1,0 +1,138 @@
+"""Weights out of DeepSpeed's checkpoints, of any ZeRO stage and number of ranks.
+
+They are pickles, which run whatever code they hold: read those of people you trust only.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from torch import Tensor
+
+from pretrain.checkpoint.hf_weights import state_from_hf, state_to_hf
+from pretrain.errors import UserError
+from pretrain.model.config import ModelConfig
+from pretrain.model.transformer import Transformer
+
+SHOWN = 3
+# By which the weights of a model are known.
+OURS, HUGGING_FACE = "embedding.weight", "model.embed_tokens.weight"
+
+
+class Imported(NamedTuple):
+    """What a model is made of.
+
+    Attributes:
+        weights: whole, in fp32 and under our names.
+        selection_bias: [L, E] of the routers, where our engine saved it; else None.
+    """
+
+    weights: dict[str, Tensor]
+    selection_bias: Tensor | None
+
+
+def import_checkpoint(directory: Path, model: ModelConfig) -> Imported:
+    """Read a ZeRO checkpoint, or a universal one, of our model or of transformers' same model.
+
+    Args:
+        directory: the folder with the file `latest`, or that of a step beside it.
+
+    Raises:
+        UserError: there is no checkpoint, or it is of another model; names what differs.
+    """
+    step = step_folder(directory)
+    state = _universal(step) if (step / "zero").is_dir() else _of_ranks(step)
+    with torch.device("meta"):
+        empty = Transformer(model).state_dict()
+    if (prefix := _prefix_of(HUGGING_FACE, state)) is not None:
+        theirs = _in_shape(state, prefix, state_to_hf(model, empty), step)
+        return Imported(state_from_hf(model, theirs), None)
+    if (prefix := _prefix_of(OURS, state)) is None:
+        raise UserError(
+            f"{step}: no weight is called {OURS} or {HUGGING_FACE}, by which our models and those "
+            f"of transformers are known; there are {_some(state)}"
+        )
+    return Imported(_in_shape(state, prefix, empty, step), _selection_bias(step))
+
+
+def step_folder(directory: Path) -> Path:
+    """The folder of a step, of itself or of the folder whose file `latest` names it.
+
+    Raises:
+        UserError: it is neither.
+    """
+    latest = directory / "latest"
+    step = directory / latest.read_text().strip() if latest.is_file() else directory
+    if not (step / "zero").is_dir() and not list(step.glob("*_optim_states.pt")):
+        raise UserError(
+            f"{directory}: neither a file `latest`, nor *_optim_states.pt or a folder `zero`; "
+            "name the folder that DeepSpeed's save_checkpoint was given, or the output of "
+            "ds_to_universal"
+        )
+    return step
+
+
+def check_same_ranks(step: Path, ranks: int, stage: int) -> None:
+    """Raise UserError where DeepSpeed cannot go on from the folder of a step."""
+    saved_by = len(list(step.glob("*_optim_states.pt")))
+    of_stage_3 = (step / "zero_pp_rank_0_mp_rank_00_model_states.pt").is_file()
+    if saved_by != ranks or of_stage_3 != (stage == 3):
+        saved = "stage 3" if of_stage_3 else "stage 1 or 2"
+        raise UserError(
+            f"{step}: saved by {saved_by} ranks with ZeRO {saved}, and here are {ranks} with stage "
+            f"{stage}; go on with as many and that stage, or take over the weights alone with "
+            "import_checkpoint and load_weights"
+        )
+
+
+def _of_ranks(step: Path) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(
+        str(step.parent), tag=step.name
+    )
+    return state
+
+
+def _universal(step: Path) -> dict[str, Tensor]:
+    """Where they come from stage 3 they are flat."""
+    files = {file.parent.name: file for file in sorted((step / "zero").glob("*/fp32.pt"))}
+    saved: dict[str, Any] = {name: torch.load(file) for name, file in files.items()}
+    return {name: x["param"] if isinstance(x, dict) else x for name, x in saved.items()}
+
+
+def _prefix_of(known: str, names: Iterable[str]) -> str | None:
+    """What modules around the model have put before its names."""
+    return next((name.removesuffix(known) for name in names if name.endswith(known)), None)
+
+
+def _in_shape(
+    state: Mapping[str, Tensor], prefix: str, like: Mapping[str, Tensor], step: Path
+) -> dict[str, Tensor]:
+    found = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    # Some write the tied copy of the embedding, too.
+    extra = found.keys() - like.keys() - {"lm_head.weight"}
+    for problem, names in (("are missing", like.keys() - found.keys()), ("are unknown", extra)):
+        if names:
+            raise UserError(
+                f"{step}: weights {problem}: {_some(names)}; it is a checkpoint of another model"
+            )
+    for name, tensor in like.items():
+        if found[name].numel() != tensor.numel():
+            raise UserError(
+                f"{step}: {name} has {found[name].numel()} elements, and {tuple(tensor.shape)} in "
+                "this model; it is a checkpoint of another one"
+            )
+    return {name: found[name].float().reshape(x.shape).contiguous() for name, x in like.items()}
+
+
+def _selection_bias(step: Path) -> Tensor | None:
+    file = min(step.glob("*model_states.pt"))
+    routers = torch.load(file, map_location="cpu", weights_only=False).get("routers")
+    bias: Tensor | None = None if routers is None else routers["selection_bias"]
+    return bias
+
+
+def _some(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return f"{', '.join(ordered[:SHOWN])} ({len(ordered)} in all)"
