@@ -78,6 +78,12 @@ def run_case(name: str, config: Config, device: torch.device) -> dict[str, Any]:
         return save_of_transformers(config, CHECKPOINTS / name)
     layout = resolve_layout(config, dist.get_world_size())
     engine = DeepSpeedEngine(config, layout, device, zero_of(name))
+    result = run_engine(name, engine)
+    engine.close()
+    return result
+
+
+def run_engine(name: str, engine: DeepSpeedEngine) -> dict[str, Any]:
     batches, first_weights = read_batches(engine), engine.weights()
     if name.endswith("resumed"):
         # What comes from the checkpoint was not there before.
@@ -85,7 +91,7 @@ def run_case(name: str, config: Config, device: torch.device) -> dict[str, Any]:
         engine.load(CHECKPOINTS / name.removesuffix("-resumed"))
         return run_steps(engine, batches, first=SAVED_STEP)
     if name.endswith("loaded"):
-        engine.load_weights(import_checkpoint(CHECKPOINTS / "zero1", config.model).weights)
+        engine.load_weights(import_checkpoint(CHECKPOINTS / "zero1", engine.config.model).weights)
         loss, _ = engine.backward(batches[SAVED_STEP])
         return {"losses": [loss], "weights": engine.weights(), "refused": refusal(engine)}
     return {"first_weights": first_weights, **run_steps(engine, batches, saves=CHECKPOINTS / name)}

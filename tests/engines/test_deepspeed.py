@@ -9,6 +9,7 @@ import torch
 from pretrain.config import load_config
 from pretrain.errors import UserError
 from pretrain.model.config import ModelConfig
+from pretrain.model.init import initialize
 from pretrain.model.transformer import Transformer
 from tests.oracle.cases import arguments, split_overrides
 from tests.oracle.compare import TOLERANCE, assert_same
@@ -28,14 +29,16 @@ MODELS = {
     "hybrid": SMALL,
     "softmax": f"{SMALL},model.layer_pattern=[softmax,sliding],model.attention.window=9,"
     "model.moe.balance=bias,model.moe.bias_rate=0.01,model.tie_embeddings=true",
+    "dense": f"{SMALL},model.moe.n_experts=0",
+    "dropping": f"{SMALL},model.moe.balance=sequence,model.moe.capacity_factor=1",
 }
 CASES = {
     "zero1": ("hybrid", ""),
-    "zero2-offload": ("hybrid", ""),
-    "zero3-offload": ("softmax", ",parallel.recompute=full"),
+    "zero2-offload": ("dense", ""),
+    "zero3-offload": ("softmax", ",parallel.recompute=full,parallel.feed_forward_tile=16"),
     "zero3": ("hybrid", ""),
     "zero2-ulysses": ("softmax", ",parallel.cp=2,parallel.ulysses=2"),
-    "zero3-cp": ("hybrid", ",parallel.cp=2"),
+    "zero3-cp": ("dropping", ",parallel.cp=2,parallel.recompute=selective"),
 }
 RESUMED = {f"{name}-resumed": CASES[name] for name in ("zero1", "zero2-offload", "zero3")}
 DENSE = (
@@ -94,6 +97,15 @@ def test_another_engine_goes_on_from_a_checkpoint(name: str, theirs: dict[str, d
     for weight, value in whole["weights"].items():
         assert torch.equal(resumed["weights"][weight], value), weight
     assert torch.equal(resumed["routers"]["frequencies"], whole["routers"]["frequencies"])
+
+
+@pytest.mark.parametrize("name", [*CASES, "zero1-bf16", "zero3-bf16"])
+def test_first_weights_are_those_of_our_trainer(name: str, theirs: dict[str, dict]) -> None:
+    model = model_of(MODELS[CASES.get(name, ("hybrid", ""))[0]])
+    whole = Transformer(model)
+    initialize(whole, model, seed=0)
+    for weight, value in whole.state_dict().items():
+        assert torch.equal(theirs[name]["first_weights"][weight], value), weight
 
 
 @pytest.mark.parametrize("name", ["zero1-bf16", "zero3-bf16"])

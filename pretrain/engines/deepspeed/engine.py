@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from data_pipeline.stream import Batch
 from parallel.context.split import split_sequence
+from parallel.expert.sequence import split_rows
 from parallel.feed_forward import tile_feed_forwards
 from parallel.recompute import recompute_layers
 from pretrain.balancing import RouterState
@@ -95,7 +96,6 @@ class DeepSpeedEngine:
         self.model: Transformer = loss.model
         self.layers: dict[str, Any] = dict(loss.model.layers.items())
         self._spread()
-        self._write(self._initial_weight)
         self.engine: Any
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=loss, optimizer=_build_optimizer(loss, config.optim), config=theirs
@@ -104,6 +104,7 @@ class DeepSpeedEngine:
             # In bf16 the frequencies of experts, and biases that grow by 0.001, would be rounded.
             if name.endswith(("frequencies", "selection_bias")):
                 buffer.data = buffer.float()
+        self._write(self._initial_weight)
         self.routers = RouterState(config.model.n_layers, config.model.moe)
         self.routers.copy_to(self.layers)
 
@@ -175,8 +176,6 @@ class DeepSpeedEngine:
         Collective.
         """
         self._write(weights.__getitem__)
-        for name, weight in self.model.named_parameters():
-            safe_set_full_fp32_param(weight, weights[name].to(self.device, torch.float32))
 
     def save(self, directory: Path) -> None:
         """Save all that it takes to go on into a folder, in DeepSpeed's format. Collective."""
@@ -197,13 +196,18 @@ class DeepSpeedEngine:
             tensor.copy_(state["routers"][name])
         self.routers.copy_to(self.layers)
 
+    def close(self) -> None:
+        """Give up what DeepSpeed has attached to the model, so that another engine can be built."""
+        self.engine.destroy()
+
     def _spread(self) -> None:
         """What `parallel.apply` does on the axes that there are here, in its order."""
         layers, parallel = self.layers, self.config.parallel
         if self.layout.ulysses > 1:
             exchange_heads(layers.values(), self.mesh.cp.get_group())
         elif self.layout.cp > 1:
-            split_sequence(layers.values(), self.mesh)
+            cp = split_sequence(layers.values(), self.mesh)["cp"]
+            split_rows([layer.moe for layer in layers.values() if layer.moe is not None], None, cp)
         if parallel.feed_forward_tile is not None:
             tile_feed_forwards(layers.values(), parallel.feed_forward_tile)
         recompute_layers(layers, recompute_modes(self.config))
@@ -230,10 +234,13 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def _write(self, value: Callable[[str], Tensor]) -> None:
-        """Fill the weights that the model computes with, one whole weight in memory at a time."""
+        """Fill the weights, one whole weight in memory at a time."""
         for name, weight in self.model.named_parameters():
+            whole = value(name).to(self.device, torch.float32)
             with self._gathered(weight):
-                weight.copy_(value(name))
+                weight.copy_(whole)
+            # The optimizer's own, in bf16 not rounded.
+            safe_set_full_fp32_param(weight, whole)
 
     def _gathered(self, weight: nn.Parameter) -> Any:
         if self.zero.stage < 3:
