@@ -92,7 +92,7 @@ def read_data_state(out: Path, slurm: Slurm | None) -> DataState:
     rows = _rows_at_work(out)
     failures = tuple(failures_of(folder, job, jobs))
     state, detail, where = _state(out, files, jobs, rows, failures)
-    at_stage = [row for row in rows if row["data/stage"] == stage]
+    at_stage = [row for row in rows if row["data/stage"] == stage and state in LIVE]
     return DataState(
         out=out,
         state=state,
@@ -162,12 +162,13 @@ def _state(
         return _state_of_jobs(live)
     if files.is_finished:
         return "done", "", ""
-    if rows:
-        return "running", "", ", ".join(sorted({row["data/attempt"] for row in rows}))
+    where = ", ".join(sorted({row["data/attempt"] for row in rows}))
     if _is_held(out):
-        return "running", "", ""
-    if failures:
+        return "running", "", where
+    if failures:  # a process that was killed a moment ago is still heard of
         return "failed", failures[0], ""
+    if rows:
+        return "running", "", where
     if not (out / "work").exists():
         return "prepared", "", ""
     return "stopped", "the same command goes on with it", ""

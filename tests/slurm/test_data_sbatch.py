@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.rates import read_totals
 from data_pipeline.recipe import SHIPPED, load_recipe
 from data_pipeline.run import run
 from data_pipeline.sample import make_sample_crawl
+from data_pipeline.shards import load_manifest
+from launch.data_state import read_data_state
 from launch.slurm.client import JobInfo, Slurm
 from slurm.sandbox.cluster import Cluster
 from tests.files import contents
@@ -131,6 +134,10 @@ def test_two_tasks_are_killed_and_the_same_command_does_those_alone(
     states = {info.task: info.state for info in data.jobs(array)}
     assert states == {1: "CANCELLED", 2: "COMPLETED", 3: "FAILED"}
     assert [data.state(jobs[stage]) for stage in STAGES[1:]] == ["CANCELLED"] * 3
+    told = read_data_state(data.out, Slurm(cluster.environment()))
+    assert (told.state, told.stage, told.cleaned) == ("failed", "clean", 2)
+    assert told.parts == {"done": 1, "failed": 2}
+    assert len(told.failures) == 5
 
     again = data.submit()
     assert "2 of 6 archives are cleaned" in again
@@ -146,6 +153,10 @@ def test_two_tasks_are_killed_and_the_same_command_does_those_alone(
     }
     assert data.log("clean-2").count("cleaned part 2/3, 2 archives") == 1
     data.check(whole)
+    cleaned, *_ = read_totals(data.out)
+    funnel = load_manifest(data.out).extra["funnel"]
+    assert cleaned["data/documents"] == sum(row["documents"] for row in funnel)
+    assert cleaned["data/attempts"] == PARTS + 2
     assert "is finished already: same inputs, same options" in data.submit()
 
 

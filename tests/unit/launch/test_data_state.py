@@ -135,8 +135,9 @@ def test_jobs_are_told_by_their_parts(out: Path, slurm: FakeSlurm) -> None:
     assert state.parts == {"done": 1, "queued": 3}
     know(slurm, folder, Stage.clean, "41", "2:COMPLETED", "3:FAILED", "4:COMPLETED")
     know(slurm, folder, Stage.dedup, "42", "CANCELLED")
+    work(out, "node3", age_s=5, share=0.5, wall_s=50.0)  # the last word of what was killed
     state = state_of(out)
-    assert (state.state, state.is_live) == ("failed", False)
+    assert (state.state, state.is_live, state.documents_per_s) == ("failed", False, None)
     assert state.detail == state.failures[0]
 
 
