@@ -29,7 +29,7 @@ def check_deepspeed(config: Config, layout: Layout, zero: ZeroConfig) -> None:
     """Raise UserError with all that DeepSpeed cannot do, of a layout that is one of ours."""
     problems = [
         *_zero_problems(zero),
-        *_layout_problems(config, layout),
+        *_layout_problems(layout),
         *_run_problems(config),
     ]
     if layout.ulysses > 1:
@@ -46,7 +46,7 @@ def _zero_problems(zero: ZeroConfig) -> Iterator[str]:
         yield f"offload_parameters with ZeRO stage {zero.stage}: weights are whole there; stage 3"
 
 
-def _layout_problems(config: Config, layout: Layout) -> Iterator[str]:
+def _layout_problems(layout: Layout) -> Iterator[str]:
     for axis in ("pp", "tp", "ep"):
         if (size := getattr(layout, axis)) > 1:
             yield f"parallel.{axis} = {size}: ZeRO shares out whole layers; parallel.{axis}=1"

@@ -4,6 +4,7 @@ A case is named by its stage, and by what else it does: zero2-offload, zero3-res
 its second step, and `resumed` goes on from there with an engine that has other weights.
 """
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,27 @@ from data_pipeline.stream import Batch
 from pretrain.checkpoint.hf import config_to_hf
 from pretrain.config import Config
 from pretrain.data import open_stream
-from pretrain.engines.deepspeed.checkpoint import import_checkpoint
 from pretrain.engines.deepspeed.engine import DeepSpeedEngine
 from pretrain.engines.zero_limits import ZeroConfig
 from pretrain.errors import UserError
 from pretrain.layouts import resolve_layout
 from pretrain.schedule import learning_rate
 from tests.oracle.cases import STEPS, run_cases
+from tests.ranks import ROOT
 
 CHECKPOINTS = Path(sys.argv[2]) / "checkpoints"
 SAVED_STEP = 2
+
+
+def documented() -> dict[str, Any]:
+    """The functions of docs/deepspeed.md."""
+    functions: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/deepspeed.md").read_text(), re.S):
+        exec(block, functions)
+    return functions
+
+
+DOCUMENTED = documented()
 
 
 def read_batches(engine: DeepSpeedEngine) -> list[Batch]:
@@ -77,7 +89,10 @@ def run_case(name: str, config: Config, device: torch.device) -> dict[str, Any]:
     if name.endswith("transformers"):
         return save_of_transformers(config, CHECKPOINTS / name)
     layout = resolve_layout(config, dist.get_world_size())
-    engine = DeepSpeedEngine(config, layout, device, zero_of(name))
+    if name.endswith("loaded"):
+        engine = DOCUMENTED["build_engine"](config, layout, device)
+    else:
+        engine = DeepSpeedEngine(config, layout, device, zero_of(name))
     result = run_engine(name, engine)
     engine.close()
     return result
@@ -91,7 +106,7 @@ def run_engine(name: str, engine: DeepSpeedEngine) -> dict[str, Any]:
         engine.load(CHECKPOINTS / name.removesuffix("-resumed"))
         return run_steps(engine, batches, first=SAVED_STEP)
     if name.endswith("loaded"):
-        engine.load_weights(import_checkpoint(CHECKPOINTS / "zero1", engine.config.model).weights)
+        engine.load_weights(DOCUMENTED["weights_of"](CHECKPOINTS / "zero1", engine.config.model))
         loss, _ = engine.backward(batches[SAVED_STEP])
         return {"losses": [loss], "weights": engine.weights(), "refused": refusal(engine)}
     return {"first_weights": first_weights, **run_steps(engine, batches, saves=CHECKPOINTS / name)}
