@@ -8,6 +8,7 @@ lines, the range of values, logarithmic scales, and the numbers under the pointe
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
+import numpy as np
 from bokeh.document import Document
 from bokeh.embed import components
 from bokeh.events import DocumentReady
@@ -89,18 +90,18 @@ class Figures:
     def _line_figure(self, chart: Chart, references: Sequence[tuple[str, float]]) -> figure:
         assert isinstance(chart.panel, Lines)
         drawn = self._empty(chart)
+        drawn.y_range = Range1d(*_values_of(chart, chart.panel))
         drawn.add_layout(LogAxis(visible=False), "left")
         ticks = CustomJSTickFormatter(args={"unit": chart.unit}, code=TICK)
         for axis in drawn.left:
             axis.formatter = ticks
-        drawn.yaxis[0].ticker.desired_num_ticks = 5
+        for axis, ticks in zip(drawn.left, (5, 5), strict=True):
+            axis.ticker.desired_num_ticks = ticks
         _style_axes(drawn)
         for line in chart.lines:
             self._add_line(drawn, line, chart.panel)
         for _, value in references:
-            drawn.add_layout(
-                Span(dimension="width", location=value, line_color=GREY, line_dash=[5, 4])
-            )
+            drawn.hspan(y=[value], line_color=GREY, line_dash=[5, 4], level="underlay")
         means = [
             self._source(f"{line.source}:mean")
             for line in chart.lines
@@ -188,6 +189,22 @@ class Figures:
         levels = range(NO_DATA)
         alphas = [round(8 + 247 * (level / (NO_DATA - 1)) ** 1.2) for level in levels]
         return _mapper([f"{BLUE}{alpha:02x}" for alpha in alphas])
+
+
+def _values_of(chart: Chart, panel: Lines) -> tuple[float, float]:
+    """The range of values, with room; page.js keeps to what is in sight.
+
+    Without it the first picture is drawn on another axis, and what lay on its edge stays there.
+    """
+    values = np.concatenate([line.series.value for line in chart.lines])
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return 0.0, 1.0
+    low, high = float(values.min()), float(values.max())
+    is_on_zero = panel.from_zero and low >= 0
+    low = 0.0 if is_on_zero else low
+    room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - (0 if is_on_zero else room), high + room
 
 
 def height_of(chart: Chart) -> int:

@@ -1,18 +1,19 @@
 """What the charts of a page are, and what they are drawn from."""
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pretrain.metrics import report
 from pretrain.metrics.history import LEVELS_PER_UNIT, NO_DATA
 from pretrain.metrics.registry import METRICS
 from pretrain.metrics.report import chart_columns
 from pretrain.metrics.report.layout import COLORS, DRAWN, lay_out
 from tests.unit.pretrain.metrics.report.report_cases import make_run
 
-# The page's, see page.css.jinja.
-WHITE, DARK = "#ffffff", "#14171b"
 # What another chart says as well, and what is told otherwise.
 NOT_CHARTED = {"train/step", "train/loss_tokens_by_position"}
 
@@ -119,8 +120,19 @@ def luminance(color: str) -> float:
     return float(np.dot([0.2126, 0.7152, 0.0722], linear))
 
 
-@pytest.mark.parametrize("paper", [WHITE, DARK])
-@pytest.mark.parametrize("color", COLORS)
-def test_colours_of_lines_stand_out_in_both_schemes(color, paper):
-    light, dark = sorted([luminance(color), luminance(paper)], reverse=True)
-    assert (light + 0.05) / (dark + 0.05) >= 3
+def contrast(first: str, second: str) -> float:
+    light, dark = sorted([luminance(first), luminance(second)], reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_text_and_lines_stand_out_in_both_schemes():
+    style = (Path(report.__file__).parent / "page.css.jinja").read_text()
+    dark, light = (
+        dict(re.findall(r"--(\w+(?:-\w+)*): (#\w{6});", block))
+        for block in re.findall(r"color-scheme: \w+;(.*?)(?:}|{%)", style, re.DOTALL)
+    )
+    for scheme in (light, dark):
+        for text in ("ink", "muted", "alarm"):
+            assert contrast(scheme[text], scheme["paper"]) >= 4.5
+        assert contrast(scheme["alarm"], scheme["alarm-wash"]) >= 4.5
+        assert min(contrast(color, scheme["paper"]) for color in COLORS) >= 3
