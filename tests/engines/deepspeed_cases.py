@@ -100,7 +100,7 @@ def run_case(name: str, config: Config, device: torch.device) -> dict[str, Any]:
 
 def run_engine(name: str, engine: DeepSpeedEngine) -> dict[str, Any]:
     batches, first_weights = read_batches(engine), engine.weights()
-    if name.endswith("resumed"):
+    if name.endswith(("resumed", "universal")):
         # What comes from the checkpoint was not there before.
         engine.load_weights({weight: -value for weight, value in first_weights.items()})
         engine.load(CHECKPOINTS / name.removesuffix("-resumed"))
@@ -109,7 +109,10 @@ def run_engine(name: str, engine: DeepSpeedEngine) -> dict[str, Any]:
         engine.load_weights(DOCUMENTED["weights_of"](CHECKPOINTS / "zero1", engine.config.model))
         loss, _ = engine.backward(batches[SAVED_STEP])
         return {"losses": [loss], "weights": engine.weights(), "refused": refusal(engine)}
-    return {"first_weights": first_weights, **run_steps(engine, batches, saves=CHECKPOINTS / name)}
+    result = run_steps(engine, batches, saves=CHECKPOINTS / name)
+    engine.load(CHECKPOINTS / name)
+    again = run_steps(engine, batches, first=SAVED_STEP)
+    return {"first_weights": first_weights, **result, "again": again["losses"]}
 
 
 def refusal(engine: DeepSpeedEngine) -> str:

@@ -52,6 +52,8 @@ OTHERS = {
     "zero1-bf16": f"{SMALL},train.dtype=bfloat16",
     "zero3-bf16": f"{SMALL},train.dtype=bfloat16",
 }
+IMPORTED = ["zero1", "zero2-ulysses", "zero3", "zero3-bf16"]
+ELASTIC = ["zero1", "zero2-ulysses", "zero3"]
 # Of fp32, by which bf16 rounds.
 BF16_TOLERANCE = 1e-3
 
@@ -79,6 +81,31 @@ def theirs(shards: Path, folder: Path) -> dict[str, dict]:
     return run(2, THEIRS, shards, folder, cases | OTHERS)
 
 
+@pytest.fixture(scope="module")
+def universal(folder: Path, theirs: dict[str, dict]) -> None:
+    """NAME-universal beside the checkpoints of IMPORTED."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    for name in IMPORTED:
+        source = folder / "checkpoints" / name
+        options = Namespace(
+            input_folder=str(source / (source / "latest").read_text()),
+            output_folder=str(source.with_name(f"{name}-universal")),
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=False,
+        )
+        ds_to_universal.main(options)
+
+
+@pytest.fixture(scope="module")
+def alone(shards: Path, folder: Path, universal: None) -> dict[str, dict]:
+    """What two ranks have saved, on one."""
+    return run(1, THEIRS, shards, folder, {f"{x}-universal": MODELS[CASES[x][0]] for x in ELASTIC})
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_losses_gradients_and_weights_are_those_of_our_trainer(
     name: str, ours: dict[str, dict], theirs: dict[str, dict]
@@ -97,6 +124,21 @@ def test_another_engine_goes_on_from_a_checkpoint(name: str, theirs: dict[str, d
     for weight, value in whole["weights"].items():
         assert torch.equal(resumed["weights"][weight], value), weight
     assert torch.equal(resumed["routers"]["frequencies"], whole["routers"]["frequencies"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_engine_goes_back_to_a_checkpoint(name: str, theirs: dict[str, dict]) -> None:
+    assert theirs[name]["again"] == theirs[name]["losses"][2:]
+
+
+@pytest.mark.parametrize("name", ELASTIC)
+def test_other_ranks_go_on_from_a_universal_checkpoint(
+    name: str, ours: dict[str, dict], alone: dict[str, dict]
+) -> None:
+    model = CASES[name][0]
+    found = alone[f"{name}-universal"]
+    assert found["losses"] == pytest.approx(ours[model]["losses"][2:], rel=TOLERANCE)
+    assert_same(found["weights"], ours[model]["weights"])
 
 
 @pytest.mark.parametrize("name", [*CASES, "zero1-bf16", "zero3-bf16"])
@@ -120,24 +162,14 @@ def model_of(overrides: str) -> ModelConfig:
     return load_config("tiny-hybrid-moe", split_overrides(overrides)).model
 
 
-@pytest.mark.parametrize("name", ["zero1", "zero2-ulysses", "zero3", "zero3-bf16"])
+@pytest.mark.parametrize("name", IMPORTED)
 @pytest.mark.parametrize("form", ["of ranks", "universal"])
 def test_weights_are_imported(
-    name: str, form: str, folder: Path, theirs: dict[str, dict], tmp_path: Path
+    name: str, form: str, folder: Path, theirs: dict[str, dict], universal: None
 ) -> None:
-    from deepspeed.checkpoint import ds_to_universal
-
     from pretrain.engines.deepspeed.checkpoint import import_checkpoint
 
-    source = folder / "checkpoints" / name
-    if form == "universal":
-        step = str(source / (source / "latest").read_text())
-        source = tmp_path / "universal"
-        options = {"keep_temp_folder": False, "strict": True, "inject_missing_state": False}
-        workers = {"num_extract_workers": 1, "num_merge_workers": 1}
-        ds_to_universal.main(
-            Namespace(input_folder=step, output_folder=str(source), **options, **workers)
-        )
+    source = folder / "checkpoints" / (name if form == "of ranks" else f"{name}-universal")
     model = model_of(MODELS["softmax" if "ulysses" in name else "hybrid"])
     found = import_checkpoint(source, model)
     assert found.weights.keys() == theirs[name]["saved"].keys()

@@ -43,7 +43,7 @@ def import_checkpoint(directory: Path, model: ModelConfig) -> Imported:
         UserError: there is no checkpoint, or it is of another model; names what differs.
     """
     step = step_folder(directory)
-    state = _universal(step) if (step / "zero").is_dir() else _of_ranks(step)
+    state = _universal(step) if is_universal(step) else _of_ranks(step)
     with torch.device("meta"):
         empty = Transformer(model).state_dict()
     if (prefix := _prefix_of(HUGGING_FACE, state)) is not None:
@@ -65,7 +65,7 @@ def step_folder(directory: Path) -> Path:
     """
     latest = directory / "latest"
     step = directory / latest.read_text().strip() if latest.is_file() else directory
-    if not (step / "zero").is_dir() and not list(step.glob("*_optim_states.pt")):
+    if not is_universal(step) and not list(step.glob("*_optim_states.pt")):
         raise UserError(
             f"{directory}: neither a file `latest`, nor *_optim_states.pt or a folder `zero`; "
             "name the folder that DeepSpeed's save_checkpoint was given, or the output of "
@@ -74,16 +74,21 @@ def step_folder(directory: Path) -> Path:
     return step
 
 
+def is_universal(step: Path) -> bool:
+    """Whether the folder of a step is what ds_to_universal has made."""
+    return (step / "zero").is_dir()
+
+
 def check_same_ranks(step: Path, ranks: int, stage: int) -> None:
     """Raise UserError where DeepSpeed cannot go on from the folder of a step."""
-    saved_by = len(list(step.glob("*_optim_states.pt")))
+    saved_by = ranks if is_universal(step) else len(list(step.glob("*_optim_states.pt")))
     of_stage_3 = (step / "zero_pp_rank_0_mp_rank_00_model_states.pt").is_file()
     if saved_by != ranks or of_stage_3 != (stage == 3):
         saved = "stage 3" if of_stage_3 else "stage 1 or 2"
         raise UserError(
             f"{step}: saved by {saved_by} ranks with ZeRO {saved}, and here are {ranks} with stage "
-            f"{stage}; go on with as many and that stage, or take over the weights alone with "
-            "import_checkpoint and load_weights"
+            f"{stage}; go on with that stage, on other ranks from what ds_to_universal makes of "
+            "it, or take over the weights alone with import_checkpoint and load_weights"
         )
 
 

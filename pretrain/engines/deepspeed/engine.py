@@ -25,7 +25,7 @@ from parallel.recompute import recompute_layers
 from pretrain.balancing import RouterState
 from pretrain.build import build_mesh
 from pretrain.config import Config, OptimConfig
-from pretrain.engines.deepspeed.checkpoint import check_same_ranks, step_folder
+from pretrain.engines.deepspeed.checkpoint import check_same_ranks, is_universal, step_folder
 from pretrain.engines.deepspeed.config import deepspeed_config
 from pretrain.engines.deepspeed.ulysses import ConsecutiveDocuments, exchange_heads
 from pretrain.engines.metrics import StepMetrics
@@ -96,9 +96,11 @@ class DeepSpeedEngine:
         self.model: Transformer = loss.model
         self.layers: dict[str, Any] = dict(loss.model.layers.items())
         self._spread()
+        optimizer = _build_optimizer(loss, config.optim)
+        self._decay = [group["weight_decay"] for group in optimizer.param_groups]
         self.engine: Any
         self.engine, self.optimizer, *_ = deepspeed.initialize(
-            model=loss, optimizer=_build_optimizer(loss, config.optim), config=theirs
+            model=loss, optimizer=optimizer, config=theirs
         )
         for name, buffer in self.model.named_buffers():
             # In bf16 the frequencies of experts, and biases that grow by 0.001, would be rounded.
@@ -185,13 +187,22 @@ class DeepSpeedEngine:
         self.engine.save_checkpoint(str(directory), client_state=state)
 
     def load(self, directory: Path) -> None:
-        """Stand where `save` was called, on as many ranks and with the same stage. Collective.
+        """Stand where `save` was called. Collective.
+
+        Args:
+            directory: that `save` was given, on as many ranks; or on any number a universal
+                checkpoint, made of it by ds_to_universal. In both, of the same stage.
 
         Raises:
             UserError: there is no checkpoint, or ranks or stage are others.
         """
-        check_same_ranks(step_folder(directory), dist.get_world_size(), self.zero.stage)
-        _, state = self.engine.load_checkpoint(str(directory))
+        step = step_folder(directory)
+        check_same_ranks(step, dist.get_world_size(), self.zero.stage)
+        # Asked for at a load only, and not known before.
+        self.engine._config.load_universal_checkpoint = is_universal(step)
+        _, state = self.engine.load_checkpoint(str(step.parent), tag=step.name)
+        if is_universal(step):
+            self._set_groups_apart()
         for name, tensor in self.routers.state_dict().items():
             tensor.copy_(state["routers"][name])
         self.routers.copy_to(self.layers)
@@ -231,6 +242,16 @@ class DeepSpeedEngine:
         region = tuple(slice(0, size) for size in shape)
         seed = self.config.train.seed
         return initial_values(name, shape, region, self.config.model, seed, self.device)
+
+    def _set_groups_apart(self) -> None:
+        """With stage 3 DeepSpeed 0.19.8 gives all groups of weights the decay of the first, and one
+        tensor that counts the steps of each.
+        """
+        theirs = self.optimizer.optimizer
+        for group, decay in zip(theirs.param_groups, self._decay, strict=True):
+            group["weight_decay"] = decay
+        for state in theirs.state.values():
+            state["step"] = state["step"].clone()
 
     @torch.no_grad()
     def _write(self, value: Callable[[str], Tensor]) -> None:
