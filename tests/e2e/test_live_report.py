@@ -16,9 +16,9 @@ from pretrain.metrics.history import read_history
 from pretrain.metrics.report import Run, chart_columns
 from pretrain.metrics.sinks import JsonlSink
 from pretrain.run_dir import RunDirectory
-from tests.browser import BROWSER, browser
+from tests.browser import IS_DISPENSABLE, browser
 
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
+pytestmark = pytest.mark.skipif(IS_DISPENSABLE, reason="no chromium on this machine")
 
 STEPS = "Bokeh.documents[0].get_model_by_name('steps')"
 IS_DRAWN = f"!!(window.Bokeh?.documents.length && {STEPS})"

@@ -16,7 +16,7 @@ from pretrain.metrics.history import read_history
 from pretrain.metrics.report import Run, render_page
 from pretrain.metrics.sinks import JsonlSink
 from pretrain.run_dir import RunDirectory
-from tests.browser import BROWSER, Browser, browser
+from tests.browser import IS_DISPENSABLE, Browser, browser
 
 LAYERS, EXPERTS, STEPS = 4, 8, 500
 DEAD_LAYER, DEAD_EXPERT = 2, 5
@@ -213,7 +213,7 @@ def test_single_step_of_a_dense_model(tmp_path):
 @pytest.fixture(scope="module")
 def shown(page, tmp_path_factory) -> Iterator[Browser]:
     """The page in a browser, drawn."""
-    if BROWSER is None:
+    if IS_DISPENSABLE:
         pytest.skip("no chromium on this machine to open the page with")
     with browser(tmp_path_factory.mktemp("browser")) as opened:
         opened.open(page.as_uri())
