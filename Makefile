@@ -14,7 +14,7 @@ TORCH_INDEX ?=
 DEMO_DIR ?= demo
 # Tests that run at the same time; of the slow ones many wait for a cluster.
 WORKERS ?= 2
-SLOW_WORKERS ?= 3
+SLOW_WORKERS ?= 4
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
