@@ -18,8 +18,8 @@ def synthetic(
     task: Annotated[
         str,
         typer.Option(
-            help="needle, multi_key, multi_value, variable_tracking or overwrite; or icl, for "
-            "examples of copy, reversal, arithmetic, pattern and translation."
+            help="needle, multi_key, multi_value, variable_tracking or overwrite; or copy, "
+            "reversal, arithmetic, pattern or translation; or icl, for all five of these."
         ),
     ],
     length: Annotated[int, typer.Option(help="Tokens of each document.")],
@@ -65,11 +65,12 @@ def synthetic(
     sizes = {"length": length, "documents": documents, "vocab_size": vocab_size, "seed": seed}
     of_task = {"pairs": pairs, "values": values, "spread": spread, "gap": gap}
     given: dict[str, Any] = {name: value for name, value in of_task.items() if value is not None}
-    if task == ICL and given:
-        raise UserError(f"--{next(iter(given))} belongs to other tasks, not to {ICL}; leave it out")
+    of_icl = tuple(name for name in ICL_TASKS if task in (ICL, name))
+    if of_icl and given:
+        raise UserError(f"--{next(iter(given))} does not belong to {task}; leave it out")
     with stoppable(console), show_progress(console) as progress:
-        if task == ICL:
-            made = make_examples(tuple(ICL_TASKS), out, **sizes, progress=progress)
+        if of_icl:
+            made = make_examples(of_icl, out, **sizes, progress=progress)
         else:
             made = make_synthetic(Task(name=task, **given), out, **sizes, progress=progress)
     manifest = made.manifest

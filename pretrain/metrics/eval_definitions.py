@@ -62,7 +62,7 @@ EVAL_DEFINITIONS: tuple[Metric, ...] = (
         "share",
         QUESTIONS,
         "Three words, in a language that is invented for each prompt: each has another word, and "
-        "they come in another order.",
+        "they come in the same order or in reverse.",
         "sum",
         "pretrain/evals/icl.py",
     ),
