@@ -71,6 +71,7 @@ def run_steps(
         "weights": engine.weights(),
         "saved": saved,
         "routers": engine.routers.state_dict(),
+        "frequencies": [layer.moe.frequencies for layer in engine.layers.values() if layer.moe],
     }
 
 

@@ -266,7 +266,7 @@ class DeepSpeedEngine:
     def _gathered(self, weight: nn.Parameter) -> Any:
         if self.zero.stage < 3:
             return nullcontext()
-        # Each rank writes the same, so none has to send it.
+        # Writing counts on one rank, which sends it to all.
         return deepspeed.zero.GatheredParameters([weight], modifier_rank=0)
 
     def _whole(self, tensor: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
