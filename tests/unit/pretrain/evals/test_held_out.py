@@ -27,7 +27,6 @@ LAYOUTS = {
         "eval.seq_len=64 context.segments=2 parallel.recompute=full",
     ],
     2: [
-        "parallel.cp=2 parallel.ep=2",
         "parallel.cp=2 parallel.ep=2 context.segments=2",
         "parallel.tp=2 parallel.dp_shard=1",
         "parallel.pp=2 parallel.pipeline.schedule=zbv",
