@@ -157,7 +157,7 @@ def test_losses_in_bf16_follow_those_in_fp32(
     found = theirs[name]
     assert found["losses"] == pytest.approx(ours["hybrid"]["losses"], rel=BF16_TOLERANCE)
     # Which bf16 would round.
-    assert torch.equal(torch.stack(found["frequencies"]), found["routers"]["frequencies"])
+    assert all(counted.dtype == torch.float32 for counted in found["frequencies"])
 
 
 def model_of(overrides: str) -> ModelConfig:

@@ -103,7 +103,7 @@ class DeepSpeedEngine:
             model=loss, optimizer=optimizer, config=theirs
         )
         for name, buffer in self.model.named_buffers():
-            # In bf16 the frequencies of experts, and biases that grow by 0.001, would be rounded.
+            # zero.Init makes them in bf16, which rounds biases that grow by 0.001.
             if name.endswith(("frequencies", "selection_bias")):
                 buffer.data = buffer.float()
         self._write(self._initial_weight)
