@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from random import SystemRandom
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -18,6 +19,9 @@ from pretrain.run_dir import RunDirectory
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 PIDS = "pids.json"
 LOOPBACK = "127.0.0.1"
+# Below the ports that Linux gives to connections (32768 to 60999): one of those may be taken
+# between its choice and its use.
+PORTS = range(20000, 32768)
 
 Rank = subprocess.Popen[bytes]
 
@@ -64,10 +68,18 @@ def own_environment(rank: int) -> dict[str, str]:
 
 
 def free_port() -> int:
+    """One of `PORTS`, drawn, as others on this machine may look for one at the same time."""
+    return next(filter(is_free, SystemRandom().sample(PORTS, len(PORTS))))
+
+
+def is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        port: int = probe.getsockname()[1]
-    return port
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
 
 
 def signal_when_parent_dies(number: signal.Signals) -> None:

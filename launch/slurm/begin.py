@@ -22,6 +22,7 @@ from pathlib import Path
 from launch.causes import Cause
 from launch.environment import Variable, describe, environment_of_ranks, note_environment
 from launch.failures import judge, note_failure, read_failure
+from launch.local import PORTS, is_free
 from launch.slurm.client import PATIENCE_OF_JOBS_S, Slurm, SlurmError
 from launch.slurm.container import in_container, options_of_srun
 from launch.slurm.excludes import avoidable, excluded_now, learn
@@ -34,8 +35,6 @@ from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory
 
 RANK = Path(__file__).parents[2] / "slurm" / "rank.sh"
-# Below the ports that Linux gives to connections (32768 to 60999).
-PORTS = range(20000, 32768)
 # A prime number, so that jobs and attempts beside each other begin far apart.
 PORTS_TRIED = 101
 # In a row a job goes back into the queue because of the nodes that it was given.
@@ -143,7 +142,7 @@ def rendezvous(start: Start, slurm: Slurm) -> tuple[str, int]:
     """
     first = (int(start.job) * 7 + start.restart) * PORTS_TRIED % len(PORTS)
     ports = (PORTS[(first + more) % len(PORTS)] for more in range(PORTS_TRIED))
-    return _address(start, slurm), next(filter(_is_free, ports), PORTS[first])
+    return _address(start, slurm), next(filter(is_free, ports), PORTS[first])
 
 
 def _address(start: Start, slurm: Slurm) -> str:
@@ -183,16 +182,6 @@ def _is_number(address: str) -> bool:
         ip_address(address)
         return True
     return False
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return False
-    return True
 
 
 def _avoided(run: RunDirectory, start: Start, slurm: Slurm, profile: Profile) -> list[str]:
