@@ -55,10 +55,16 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
 
 
 def nearest_key(dotted: str, keys: Iterable[str]) -> str:
-    """Like `nearest`, of dotted names: by the whole, or else by the last part."""
+    """Like `nearest`, of dotted names: with the same last part, or else by the whole, or else by
+    the last part. The first of several that are as close.
+    """
     keys = list(keys)
-    by_leaf = {key.rsplit(".", 1)[-1]: key for key in keys}
-    close = difflib.get_close_matches(dotted, keys, n=1)
-    leaf = dotted.rsplit(".", 1)[-1]
-    close = close or [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1)]
+    leaf = dotted.rpartition(".")[2]
+    if same := [key for key in keys if key.rpartition(".")[2] == leaf]:
+        close = [max(same, key=lambda key: difflib.SequenceMatcher(None, key, dotted).ratio())]
+    else:
+        by_leaf = {key.rpartition(".")[2]: key for key in keys}
+        close = difflib.get_close_matches(dotted, keys, n=1) or [
+            by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1)
+        ]
     return f", did you mean {close[0]}?" if close else ""
