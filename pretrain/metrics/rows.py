@@ -79,7 +79,10 @@ def _parse_fast(lines: bytes) -> Rows | None:
     if not is_whole or "train/step" not in table.column_names or _has_text(table.schema.types):
         return None
     step = table.column("train/step")
-    if not _is_number(step.type) or step.null_count or pc.min(step).as_py() < 0:
+    if not _is_number(step.type) or step.null_count:
+        return None
+    least, most = pc.min_max(step).as_py().values()
+    if not 0 <= least <= most < 1 << 53:
         return None
     steps = step.combine_chunks().cast(pa.float64())
     columns: list[Column] = []
@@ -140,7 +143,8 @@ def _is_number(kind: Any) -> bool:
 
 
 def _to_floats(values: Any) -> Floats:
-    values = values.cast(pa.float64())
+    # Unsafe: integers above 2^53 are rounded, as Python does.
+    values = values.cast(pa.float64(), safe=False)
     if values.null_count:
         values = pc.fill_null(values, np.nan)
     # Not `to_numpy`, which imports pandas.

@@ -109,6 +109,16 @@ def test_lines_that_are_no_rows_are_left_out_and_told(metrics, few):
     assert history.damage.first_text == '{"train/step": 3, "lo'
 
 
+@pytest.mark.parametrize("name", ["train/tokens", "train/step"])
+def test_integers_that_no_float_holds_are_read_alike_by_both_parsers(name):
+    row = json.dumps({"train/step": 1, name: 2**53 + 1}).encode() + b"\n"
+    one, many = parse_rows(row), parse_rows(row * FEW_BYTES)
+    assert many.rows == one.rows * FEW_BYTES
+    assert {column.name: column.value[0] for column in many.columns} == {
+        column.name: column.value[0] for column in one.columns
+    }
+
+
 def test_a_line_without_an_end_does_not_fill_the_memory(metrics, monkeypatch):
     monkeypatch.setattr(history_module, "BLOCK_BYTES", 1000)
     monkeypatch.setattr(history_module, "LONGEST_LINE", 4000)
