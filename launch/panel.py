@@ -33,6 +33,8 @@ RECENT_S = 300.0
 BARS = "▁▂▃▄▅▆▇█"
 NOT_FINITE = "×"
 LABEL_WIDTH = 10
+# Some thirty years; dates end at the year 9999.
+LONGEST_ETA_S = 1e9
 # Two facts fit beside each other.
 WIDE = 64
 WIDEST = 100
@@ -304,7 +306,7 @@ class Panel:
 
     def _eta(self) -> str:
         left = self.remaining_s()
-        if left is None:
+        if left is None or left > LONGEST_ETA_S:
             return "-"
         at = self._wall() + timedelta(seconds=left)
         return f"in {duration_text(left)} ({at:%H:%M})" if left < 86400 else f"{at:%Y-%m-%d %H:%M}"

@@ -75,6 +75,17 @@ def test_a_sparkline_is_between_the_least_and_the_largest_and_marks_what_is_not_
     assert sparkline([], 9) == sparkline([math.nan], 0) == ""
 
 
+def test_an_end_that_no_calendar_knows_is_no_eta(tmp_path: Path, time: Time) -> None:
+    run = make_run(tmp_path / "run", "train.steps=1000000000000")
+    panel = Panel(run, time, time.wall)
+    panel.begin(1)
+    sink = JsonlSink(run.metrics)
+    sink.write(row_of(1, 10, **{"perf/tokens_per_s": 1e-3}))
+    sink.close()
+    panel.look()
+    assert any(re.search(r"ETA +-", line) for line in shown(panel))
+
+
 def test_the_panel_shows_the_newest_row_and_fits_its_terminal(tmp_path: Path, time: Time) -> None:
     run = make_run(tmp_path / "run")
     panel = Panel(run, time, time.wall)
