@@ -2,15 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pretrain.metrics.report.run import Run, read_json
+from pretrain.run_dir import RunDirectory
 
 LOG_TAIL_BYTES = 4096
 MOST_EVENTS = 200
+ATTEMPTS_KEPT = 4096
 COUNTED = {
     "guard/skipped": ("a batch was skipped", "{} batches were skipped"),
     "guard/rollbacks": ("rolled back to a checkpoint", "rolled back {} times"),
@@ -126,22 +129,35 @@ def attempts(runs: Sequence[Run]) -> list[Attempt]:
 
 
 def _attempts(run: Run) -> Iterator[Attempt]:
-    for number in run.directory.all_attempts():
+    numbers = run.directory.all_attempts()
+    for number in numbers:
         folder = run.directory.folder_of(number)
-        logs = sorted(folder.glob("*.log"))
-        written = max((log.stat().st_mtime for log in logs), default=folder.stat().st_mtime)
-        first = min((log.stat().st_mtime for log in logs), default=written)
-        known = _read(run.directory.ranks_of(number))
-        failure = _read(run.directory.failure_of(number)).get("error")
-        yield Attempt(
-            run.name,
-            folder.name,
-            known.get("ranks", len(logs)),
-            _layout(known.get("layout", "")),
-            datetime.fromtimestamp(min(first, folder.stat().st_mtime), UTC),
-            datetime.fromtimestamp(written, UTC),
-            failure or (_last_line(logs[0]) if logs else ""),
-        )
+        changed = folder.stat().st_mtime_ns
+        read = _attempt if number == numbers[-1] else _attempt_that_ended
+        yield read(run.name, run.directory, number, changed)
+
+
+def _attempt(name: str, directory: RunDirectory, number: int, changed_ns: int) -> Attempt:
+    folder = directory.folder_of(number)
+    logs = sorted(folder.glob("*.log"))
+    changed = changed_ns / 1e9
+    written = [log.stat().st_mtime for log in logs]
+    known = _read(directory.ranks_of(number))
+    failure = _read(directory.failure_of(number)).get("error")
+    return Attempt(
+        name,
+        folder.name,
+        known.get("ranks", len(logs)),
+        _layout(known.get("layout", "")),
+        datetime.fromtimestamp(min([*written, changed]), UTC),
+        datetime.fromtimestamp(max(written, default=changed), UTC),
+        failure or (_last_line(logs[0]) if logs else ""),
+    )
+
+
+# A page that follows runs asks every two seconds, and there may be thousands of logs. What is put
+# into a folder later, such as what the attempt died of, changes the time of the folder.
+_attempt_that_ended = lru_cache(ATTEMPTS_KEPT)(_attempt)
 
 
 def _read(path: Path) -> dict[str, Any]:

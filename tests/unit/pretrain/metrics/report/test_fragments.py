@@ -95,6 +95,16 @@ def test_attempts_say_what_they_died_of_and_how_they_were_spread(tmp_path):
     assert told.endswith("rank 3: killed by signal 9")
 
 
+def test_what_an_attempt_died_of_is_told_also_after_the_next_has_begun(tmp_path):
+    run = make_run(tmp_path / "run", [])
+    first = run.directory.begin_attempt()
+    run.directory.begin_attempt()
+    for _ in range(2):
+        assert "rank 3" not in text(fragments([run])["attempts"])
+    write_json(run.directory.failure_of(first), {"error": "rank 3: killed by signal 9"})
+    assert "rank 3: killed by signal 9" in text(fragments([run])["attempts"])
+
+
 def test_the_funnel_shows_examples_as_text_and_withholds_what_it_must(tmp_path):
     run = make_run(tmp_path / "run", [])
     write_json(run.directory.funnel, FUNNEL)
