@@ -146,7 +146,7 @@ def test_page_goes_on_where_a_run_was_rolled_back_and_a_server_came_back(tmp_pat
     log(runs[1], range(11, 14))
     log(runs[0], [31])
     with served(runs, port):
-        page.wait_for(f"!{LIVE}.classList.contains('away')")
+        page.wait_for(f"{LIVE}.textContent == 'live'")
         assert drawn_steps(page, "train/loss", "two") == list(range(1, 14))
         assert drawn_steps(page, "train/loss", "one") == list(range(1, 32))
         assert page.js("window.has_stayed")
