@@ -37,8 +37,14 @@ class Version:
     @property
     def layout(self) -> str:
         """Equal as long as a page needs no other charts and elements."""
-        names = "\n".join([*sorted(self.sources), "", *sorted(self.fragments)])
+        sources = [f"{name} {_heights(self.sources[name])}" for name in sorted(self.sources)]
+        names = "\n".join([*sources, "", *sorted(self.fragments)])
         return hashlib.sha256(names.encode()).hexdigest()[:16]
+
+
+def _heights(columns: Columns) -> list[int]:
+    """Rows of each heat map."""
+    return [image.shape[0] for image in columns.get("image", ())]
 
 
 class LiveReport:
@@ -72,8 +78,10 @@ class LiveReport:
             with self._lock:
                 try:
                     has_news |= reader.read_block()
-                except OSError as error:
-                    problem = f"{reader.path} cannot be read: {error.strerror}"
+                except Exception as error:
+                    # Whatever it is, the page says it, and what comes later is read.
+                    what = error.strerror if isinstance(error, OSError) else repr(error)
+                    problem = f"{reader.path} cannot be read: {what}"
         self._problem = problem
         self._has_looked = True
         return has_news

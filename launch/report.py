@@ -1,6 +1,7 @@
 """`farspan report`: the page of one run or of several, as a file or kept up to date by a server."""
 
 import json
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,6 +69,10 @@ def write_report_of(paths: Sequence[Path], out: Path | None = None) -> Path:
     out = out or runs[0].directory.report
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}; make it, or name another")
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; name a file, as in {out / 'report.html'}")
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f"{out.parent} cannot be written to; --out FILE puts the report elsewhere")
     shown = [Run(name, run, read_history(run.metrics), data_manifests(run)) for name, run in runs]
     write_atomically(out, render_page(shown))
     return out

@@ -6,12 +6,14 @@ import gzip
 import ipaddress
 import json
 import os
+import signal
 import socket
 import sys
 import threading
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cached_property
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -27,7 +29,7 @@ GZIP_LEVEL = 1
 
 
 def serve_report(runs: Sequence[NamedRun], host: str, port: int) -> None:
-    """Serve the report of runs until ctrl-C.
+    """Serve the report of runs until ctrl-C or SIGTERM.
 
     Args:
         port: 0 takes one that is free.
@@ -37,9 +39,10 @@ def serve_report(runs: Sequence[NamedRun], host: str, port: int) -> None:
     server = open_server(LiveReport(runs), host, port)
     stop = threading.Event()
     reader = threading.Thread(target=server.report.follow, args=(stop,), daemon=True)
-    print("\n".join(_how_to_open(runs, host, server.server_port)), flush=True)
-    reader.start()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with server, suppress(KeyboardInterrupt):
+        print("\n".join(_how_to_open(runs, host, server.server_port)), flush=True)
+        reader.start()
         server.serve_forever()
     stop.set()
 
@@ -98,6 +101,12 @@ def _is_loopback(host: str) -> bool:
     return False
 
 
+def _is_address(name: str) -> bool:
+    with suppress(ValueError):
+        return bool(ipaddress.ip_address(name))
+    return False
+
+
 class ReportServer(ThreadingHTTPServer):
     """Answers `/` with the page and `/changes` with what is new of it; nothing else."""
 
@@ -108,7 +117,15 @@ class ReportServer(ThreadingHTTPServer):
             self.address_family = socket.AF_INET6
         super().__init__(address, _Handler)
         self.report = report
-        self.names = {"localhost", socket.gethostname().lower(), socket.getfqdn().lower()}
+        self._names = {"localhost", socket.gethostname().lower(), address[0].lower()}
+
+    def is_called(self, name: str) -> bool:
+        return name in self._names or name == self._full_name
+
+    @cached_property
+    def _full_name(self) -> str:
+        # Takes long without a DNS.
+        return socket.getfqdn().lower()
 
     def server_bind(self) -> None:
         # That of HTTPServer asks for the name of the address, which takes long without a DNS.
@@ -156,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
         """A foreign page can make a name of its own point here (DNS rebinding), but no address."""
         with suppress(ValueError):
             name = urlsplit(f"//{self.headers.get('Host', '')}").hostname or ""
-            return name in self.server.names or bool(ipaddress.ip_address(name))
+            return _is_address(name) or self.server.is_called(name)
         return False
 
     def _send(self, status: HTTPStatus, kind: str, text: str) -> None:

@@ -22,6 +22,7 @@ from pretrain.errors import UserError
 from pretrain.metrics import history
 from pretrain.metrics.sinks import JsonlSink
 from pretrain.run_dir import RunDirectory
+from tests.ranks import TIMEOUT_S
 
 
 def make_run(root):
@@ -110,6 +111,7 @@ def test_runs_are_called_by_what_tells_them_apart(tmp_path):
         ({"serve": True, "out": "page.html"}, "choose one of them"),
         ({"out": "nowhere/page.html"}, "there is no folder"),
         ({"paths": 2}, "--out runs.html"),
+        ({"out": "."}, "is a folder; name a file"),
         ({"paths": 0}, "is not a run directory"),
     ],
 )
@@ -226,6 +228,27 @@ def test_a_file_that_cannot_be_read_is_told_on_the_page(run):
     assert report.changes("")["state"] == "live"
 
 
+def test_more_rows_of_a_heat_map_need_a_new_page(run):
+    report = LiveReport(named_runs([run.root]))
+    layouts = []
+    for step, layers in enumerate((2, 2, 3), 1):
+        log(run, [step], **{"train/grad_norm_by_layer": [1.0 + step] * layers})
+        report.look()
+        layouts.append(report.changes("")["layout"])
+    assert layouts[0] == layouts[1] != layouts[2]
+
+
+def test_what_cannot_be_parsed_is_told_and_what_is_left_is_read(run, monkeypatch):
+    log(run, [1])
+    report = LiveReport(named_runs([run.root]))
+    with monkeypatch.context() as patch:
+        patch.setattr(history, "parse_rows", lambda lines, first_line: 1 / 0)
+        report.look()
+        assert "ZeroDivisionError" in report.changes("")["state"]
+    report.look()
+    assert "train/loss|first" in report.changes("")["sources"]
+
+
 def test_an_ended_run_is_asked_for_less_often(run):
     log(run, [1])
     report = LiveReport(named_runs([run.root]))
@@ -238,10 +261,10 @@ def test_an_ended_run_is_asked_for_less_often(run):
 
 
 @contextmanager
-def served(run):
+def served(run, host="127.0.0.1"):
     report = LiveReport(named_runs([run.root]))
     report.look()
-    with open_server(report, "127.0.0.1", 0) as server:
+    with open_server(report, host, 0) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
@@ -297,6 +320,14 @@ def test_a_page_that_cannot_be_made_is_told_and_the_server_lives_on(run, monkeyp
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_the_server_answers_to_the_name_it_was_given(run):
+    log(run, [1])
+    # No address as a browser writes it, so it stands for a name.
+    with served(run, host="127.1") as port:
+        assert get(port, "/changes", Host=f"127.1:{port}")[0] == 200
+        assert get(port, "/changes", Host="127.2")[0] == 403
+
+
 @pytest.mark.parametrize(
     ("host", "told"),
     [
@@ -311,16 +342,25 @@ def test_an_address_that_cannot_be_used_is_told(run, host, told):
         open_server(report, host, taken.getsockname()[1])
 
 
-def test_the_command_tells_its_address_and_ends_at_ctrl_c(run):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_tells_its_address_and_ends_in_order(run, number):
     log(run, [1])
     command = [sys.executable, "-m", "launch.cli", "report", str(run.root), "--serve", "--port=0"]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests that run in the background ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as server:
-        told = "".join(server.stdout.readline() for _ in range(3))
-        port = int(re.search(r"following first: http://127.0.0.1:(\d+) ", told).group(1))
-        assert f"ssh -N -L {port}:127.0.0.1:{port} " in told
-        assert get(port, "/elsewhere")[0] == 404
-        server.send_signal(signal.SIGINT)
-        assert server.communicate(timeout=60) == ("", "")
+        try:
+            told = "".join(server.stdout.readline() for _ in range(3))
+            port = int(re.search(r"following first: http://127.0.0.1:(\d+) ", told).group(1))
+            assert f"ssh -N -L {port}:127.0.0.1:{port} " in told
+            assert get(port, "/elsewhere")[0] == 404
+            server.send_signal(number)
+            assert server.communicate(timeout=TIMEOUT_S) == ("", "")
+        finally:
+            server.kill()
     assert server.returncode == 0
