@@ -133,9 +133,13 @@ def _shown(stage: str, reason: str, one: Drawn) -> dict[str, Any]:
     file = one.row["file"]
     shown["detail"] = shown["detail"] and shown["detail"].replace(file, file.rpartition("/")[2])
     for name in ("url", "detail"):
-        shown[name] = shown[name] and MASKS.mask(shown[name]).text
-    text = _printable(MASKS.mask(one.text).text).strip()
-    return shown | {"excerpt": text[:CHARACTERS] or None}
+        shown[name] = shown[name] and _harmless(shown[name])
+    return shown | {"excerpt": _harmless(one.text).strip()[:CHARACTERS] or None}
+
+
+def _harmless(text: str) -> str:
+    # In this order: what is not seen may part an address.
+    return MASKS.mask(_printable(text)).text
 
 
 def _printable(text: str) -> str:

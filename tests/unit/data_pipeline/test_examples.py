@@ -60,14 +60,15 @@ def test_what_reaches_a_person_is_masked_and_so_is_what_the_cut_goes_through() -
     email, phone = "jane.doe@example.org", "phone: +1 202-555-0143"
     before = "x " * (CHARACTERS // 2 - 4)
     examples = Examples()
-    row = row_of(1) | {"url": f"https://example.com/?to={email}", "detail": f"ask {email}"}
+    parted = email.replace("@", "\x00@")
+    row = row_of(1) | {"url": f"https://example.com/?to={email}", "detail": f"\x1b[2Jask {parted}"}
     examples.offer(1, row, f"{phone}\x1b {before}{email}")
     (example,) = examples.of(STAGE, REASON)
     assert example["excerpt"].startswith("phone: <PHONE> x x")
     assert "jane" not in str(example)
     assert len(example["excerpt"]) == CHARACTERS
     assert example["url"].endswith("<EMAIL>")
-    assert example["detail"] == "ask <EMAIL>"
+    assert example["detail"] == "[2Jask <EMAIL>"
 
 
 @pytest.mark.parametrize(
