@@ -6,6 +6,7 @@ run all rows are joined, and behind them stand the totals, a row for each stage.
 """
 
 import json
+import math
 import os
 import socket
 import time
@@ -107,23 +108,31 @@ def timed(
     """
     attempt = Attempt(folder, stage, part, workers, measure)
     attempt.beat()
-    with ticking(attempt.beat, BEAT_S):
-        is_finished = False
-        try:
+    is_finished = False
+    try:
+        with ticking(attempt.beat, BEAT_S):
             yield attempt
-            is_finished = True
-        finally:
-            with suppress(OSError):
-                attempt.write(is_finished=is_finished)
+        is_finished = True
+    finally:
+        # No beat may come behind it: the last row is the one that counts.
+        with suppress(OSError):
+            attempt.write(is_finished=is_finished)
 
 
-def read_attempts(folder: Path) -> list[tuple[Row, float]]:
-    """The newest row of each attempt, and how many seconds ago it was heard of."""
-    found = []
-    for path in sorted(folder.glob("*.jsonl")):
+def read_attempts(folder: Path, fresh_s: float = math.inf) -> list[tuple[Row, float]]:
+    """The newest row of each attempt, and how many seconds ago it was heard of.
+
+    Args:
+        fresh_s: an attempt that was not heard of for so long is left out, and not read.
+    """
+    found, paths = [], []
+    with suppress(FileNotFoundError):  # removed since
+        paths = sorted(folder.glob("*.jsonl"))
+    for path in paths:
         with suppress(OSError, IndexError):
             age_s = max(0.0, time.time() - path.stat().st_mtime)
-            found.append((_rows(path)[-1], age_s))
+            if age_s < fresh_s:
+                found.append((_rows(path)[-1], age_s))
     return found
 
 

@@ -1,6 +1,10 @@
 """Times of many processes and attempts add up; documents are counted by the audit alone."""
 
 import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +70,30 @@ def test_an_attempt_is_seen_while_it_works_and_after_it_failed(tmp_path: Path) -
         attempt.count(documents=3)
     found = {row["data/stage"]: row for row, _ in read_attempts(tmp_path)}
     assert (found["shards"]["data/finished"], found["shards"]["data/documents"]) == (1, 3)
+
+
+def test_no_beat_comes_behind_the_last_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def ticking(tick: Callable[[], None], every_s: float) -> Iterator[Callable[[], None]]:
+        yield tick
+        tick()
+
+    monkeypatch.setattr("data_pipeline.rates.ticking", ticking)
+    monkeypatch.setattr("data_pipeline.rates.BEAT_S", 0)
+    monkeypatch.setattr("data_pipeline.rates.INTERVAL", 0)
+    with timed(tmp_path, "shards", workers=1):
+        pass
+    ((row, _),) = read_attempts(tmp_path)
+    assert row["data/finished"] == 1
+
+
+def test_an_attempt_of_long_ago_is_left_out_where_fresh_ones_are_asked_for(tmp_path: Path) -> None:
+    for name, age_s in (("fresh", 0), ("old", 3600)):
+        write_attempt(tmp_path, name, row_of(name, 150, 50))
+        os.utime(tmp_path / f"{name}.jsonl", (time.time() - age_s,) * 2)
+    assert len(read_attempts(tmp_path)) == 2
+    ((row, _),) = read_attempts(tmp_path, fresh_s=60)
+    assert row["data/part"] == "fresh"
 
 
 def test_a_run_without_metrics_has_no_totals(tmp_path: Path) -> None:
