@@ -76,5 +76,7 @@ def try_to_report(run: RunDirectory) -> None:
     # What became of the run does not depend on it.
     try:
         print(f"report: {write_report_of([run.root])}")
-    except (OSError, UserError, TrainingError) as error:
-        print(f"warning: no report: {error}; `farspan report {run.root}`", file=sys.stderr)
+    except Exception as error:
+        is_told = isinstance(error, OSError | UserError | TrainingError)
+        why = error if is_told else repr(error)
+        print(f"warning: no report: {why}; `farspan report {run.root}`", file=sys.stderr)

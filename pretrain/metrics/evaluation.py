@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pretrain.metrics.registry import METRICS
+from pretrain.metrics.registry import help_of
 from pretrain.run_dir import RunDirectory
 
 
@@ -59,7 +59,7 @@ def read_evaluation(run: RunDirectory) -> Evaluation | None:
     grids = []
     if by_task:
         rows = (
-            GridRow(task, METRICS[f"eval/{task}"].help, _shares(of_task, lengths))
+            GridRow(task, help_of(f"eval/{task}"), _shares(of_task, lengths))
             for task, of_task in by_task.items()
         )
         grids.append(Grid("Task", tuple(rows)))
@@ -80,7 +80,7 @@ def read_evaluation(run: RunDirectory) -> Evaluation | None:
         lengths,
         grids,
         tree["loss_by_position"],
-        METRICS["eval/loss_by_position"].help,
+        help_of("eval/loss_by_position"),
     )
 
 

@@ -3,7 +3,7 @@
 import json
 
 from pretrain.metrics.lm_eval import ScoreRow, ScoreTable
-from pretrain.metrics.registry import METRICS
+from pretrain.metrics.registry import help_of
 from pretrain.run_dir import RunDirectory
 
 
@@ -26,7 +26,7 @@ def read_icl(run: RunDirectory) -> ScoreTable | None:
     columns = ("chance", *(f"{n} shot" if n == 1 else f"{n} shots" for n in request["shots"]))
     notes = [
         f"in brackets the 95 % interval, of {request['samples']:,} prompts of {tree['form']} each",
-        *(f"{task}: {METRICS[f'eval/icl_{task}'].help}" for task in request["tasks"]),
+        *(f"{task}: {told}" for task in request["tasks"] if (told := help_of(f"eval/icl_{task}"))),
     ]
     what = "Accuracy by how many examples of the rule come before."
     suite = "Learned from examples in the context"

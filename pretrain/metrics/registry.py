@@ -13,6 +13,11 @@ from pretrain.metrics.metric import REDUCTIONS, Metric
 METRICS: dict[str, Metric] = {metric.name: metric for metric in DEFINITIONS}
 
 
+def help_of(name: str) -> str:
+    """What a metric tells; nothing of one that another version has logged."""
+    return METRICS[name].help if name in METRICS else ""
+
+
 def check_names(names: Iterable[str]) -> None:
     """Raise ValueError for a name that is not registered, with the nearest one that is."""
     for name in names:

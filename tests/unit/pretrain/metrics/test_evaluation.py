@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.evals.request import DEPTHS
-from pretrain.metrics.evaluation import read_evaluation
+from pretrain.metrics.evaluation import GridRow, read_evaluation
 from pretrain.metrics.history import read_history
 from pretrain.metrics.report import Run, render_page
 from pretrain.run_dir import RunDirectory
@@ -84,3 +84,13 @@ def test_loss_by_position_alone(tmp_path: Path) -> None:
     assert found is not None
     assert not found.grids
     assert "4,096 to 8,191" in page_of(run)
+
+
+def test_a_task_of_another_version_is_shown_without_its_help(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    cell = {"task": "of_tomorrow", "depth": None, "length": 1024, "questions": 4, "right": 1}
+    request = {"lengths": [1024], "tasks": ["of_tomorrow"], "samples": 4}
+    save(run, 9, cells=[cell], request=request)
+    found = read_evaluation(run)
+    assert found is not None
+    assert found.grids[0].rows == (GridRow("of_tomorrow", "", (0.25,)),)
