@@ -129,8 +129,9 @@ class LiveScreen:
         for line in lines:
             if EVENT_LINE.match(line):
                 self._panel.note(line)
-            if not STEP_LINE.match(line):
-                self._console.out(line)
+        # At once, as each print draws the panel anew.
+        if shown := [line for line in lines if not STEP_LINE.match(line)]:
+            self._console.out("\n".join(shown))
 
     def _draw(self) -> None:
         assert self._live is not None
