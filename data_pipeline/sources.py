@@ -1,6 +1,7 @@
 """What a mixture is made of: sources, how much of each, and from which token on."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -11,6 +12,15 @@ from data_pipeline.errors import DataError
 MOST_TIMES = 1000
 """How often an epoch visits a document at most."""
 DECIMALS_OF_TIMES = 3
+
+
+def without_credentials(address: str) -> str:
+    """A path as it is; a URL without user, password, query and fragment, which may be secret."""
+    scheme, separator, rest = address.partition("://")
+    if not separator:
+        return address
+    host, slash, path = re.split("[?#]", rest, maxsplit=1)[0].partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 @dataclass(frozen=True)
@@ -25,7 +35,7 @@ class Source:
         upsample: visits of an epoch to a document by its least number of tokens, as in
             {8192: 2, 32768: 4.5}; shorter ones are visited once.
         growing: its shards are still being written; they are read in that order.
-        name: what a curriculum calls it [the last part of its path].
+        name: what a curriculum calls it [the last part of its path, without credentials].
     """
 
     path: str
@@ -38,7 +48,8 @@ class Source:
 
     def __post_init__(self) -> None:
         if not self.name:
-            object.__setattr__(self, "name", Path(self.path).name or self.path)
+            address = without_credentials(self.path)
+            object.__setattr__(self, "name", Path(address).name or address)
         self._check()
 
     @property
@@ -81,7 +92,7 @@ class Source:
                 )
 
     def _refuse(self, why: str) -> None:
-        raise DataError(f"source {self.path}: {why}")
+        raise DataError(f"source {without_credentials(self.path)}: {why}")
 
 
 @dataclass(frozen=True)
@@ -109,9 +120,9 @@ def phases_of(
     if by_epochs and (curriculum or len(by_epochs) < len(sources)):
         other = "a curriculum" if curriculum else "weights for others"
         raise DataError(
-            f"data.shards: epochs={by_epochs[0].epochs} for {by_epochs[0].path} and {other}: give "
-            "epochs for every source and no curriculum, or weights for all (with max_epochs to "
-            "end one)"
+            f"data.shards: epochs={by_epochs[0].epochs} for "
+            f"{without_credentials(by_epochs[0].path)} and {other}: give epochs for "
+            "every source and no curriculum, or weights for all (with max_epochs to end one)"
         )
     names = [source.name for source in sources]
     if curriculum and len(set(names)) < len(names):
@@ -152,8 +163,8 @@ def _refuse_without_weight(
     for number, source in enumerate(sources):
         if not any(weights[number] > 0 for _, weights in phases):
             raise DataError(
-                f"source {source.path}: weight={source.weight} is not above 0 in any phase. To "
-                "leave a source out, remove it from the list"
+                f"source {without_credentials(source.path)}: weight={source.weight} is not above 0 "
+                "in any phase. To leave a source out, remove it from the list"
             )
     for tokens, weights in phases:
         if not any(weights):

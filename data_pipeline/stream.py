@@ -10,7 +10,7 @@ from data_pipeline.mixture import DEFAULT_SHUFFLE_SHARDS, Mixture
 from data_pipeline.once import OnceThrough
 from data_pipeline.pack import Batch, BatchPlan, read_rows
 from data_pipeline.shards import Cache, Manifest, TokenReader, load_manifest
-from data_pipeline.sources import Source, WeightsFrom
+from data_pipeline.sources import Source, WeightsFrom, without_credentials
 from data_pipeline.tokenize import Tokenizer, load_tokenizer
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "WeightsFrom",
     "load_manifest",
     "load_tokenizer",
+    "without_credentials",
 ]
 
 ORDER_VERSION = 2

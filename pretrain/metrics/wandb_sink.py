@@ -12,10 +12,10 @@ from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import numpy as np
 
+from data_pipeline.stream import without_credentials
 from pretrain.config import Config
 from pretrain.errors import TrainingError
 from pretrain.metrics.samples import COLUMNS, NAME, Beginnings, Sample, write_samples
@@ -278,20 +278,16 @@ def described(run: RunDirectory, config: Config) -> dict[str, Any]:
         "versions": versions,
         "data": [{name: source[name] for name in OF_DATA if name in source} for source in data],
     }
-    settings: dict[str, Any] = _without_credentials(config.model_dump(mode="json"))
+    settings: dict[str, Any] = _all_without_credentials(config.model_dump(mode="json"))
     return settings | {"farspan": about}
 
 
-def _without_credentials(value: Any) -> Any:
-    """Addresses of data may hold passwords (user:password@host) and signatures (?...)."""
+def _all_without_credentials(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _without_credentials(item) for name, item in value.items()}
+        return {name: _all_without_credentials(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_without_credentials(item) for item in value]
-    if isinstance(value, str) and "://" in value:
-        parts = urlsplit(value)
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-    return value
+        return [_all_without_credentials(item) for item in value]
+    return without_credentials(value) if isinstance(value, str) else value
 
 
 def _read(path: Path, missing: Any) -> Any:
