@@ -4,6 +4,7 @@ These are signed at once, so that nobody has to read them to find duplicates.
 """
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,7 +28,7 @@ from data_pipeline.language import detect_language
 from data_pipeline.meter import Counter
 from data_pipeline.quality import Text
 from data_pipeline.recipe import Recipe
-from data_pipeline.stage import make_stage
+from data_pipeline.stage import is_made, make_stage
 from data_pipeline.workers import WorkerDiedError, call_apart
 
 DOCUMENT_SCHEMA = pa.schema(
@@ -110,6 +111,14 @@ class Piece:
     def summary(self) -> Path:
         """The archive's name, size, records by WARC type, and the sha256 of what was read."""
         return self.folder / "archive.json"
+
+
+def is_cleaned(piece: Piece) -> bool:
+    """Whether a piece is there and its files are what they were; any other is removed."""
+    if piece.folder.is_dir() and not piece.examples.exists():
+        # Made before there were examples: its audit lacks columns, too.
+        shutil.rmtree(piece.folder)
+    return is_made(piece.folder)
 
 
 def own_ids(ids: pa.Array) -> pa.Array:

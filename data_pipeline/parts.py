@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from data_pipeline.clean import Piece
+from data_pipeline.clean import Piece, is_cleaned
 from data_pipeline.crawl import CRAWL_URL, Source, identify
 from data_pipeline.dedup import check_memory
 from data_pipeline.dedup.outputs import CLUSTERS
@@ -147,7 +147,7 @@ class PartedRun:
                 record_plan(self.out, plan)
                 if (self.out / "manifest.json").exists():
                     return 0
-                pieces = self._cleaned(sources, lambda piece: is_made(piece.folder))
+                pieces = self._cleaned(sources, is_cleaned)
                 resources = Resources(workers, memory=memory)
                 documents = deduplicate_pieces(pieces, self._work, self.recipe, resources, progress)
                 tokenizer = self.tokenizer or train_tokenizer_on(
@@ -281,28 +281,33 @@ class PartedRun:
 def state_of(out: Path, archives: int) -> State:
     """How far a run of so many archives is, by the files in its folder."""
     work = out / "work"
+    pieces, written = _names(piece_of(work, 0).folder.parent), _written(work)
+    # Looked at last: a run that ends meanwhile removes what the others are told by.
     is_ended = (out / "manifest.json").exists()
-    pieces = _names(piece_of(work, 0).folder.parent)
     names = [piece_of(work, number).folder.name for number in range(archives)]
     return State(
         cleaned=tuple(is_ended or name in pieces for name in names),
-        written=() if is_ended else _written(work),
+        written=() if is_ended else written,
         is_finished=is_ended and not work.exists(),
     )
 
 
 def _written(work: Path) -> tuple[bool, ...] | None:
-    plans = plans_of(work)
-    if damage_of(plans.parent):
+    file = plans_of(work)
+    try:
+        if damage_of(file.parent):
+            return None
+        plans = load_plans(file, Path())
+    except FileNotFoundError:  # removed since
         return None
     made = _names(shards_of(work))
-    return tuple(plan.name in made for plan in load_plans(plans, Path()))
+    return tuple(plan.name in made for plan in plans)
 
 
 def _has_sound_audit(piece: Piece) -> bool:
     """Whether what is left to be read of a cleaned archive is whole; else it is removed."""
     damage = damage_of(piece.folder, [file.name for file in _read_at_the_end(piece)])
-    return damage is None or is_made(piece.folder)
+    return damage is None or is_cleaned(piece)
 
 
 def _read_at_the_end(piece: Piece) -> tuple[Path, ...]:
@@ -310,7 +315,10 @@ def _read_at_the_end(piece: Piece) -> tuple[Path, ...]:
 
 
 def _names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    try:
+        return {path.name for path in folder.iterdir()}
+    except FileNotFoundError:
+        return set()
 
 
 def _record_identity(source: Source, path: Path) -> None:

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline import ledger
-from data_pipeline.clean import Piece, clean_archive, get_ready, own_ids
+from data_pipeline.clean import Piece, clean_archive, get_ready, is_cleaned, own_ids
 from data_pipeline.crawl import CRAWL_URL, Source, find_archives, identify
 from data_pipeline.dedup import check_memory, deduplicate
 from data_pipeline.dedup.outputs import CLUSTERS
@@ -347,7 +347,7 @@ def clean(
         part: which one of how many parts of a run these archives are.
     """
     with ThreadPoolExecutor() as pool:
-        are_made = list(pool.map(is_made, [piece.folder for piece in pieces]))
+        are_made = list(pool.map(is_cleaned, pieces))
     meter = Meter(meter_file, [source.size for source in sources], are_made)
     tasks = [
         (source, piece, recipe, id_header, meter.path, row)
@@ -358,10 +358,6 @@ def clean(
     # Counters that other machines map into their memory need not be what they have written.
     speed = meter.speed if isinstance(engine, Native) else str
     with ExitStack() as stack:
-        tick = stack.enter_context(
-            ticking(lambda: progress("clean", done, len(pieces), speed()), TICK_S)
-        )
-        tick()
         if tasks:
             rates, workers = meter_file.parent / RATES, engine.workers
 
@@ -369,6 +365,10 @@ def clean(
                 return meter.counts() | {"items": len(tasks)}
 
             stack.enter_context(timed(rates, "clean", workers=workers, part=part, measure=measure))
+        tick = stack.enter_context(
+            ticking(lambda: progress("clean", done, len(pieces), speed()), TICK_S)
+        )
+        tick()
         ready = partial(get_ready, recipe)
         for _ in engine.do_each(clean_archive, tasks, meter_file.parent, ready):
             done += 1

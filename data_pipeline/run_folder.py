@@ -7,7 +7,8 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from time import sleep
+from typing import IO, Any
 from uuid import uuid4
 
 from data_pipeline.errors import DataError
@@ -24,6 +25,8 @@ OUTPUTS = (
 )
 
 
+# `LocalStore.has_writer`, which `farspan status` asks, holds the lock for a moment.
+LOOK_S = 0.2
 # In a plan, in place of a value that this process does not know; it differs from none.
 UNKNOWN = "?"
 
@@ -55,12 +58,10 @@ def _held(folder: Path, kind: int) -> Iterator[None]:
     _refuse_foreign(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _lock(file, kind):
             file.seek(0)
             holder = file.read().strip().splitlines() or ["another process"]
-            raise DataError(f"{folder} is in use by {holder[-1]}: wait for it or stop it") from None
+            raise DataError(f"{folder} is in use by {holder[-1]}: wait for it or stop it")
         if kind == fcntl.LOCK_EX:
             file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -70,6 +71,19 @@ def _held(folder: Path, kind: int) -> Iterator[None]:
         finally:
             if kind == fcntl.LOCK_EX:
                 file.truncate(0)
+
+
+def _lock(file: IO[str], kind: int) -> bool:
+    """Lock it; false where another process holds it for longer than a look at it takes."""
+    for is_last in (False, True):
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not is_last:
+                sleep(LOOK_S)
+        else:
+            return True
+    return False
 
 
 def _refuse_foreign(folder: Path) -> None:

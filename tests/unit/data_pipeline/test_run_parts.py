@@ -1,21 +1,27 @@
 """Parts of a run, cleaned at a time or one after the other, make the run that one process makes."""
 
+import fcntl
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.parts import Part, PartedRun, State
+from data_pipeline.parts import Part, PartedRun, State, state_of
 from data_pipeline.recipe import load_recipe
 from data_pipeline.run import run
 from data_pipeline.run_folder import UNKNOWN, exclusive, record_plan, shared
 from data_pipeline.sample import make_sample_crawl
+from data_pipeline.stage import FILES as FILES_SHA256
+from data_pipeline.stage import damage_of, make_stage
 from tests.files import contents
 from tests.ranks import ROOT, TIMEOUT_S
 
@@ -155,6 +161,76 @@ def test_what_is_damaged_on_the_way_is_named_and_made_again(
     parted.clean(Part(4, 5))
     parted.finish()
     assert contents(tmp_path / "data") == whole
+
+
+def test_a_piece_of_before_there_were_examples_is_cleaned_again(
+    crawl: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    def write_older(name: str) -> None:
+        piece = tmp_path / "data" / "work" / "pieces" / name
+        (piece / "examples.json").unlink()
+        files = (piece / FILES_SHA256).read_bytes().partition(b"\n")[2]
+        listed = {name: sha for name, sha in json.loads(files).items() if name != "examples.json"}
+        content = json.dumps(listed).encode()
+        digest = hashlib.sha256(content).hexdigest().encode()
+        (piece / FILES_SHA256).write_bytes(digest + b"\n" + content)
+        assert damage_of(piece) is None
+
+    recipe = load_recipe("demo")
+    parted = PartedRun([str(crawl)], tmp_path / "data", recipe, vocab_size=600)
+    parted.clean(Part(1, 1))
+    write_older("00002")
+    with pytest.raises(DataError, match=r"1 of 5 archives are not cleaned, .*-00002"):
+        parted.deduplicate()
+    parted.clean(Part(3, 5))
+    parted.deduplicate()
+    write_older("00003")
+    with pytest.raises(DataError, match=r"1 of 5 archives are not cleaned, .*-00003"):
+        parted.finish()
+    parted.clean(Part(4, 5))
+    write_older("00001")
+    run([str(crawl)], tmp_path / "data", recipe, vocab_size=600)
+    assert contents(tmp_path / "data") == whole
+
+
+@pytest.mark.parametrize("gone", [".", "pieces", "plans"])
+def test_a_run_that_ends_while_its_state_is_read_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: str
+) -> None:
+    work = tmp_path / "work"
+    (work / "pieces" / "00000").mkdir(parents=True)
+    make_stage(work / "plans", lambda out: (out / "plans.json").write_text("[]"))
+    is_dir, is_file = Path.is_dir, Path.is_file
+
+    def end() -> None:
+        (tmp_path / "manifest.json").touch()
+        shutil.rmtree(work / gone, ignore_errors=True)
+
+    def seen(look: Callable[[Path], bool], path: Path) -> bool:
+        found = look(path)
+        end()
+        return found
+
+    monkeypatch.setattr(Path, "is_dir", lambda path: seen(is_dir, path))
+    monkeypatch.setattr(Path, "is_file", lambda path: seen(is_file, path))
+    assert state_of(tmp_path, 1).cleaned == (True,)
+    assert state_of(tmp_path, 1).written == ()
+
+
+def test_a_moment_of_a_look_at_the_lock_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".lock").touch()
+    look = (tmp_path / ".lock").open("rb")
+    fcntl.flock(look, fcntl.LOCK_SH)
+    monkeypatch.setattr("data_pipeline.run_folder.sleep", lambda seconds: look.close())
+    with (
+        exclusive(tmp_path),
+        pytest.raises(DataError, match="is in use by process"),
+        shared(tmp_path),
+    ):
+        pass
+    assert look.closed
 
 
 def test_parts_of_other_options_and_of_changed_archives_are_refused(
