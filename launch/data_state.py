@@ -93,6 +93,9 @@ def read_data_state(out: Path, slurm: Slurm | None) -> DataState:
     failures = tuple(failures_of(folder, job, jobs))
     state, detail, where = _state(out, files, jobs, rows, failures)
     at_stage = [row for row in rows if row["data/stage"] == stage and state in LIVE]
+    # Its last process may still be removing what it is made of.
+    is_ended = (out / "manifest.json").exists()
+    shards = _shards(out, files, is_ended)
     return DataState(
         out=out,
         state=state,
@@ -102,9 +105,9 @@ def read_data_state(out: Path, slurm: Slurm | None) -> DataState:
         parts=_parts(folder, job, jobs, files, stage),
         archives=len(files.cleaned),
         cleaned=sum(files.cleaned),
-        shards=_shards(out, files),
-        written=_shards(out, files) if files.is_finished else sum(files.written or ()),
-        documents=_documents(out, files),
+        shards=shards,
+        written=shards if is_ended else sum(files.written or ()),
+        documents=_documents(out, is_ended),
         documents_per_s=_sum_of(at_stage, "data/documents_per_s"),
         mb_per_s=_sum_of(at_stage, "data/mb_in_per_s"),
         eta_s=_eta_s(at_stage, files, stage),
@@ -144,9 +147,7 @@ def _rows_at_work(out: Path) -> list[dict[str, Any]]:
     from data_pipeline.rates import RATES, read_attempts
 
     return [
-        row
-        for row, age_s in read_attempts(out / "work" / RATES)
-        if not row["data/finished"] and age_s < FRESH_S
+        row for row, _ in read_attempts(out / "work" / RATES, FRESH_S) if not row["data/finished"]
     ]
 
 
@@ -227,32 +228,38 @@ def _sum_of(rows: Sequence[dict[str, Any]], name: str) -> float | None:
 def _eta_s(rows: Sequence[dict[str, Any]], files: "State", stage: str) -> float | None:
     """If those at work do all that is left of the stage at the speed that they have had."""
     items = files.cleaned if stage == Stage.clean else files.written or ()
-    speed = sum(
-        row["data/items"] * row["data/share"] / row["data/wall_s"]
-        for row in rows
-        if row.get("data/share") and row["data/wall_s"]
-    )
-    return items.count(False) / speed if speed else None
+    at_work = [row for row in rows if row.get("data/share") and row["data/wall_s"]]
+    speed = sum(row["data/items"] * row["data/share"] / row["data/wall_s"] for row in at_work)
+    left = float(items.count(False))
+    if left <= sum(row["data/items"] for row in at_work):
+        # All of it is at work, and some of it done: an item is there only once it is whole.
+        left = min(left, sum(row["data/items"] * (1 - row["data/share"]) for row in at_work))
+    return left / speed if speed else None
 
 
-def _shards(out: Path, files: "State") -> int | None:
-    if files.is_finished:
+def _shards(out: Path, files: "State", is_ended: bool) -> int | None:
+    if is_ended:
         return len(_manifest(out)["shards"])
     return None if files.written is None else len(files.written)
 
 
-def _documents(out: Path, files: "State") -> int:
-    if files.is_finished:
+def _documents(out: Path, is_ended: bool) -> int:
+    if is_ended:
         return sum(row["documents"] for row in _manifest(out)["extra"].get("funnel", ()))
-    with ThreadPoolExecutor(READERS) as pool:
+    with suppress(FileNotFoundError), ThreadPoolExecutor(READERS) as pool:
         return sum(pool.map(_documents_of, (out / "work" / "pieces").glob("[0-9]*/archive.json")))
+    return 0  # removed since
+
+
+def _documents_of(summary: Path) -> int:
+    with suppress(OSError, ValueError):
+        return _read_documents(summary)
+    return 0
 
 
 @cache  # a finished piece stays what it is
-def _documents_of(summary: Path) -> int:
-    with suppress(OSError, ValueError):
-        return int(json.loads(summary.read_text())["documents"])
-    return 0
+def _read_documents(summary: Path) -> int:
+    return int(json.loads(summary.read_text())["documents"])
 
 
 def _manifest(out: Path) -> dict[str, Any]:

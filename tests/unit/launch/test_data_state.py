@@ -111,6 +111,23 @@ def test_processes_anywhere_are_known_by_what_they_write(out: Path) -> None:
     assert state.eta_s == pytest.approx(400)
 
 
+def test_of_the_last_archive_only_the_rest_is_waited_for(out: Path) -> None:
+    pieces = out / "work" / "pieces"
+    for number in {*range(ARCHIVES)} - {0, 4, 7}:
+        (pieces / f"{number:05d}").mkdir()
+    work(out, "node1", items=1, share=0.9, wall_s=90.0)
+    assert read_data_state(out, None).eta_s == pytest.approx(10)
+
+
+def test_a_summary_that_could_not_be_read_once_is_read_again(out: Path) -> None:
+    summary = out / "work" / "pieces" / "00004" / "archive.json"
+    content = summary.read_bytes()
+    summary.write_bytes(content[:3])
+    assert read_data_state(out, None).documents == 100
+    summary.write_bytes(content)
+    assert read_data_state(out, None).documents == 204
+
+
 def test_a_run_at_which_nobody_works_has_stopped_and_one_that_is_held_has_not(out: Path) -> None:
     work(out, "killed", age_s=3600, share=0.9, wall_s=10.0)
     state = read_data_state(out, None)
@@ -188,10 +205,13 @@ def test_status_tells_of_data_runs_among_others(
 
 
 def test_a_finished_run_says_what_it_has_made(out: Path) -> None:
-    (out / "work").rename(out.parent / "removed")
     funnel = [{"documents": 70}, {"documents": 30}]
     manifest = {"shards": [{}, {}], "extra": {"funnel": funnel}}
     (out / "manifest.json").write_text(json.dumps(manifest))
+    state = read_data_state(out, None)  # what it is made of is not removed yet
+    assert (state.state, state.stage) == ("stopped", "finish")
+    assert (state.cleaned, state.documents, state.written, state.shards) == (ARCHIVES, 100, 2, 2)
+    (out / "work").rename(out.parent / "removed")
     state = read_data_state(out, None)
     assert (state.state, state.stage, state.parts) == ("done", "", {})
     assert (state.cleaned, state.documents, state.written, state.shards) == (ARCHIVES, 100, 2, 2)
