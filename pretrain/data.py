@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from data_pipeline.stream import Cache, Source, TokenStream, WeightsFrom
+from data_pipeline.stream import Cache, Source, TokenStream, WeightsFrom, without_credentials
 from pretrain.config import Config, phases_of
 from pretrain.curriculum import (
     Phase,
@@ -26,9 +26,10 @@ def open_stream(config: Config) -> TokenStream:
     """
     stream = stream_of(config)
     if stream.vocab_size > config.model.vocab_size:
+        path = without_credentials(config.data.sources()[0].path)
         raise UserError(
             f"model.vocab_size = {config.model.vocab_size} is smaller than the vocabulary of "
-            f"the tokenizer in {config.data.sources()[0].path}, {stream.vocab_size}: set "
+            f"the tokenizer in {path}, {stream.vocab_size}: set "
             f"model.vocab_size={stream.vocab_size} or more, or use other shards"
         )
     return stream
@@ -53,10 +54,20 @@ def sources_of(data: DataConfig) -> list[Source]:
 
 
 def source_names(data: DataConfig) -> list[str]:
-    """What reports call the sources: those of one name by their paths."""
+    """What reports call the sources, each differently: those of one name by their addresses, and
+    those of one address, but for credentials, by numbers as well.
+    """
     sources = sources_of(data)
     count = Counter(source.name for source in sources)
-    return [source.name if count[source.name] == 1 else source.path for source in sources]
+    names: list[str] = []
+    for source in sources:
+        name = source.name if count[source.name] == 1 else without_credentials(source.path)
+        number, numbered = 1, name
+        while numbered in names:
+            number += 1
+            numbered = f"{name} ({number})"
+        names.append(numbered)
+    return names
 
 
 def cache_of(data: DataConfig) -> Cache:

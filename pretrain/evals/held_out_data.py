@@ -1,10 +1,17 @@
 """The held-out text of a run, as its configuration names it."""
 
 from collections import Counter
+from urllib.parse import urlsplit
 
-from data_pipeline.stream import DataError, OnceThrough, TokenStream, load_manifest
+from data_pipeline.stream import (
+    DataError,
+    OnceThrough,
+    TokenStream,
+    load_manifest,
+    without_credentials,
+)
 from pretrain.config import Config, phases_of
-from pretrain.data import cache_of, sources_of
+from pretrain.data import cache_of, source_names
 from pretrain.errors import UserError
 from pretrain.eval_config import evaluated_length
 
@@ -34,7 +41,8 @@ def open_held_out(config: Config, stream: TokenStream) -> dict[str, OnceThrough]
     length = evaluated_length(config, phases_of(config))
     trained = _hashes_of_training(config)
     opened = {name: _open(config, path, length) for name, path in named}
-    for (name, path), source in zip(named, opened.values(), strict=True):
+    for name, source in opened.items():
+        path = source.manifest.store.name
         if source.manifest.tokenizer.read_bytes() != stream.tokenizer.read_bytes():
             raise UserError(
                 f"eval.sources: {path} has another tokenizer than {stream.tokenizer}, which the "
@@ -55,16 +63,25 @@ def _named(config: Config) -> list[tuple[str, str]]:
     asked = config.eval.sources
     if asked is None:
         return [
-            (source.name, f"{source.path.rstrip('/')}/{FOLDER}")
-            for source in sources_of(config.data)
+            (name, _beside(source.path))
+            for name, source in zip(source_names(config.data), config.data.sources(), strict=True)
         ]
     if isinstance(asked, str):
         return [(_last_part(asked), asked)]
     return [(source.name or _last_part(source.path), source.path) for source in asked]
 
 
+def _beside(path: str) -> str:
+    """The address of the held-out text of shards."""
+    if "://" not in path:
+        return f"{path.rstrip('/')}/{FOLDER}"
+    parts = urlsplit(path)
+    return parts._replace(path=f"{parts.path.rstrip('/')}/{FOLDER}").geturl()
+
+
 def _last_part(path: str) -> str:
-    return path.rstrip("/").rpartition("/")[2] or path
+    address = without_credentials(path)
+    return address.rstrip("/").rpartition("/")[2] or address
 
 
 def _open(config: Config, path: str, length: int) -> OnceThrough:
@@ -84,8 +101,9 @@ def _open(config: Config, path: str, length: int) -> OnceThrough:
 def _hashes_of_training(config: Config) -> dict[str, str]:
     """The paths of sources by what they hold; growing ones are not known yet."""
     cache = cache_of(config.data)
-    return {
-        load_manifest(source.path, cache=cache).sha256: source.path
+    manifests = [
+        load_manifest(source.path, cache=cache)
         for source in config.data.sources()
         if not source.growing
-    }
+    ]
+    return {manifest.sha256: manifest.store.name for manifest in manifests}

@@ -14,6 +14,7 @@ from data_pipeline.synthetic.shards import make_synthetic
 from pretrain.config import load_config
 from pretrain.data import stream_of
 from pretrain.errors import UserError
+from pretrain.evals import held_out_data
 from pretrain.evals.held_out_data import open_held_out
 from tests.ranks import run_on_ranks
 from tests.unit.pretrain.evals.test_sharded import MODEL
@@ -122,6 +123,28 @@ def test_without_held_out_shards_it_is_told_how_to_make_some(shards: Path) -> No
     ((name, source),) = open_held_out(config, stream_of(config)).items()
     # Rows of 256 tokens, and 20 documents of 64.
     assert (name, source.rows, source.tokens) == ("shards", 3, 768)
+
+
+def test_sources_of_one_name_are_evaluated_each(tmp_path: Path) -> None:
+    paths = [made(tmp_path / name / "pages", documents=3, seed=n) for n, name in enumerate("ab")]
+    for n, path in enumerate(paths, start=2):
+        made(path / "held-out", documents=3, seed=n)
+    shards = f"data.shards=[{{path: {paths[0]}}}, {{path: {paths[1]}}}]"
+    config = load_config("tiny", [shards, "eval.every=5"])
+    assert list(open_held_out(config, stream_of(config))) == [str(path) for path in paths]
+
+
+def test_no_secret_of_an_address_becomes_a_name() -> None:
+    secrets = (
+        "{path: 'https://me:SECRET@a/x/pages?sig=SECRET1'}, {path: 'https://a/x/pages?SECRET2'}"
+    )
+    config = load_config("tiny", [f"data.shards=[{secrets}]", "eval.every=5"])
+    assert held_out_data._named(config) == [
+        ("https://a/x/pages", "https://me:SECRET@a/x/pages/held-out?sig=SECRET1"),
+        ("https://a/x/pages (2)", "https://a/x/pages/held-out?SECRET2"),
+    ]
+    config = load_config("tiny", ["eval={every: 5, sources: 'https://a/x/pages/?sig=SECRET'}"])
+    assert held_out_data._named(config) == [("pages", "https://a/x/pages/?sig=SECRET")]
 
 
 @pytest.mark.parametrize(
