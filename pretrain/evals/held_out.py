@@ -78,6 +78,8 @@ class HeldOut:
             for stage in self._stages:
                 stage.train()
                 _reshard(stage)
+            # Or the next step would seem to have waited as long.
+            self._trainer.parallelised.take_waited_s()
 
     def _loss(self, source: OnceThrough, beat: Callable[[], None]) -> float:
         """In nats per predicted token, the same on all ranks."""

@@ -36,6 +36,7 @@ def train(run: RunDirectory, overrides: list[str], device: torch.device) -> dict
             norms.append(result.grad_norm)
             if evaluates:
                 found.setdefault("evaluated", []).append(HeldOut(config, trainer).evaluate()[LOSS])
+                assert trainer.parallelised.take_waited_s() == 0.0
                 assert all(
                     isinstance(w, torch.distributed.tensor.DTensor) for w in weights(trainer)
                 )
