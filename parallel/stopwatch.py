@@ -1,10 +1,16 @@
 """How long something takes, on CPUs and on GPUs, at next to no cost."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 
 import torch
+
+# Where nobody takes the time, as in an evaluation by itself: events of CUDA are limited.
+MOST_SPANS = 4096
+
+Span = tuple[torch.cuda.Event, torch.cuda.Event]
 
 
 class Stopwatch:
@@ -17,7 +23,7 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self._seconds = 0.0
-        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._spans: list[Span] = []
 
     @contextmanager
     def running(self, device: torch.device) -> Iterator[None]:
@@ -27,6 +33,8 @@ class Stopwatch:
             yield
             end.record()
             self._spans.append((begin, end))
+            if len(self._spans) >= MOST_SPANS:
+                self._add_up(list(takewhile(lambda span: span[1].query(), self._spans)))
         else:
             began = time.perf_counter()
             yield
@@ -36,8 +44,10 @@ class Stopwatch:
         """The seconds since they were taken last; waits for the end of what runs on a GPU."""
         if self._spans:
             self._spans[-1][1].synchronize()
-        on_gpu = sum(begin.elapsed_time(end) for begin, end in self._spans) / 1e3
-        seconds = self._seconds + on_gpu
-        self._seconds = 0.0
-        self._spans.clear()
+        self._add_up(self._spans)
+        seconds, self._seconds = self._seconds, 0.0
         return seconds
+
+    def _add_up(self, first: Sequence[Span]) -> None:
+        self._seconds += sum(begin.elapsed_time(end) for begin, end in first) / 1e3
+        del self._spans[: len(first)]

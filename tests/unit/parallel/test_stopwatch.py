@@ -36,6 +36,31 @@ def test_time_is_taken_once(clock: Clock) -> None:
     assert watch.take() == 0.0
 
 
+def test_time_on_a_gpu_that_nobody_takes_needs_no_more_and_more_events(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None: ...
+        def synchronize(self) -> None: ...
+        def query(self) -> bool:
+            return True
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 1000.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    watch = Stopwatch()
+    for _ in range(2 * stopwatch.MOST_SPANS + 3):
+        with watch.running(torch.device("cuda")):
+            pass
+        assert len(watch._spans) < stopwatch.MOST_SPANS
+    assert watch.take() == 2 * stopwatch.MOST_SPANS + 3
+    assert watch.take() == 0.0
+
+
 def test_a_collective_keeps_waiting_from_when_it_is_needed(clock: Clock) -> None:
     comm: Any = SimpleNamespace(naming=lambda kind: nullcontext(), waited=Stopwatch())
     work: Any = SimpleNamespace(wait=lambda: clock.pass_time(0.5))
