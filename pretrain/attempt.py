@@ -26,11 +26,19 @@ def begin_attempt(run: RunDirectory) -> int:
 
 
 def process_started() -> float:
-    """When this process was started, in seconds since the epoch: before it had Python, or torch."""
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    """When this process was started, in seconds since the epoch: before it had Python, or torch.
+
+    Where the system does not say, it is now.
+    """
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    except FileNotFoundError:
+        return time.time()
     # proc(5): field 22, of which the first two have gone with the name.
     since_boot_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot_s)
+    # In this order: what passes between the two makes the start later, never too early.
+    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot_s
+    return time.time() - age_s
 
 
 def is_requeued() -> bool:
