@@ -77,12 +77,14 @@ class ExportedModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Of each request's answer after its context, and whether it is what greedy decoding gives.
 
-        An empty context is the token that ends a document.
+        An empty context, or one without a token of its own, is the token that ends a document.
         """
         pairs = []
         for request in requests:
             context, answer = request.args
             pair = self._encode_pair(context, answer) if context else self._alone(answer)
+            # One of white space only has no token left.
+            pair = (pair[0] or [self.eot_token_id], pair[1])
             self._check(request, *pair)
             pairs.append(pair)
         return self._score(pairs)

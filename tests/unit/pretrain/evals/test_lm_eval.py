@@ -126,6 +126,12 @@ def test_text_is_encoded_as_in_training(asked: ExportedModel) -> None:
     assert spelled == pytest.approx(asked._score([(context, ids[len(context) :])])[0][0])
 
 
+def test_a_context_of_white_space_is_as_an_empty_one(asked: ExportedModel) -> None:
+    (blank,), (empty,) = (asked.loglikelihood([request(context, " fghi")]) for context in (" ", ""))
+    assert blank[0] == pytest.approx(asked._score([asked._alone("  fghi")])[0][0])
+    assert empty[0] == pytest.approx(asked._score([asked._alone(" fghi")])[0][0])
+
+
 def test_rolling_loglikelihood_is_our_perplexity(
     exported: tuple[Transformer, Path], asked: ExportedModel
 ) -> None:
