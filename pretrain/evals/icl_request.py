@@ -22,7 +22,7 @@ from pretrain.config import Config, overridden
 from pretrain.errors import UserError
 from pretrain.eval_config import longest_position
 from pretrain.evals.forms import FORMS, SYMBOLS, name_of
-from pretrain.evals.request import prepared
+from pretrain.evals.request import TRAINS_NOT, prepared
 
 SHOTS = (0, 1, 2, 4, 8, 16)
 
@@ -162,7 +162,7 @@ def fitted(
     Raises:
         UserError: longer than the run's positions, or a layout that is impossible.
     """
-    config = overridden(trained, overrides)
+    config = overridden(trained, [TRAINS_NOT, *overrides])
     longest = max(
         len(prompt.tokens)
         for name in request.tasks

@@ -12,6 +12,8 @@ from pretrain.evals.forms import FORMS
 from pretrain.layouts import resolve_layout
 
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
+# What is evaluated beside training need not fit another length or layout.
+TRAINS_NOT = "eval.every=0"
 # Of the document before a needle.
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -93,7 +95,7 @@ def prepared(
         UserError: a length that the layout or the segments do not divide, or that is beyond the
             positions the run was trained for; a layout that is impossible on `nproc` ranks.
     """
-    config = overridden(trained, overrides)
+    config = overridden(trained, [TRAINS_NOT, *overrides])
     asked, train = config.parallel, config.train
     same = config.context.segments == trained.context.segments
     data = trained.data if same else config.data

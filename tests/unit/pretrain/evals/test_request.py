@@ -79,6 +79,11 @@ def test_only_rotary_positions_over_all_tokens_have_an_end(overrides, longest) -
     assert longest_position(config(*overrides)) == longest
 
 
+def test_what_is_evaluated_beside_training_need_not_fit() -> None:
+    run = config("eval={every: 5, seq_len: 256}", "data.seq_len=256")
+    assert prepared(run, ["data.seq_len=128"], [64], 1).data.seq_len == 64
+
+
 def test_a_forward_pass_has_as_many_tokens_as_one_of_training() -> None:
     run = config("train.microbatch=4", "model.attention.positions=[none]")
     for longest, microbatch in ((512, 8), (1024, 4), (1 << 20, 1)):
