@@ -82,7 +82,9 @@ def test_a_run_is_cancelled_and_resubmitted_and_its_logs_are_followed_over_a_res
 ) -> None:
     root = str(run.root)
     settings = (f"data.shards={shards}", "train.steps=100000", "data.seq_len=64")
-    first = start("local", "tiny", "--run-dir", root, *settings, "wandb.mode=disabled")
+    # None but that of the cancelled attempt, however long the second one lives.
+    settings += ("checkpoint.every=100000", "wandb.mode=disabled")
+    first = start("local", "tiny", "--run-dir", root, *settings)
     wait_until(lambda: has_reached(run, 2))
     assert read_state(run, None).state == "running"
     assert "first, or let it go on" in finish(start("resubmit", root), code=2)

@@ -188,7 +188,7 @@ def test_a_fragment_torn_by_a_kill_is_completed_from_metrics_jsonl(tmp_path, ser
     (torn,) = run.wandb.glob("offline-run-*/run-*.wandb")
     content = torn.read_bytes()
     # Within the fourth row.
-    torn.write_bytes(content[: content.index(b"train/loss", content.index(b"NaN") - 200)])
+    torn.write_bytes(content[: content.rindex(b"train/loss", 0, content.index(b"NaN"))])
     attempt(run, home, 7, 9)
     done = sync(run, home)
     assert done.returncode == 0, done.stdout + done.stderr
