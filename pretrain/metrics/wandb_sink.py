@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data_pipeline.stream import without_credentials
 from pretrain.config import Config
 from pretrain.errors import TrainingError
+from pretrain.metrics.credentials import all_without_credentials
 from pretrain.metrics.samples import COLUMNS, NAME, Beginnings, Sample, write_samples
 from pretrain.run_dir import RunDirectory, write_atomically
 
@@ -278,16 +278,8 @@ def described(run: RunDirectory, config: Config) -> dict[str, Any]:
         "versions": versions,
         "data": [{name: source[name] for name in OF_DATA if name in source} for source in data],
     }
-    settings: dict[str, Any] = _all_without_credentials(config.model_dump(mode="json"))
+    settings: dict[str, Any] = all_without_credentials(config.model_dump(mode="json"))
     return settings | {"farspan": about}
-
-
-def _all_without_credentials(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _all_without_credentials(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_all_without_credentials(item) for item in value]
-    return without_credentials(value) if isinstance(value, str) else value
 
 
 def _read(path: Path, missing: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pretrain.metrics.credentials import all_without_credentials
 from pretrain.metrics.report.run import Run, read_json
 from pretrain.run_dir import RunDirectory
 
@@ -107,7 +108,7 @@ def _changed(run: Run) -> Iterator[Event]:
     for number in run.directory.all_attempts():
         changes = run.directory.folder_of(number) / run.directory.changes.name
         for line in changes.read_text().splitlines() if changes.exists() else ():
-            if change := read_json(line):
+            if change := all_without_credentials(read_json(line)):
                 told = f"{change.get('setting')}: {change.get('before')} → {change.get('now')}"
                 yield Event(run.name, None, f"attempt {number} changed {told}")
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pretrain.metrics.credentials import all_without_credentials
 from pretrain.metrics.report.layout import COLORS
 from pretrain.metrics.report.run import Run
 from pretrain.model.config import ModelConfig
@@ -127,9 +128,10 @@ def compact(number: float) -> str:
 
 def settings_of(runs: Sequence[Run]) -> dict[str, Any]:
     """All settings of one run, or those in which several differ."""
+    trees = [all_without_credentials(run.settings) for run in runs]
     if len(runs) == 1:
-        return {"settings": _by_section(runs[0].settings)}
-    flat = [dict(_dotted(run.settings, "")) for run in runs]
+        return {"settings": _by_section(trees[0])}
+    flat = [dict(_dotted(tree, "")) for tree in trees]
     names = dict.fromkeys(name for settings in flat for name in settings)
     rows = [(name, [settings.get(name, "") for settings in flat]) for name in names]
     differing = [(name, values) for name, values in rows if len(set(values)) > 1]

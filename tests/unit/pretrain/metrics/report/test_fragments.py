@@ -4,6 +4,8 @@ import re
 from html import unescape
 from itertools import pairwise
 
+import pytest
+
 from pretrain.metrics.history import read_history
 from pretrain.metrics.report import Run, fragments
 from tests.unit.pretrain.metrics.report.report_cases import make_run, write_json
@@ -139,6 +141,24 @@ def test_several_runs_are_compared(tmp_path):
     assert text(found["settings"]) == (
         "The runs differ in these settings. setting a b optim.lr 1.0 2.0"
     )
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_no_password_of_an_address_is_shown(tmp_path, count):
+    runs = []
+    for name in ("a", "b")[:count]:
+        run = make_run(tmp_path / name, [])
+        address = f"s3://user:secret@host/{name}?X-Amz-Signature=secret"
+        shards = f"data: {{shards: [{{path: '{address}'}}], cache: '{address}'}}"
+        run.directory.config.write_text(shards)
+        number = run.directory.begin_attempt()
+        change = {"setting": "data.shards", "before": [{"path": address}], "now": address}
+        write_json(run.directory.folder_of(number) / "changes.jsonl", change)
+        runs.append(run)
+    found = fragments(runs)
+    assert "s3://host/a" in text(found["settings"])
+    assert "s3://host/a" in text(found["events"])
+    assert "secret" not in "".join(found.values())
 
 
 def test_damaged_lines_and_another_version_are_no_reason_to_fail(tmp_path):
