@@ -15,6 +15,7 @@ from pretrain.guard import Rollback, Verdict
 from pretrain.ledger import Ledger, LedgerSource
 from pretrain.metrics.expert_load import DeadExperts
 from pretrain.metrics.goodput import Cause, Goodput
+from pretrain.metrics.registry import check_names
 from pretrain.metrics.samples import Beginnings
 from pretrain.metrics.sinks import JsonlSink, MetricsWriter, last_row, step_line
 from pretrain.metrics.wandb_sink import WandbSink
@@ -156,10 +157,12 @@ class Recorder:
 
     def amend(self, more: dict[str, Any]) -> None:
         """Add metrics to the newest row."""
-        row = last_row(self._rows.path)
-        self._rows.cut_back(row["train/step"] - 1, self._aside)
-        self._metrics.log(row | more)
-        print(step_line(row | more, self._steps), flush=True)
+        row = last_row(self._rows.path) | more
+        check_names(row)
+        self._metrics.check_attempt()
+        self._rows.cut_back(row["train/step"] - 1, self._aside, [row])
+        self._mirror.write(row)
+        print(step_line(row, self._steps), flush=True)
 
     def close(self) -> None:
         self._goodput.spend("logging")

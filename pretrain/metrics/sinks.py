@@ -71,19 +71,16 @@ class JsonlSink:
         self._open()
 
     def write(self, row: Row) -> None:
-        try:
-            line = json.dumps(row, allow_nan=False)
-        except ValueError:
-            line = json.dumps(_map_numbers(row, to_json))
+        line = _line_of(row)
         with writing(self.path):
             try:
-                self._append(line.encode() + b"\n")
+                self._append(line.encode())
             except OSError:
                 with suppress(OSError):
                     self._file.truncate(self._end)
                 raise
 
-    def cut_back(self, step: int, folder: Path) -> None:
+    def cut_back(self, step: int, folder: Path, then: Sequence[Row] = ()) -> None:
         """Drop the rows after `step`, the step of the checkpoint that the run resumes from.
 
         A half-written last line goes too. The rows kept always move to a new file, so that a rank
@@ -91,6 +88,7 @@ class JsonlSink:
 
         Args:
             folder: where to write that file, which is then renamed into place.
+            then: rows that follow those kept, with them or not at all.
         """
         aside = folder / self.path.name
         with writing(aside):
@@ -99,6 +97,7 @@ class JsonlSink:
                     for line in _complete_lines(self.path):
                         if _parse(line, self.path)["train/step"] <= step:
                             kept.write(line)
+                    kept.writelines(map(_line_of, then))
                     kept.flush()
                     os.fsync(kept.fileno())
             except OSError:
@@ -163,6 +162,14 @@ def last_row(path: Path) -> dict[str, Any]:
 def last_step(path: Path) -> int:
     """The step of the last row of metrics.jsonl, 0 if there is none."""
     return int(last_row(path).get("train/step", 0))
+
+
+def _line_of(row: Row) -> str:
+    try:
+        line = json.dumps(row, allow_nan=False)
+    except ValueError:
+        line = json.dumps(_map_numbers(row, to_json))
+    return f"{line}\n"
 
 
 def _complete_lines(path: Path) -> Iterator[str]:

@@ -85,6 +85,21 @@ def test_cut_back_keeps_each_step_once(tmp_path, aside):
     assert os.listdir(aside) == []
 
 
+def test_a_row_is_replaced_or_kept_but_never_lost(tmp_path, aside, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, range(1, 4))
+    sink, row = JsonlSink(path), {"train/step": 3, "train/loss": math.inf}
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "rename", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            sink.cut_back(2, aside, [row])
+    assert steps_in(path) == [1, 2, 3]
+    sink.cut_back(2, aside, [row])
+    assert [*read_metrics(path)][2:] == [row]
+    sink.write({"train/step": 4})
+    assert steps_in(path) == [1, 2, 3, 4]
+
+
 def test_half_written_last_line_is_left_out_and_cut(tmp_path, aside):
     path = tmp_path / "metrics.jsonl"
     write_steps(path, range(1, 4))
