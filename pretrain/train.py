@@ -122,11 +122,12 @@ def run_steps(
     """
     train, every = trainer.config.train, trainer.config.checkpoint.every
     until = train.steps if phase.stop is None else min(phase.stop, train.steps)
-    clock, stopping = Clock(), False
+    clock = Clock()
     newest = trainer.progress.step
     if recorder:
         recorder.spent_on("starting")
-    evaluate_late(held_out, newest, recorder, partial(monitor.beat, newest))
+    beat = partial(monitor.beat, newest)
+    stopping = not evaluate_late(held_out, newest, recorder, beat, lambda: stop.requested)
     if recorder:
         recorder.spent_on("evaluation")
     while phase.first <= trainer.progress.step < until and not stopping:
@@ -140,17 +141,18 @@ def run_steps(
             beat("recovery", is_slow=True)
             recover(trainer, result.verdict, recorder)
         step = trainer.progress.step
-        is_last = step == until or stopping
         # Who is asked to stop has little time; the next attempt has the same weights.
         is_evaluated = held_out.is_due(step) and not result.verdict and not stopping
-        evaluated = held_out.evaluate(beat) if is_evaluated else {}
+        evaluated = held_out.evaluate(beat, lambda: stop.requested) if is_evaluated else {}
         if recorder and is_evaluated:
             recorder.spent_on("evaluation")
+        stopping = stopping or evaluated is None
+        is_last = step == until or stopping
         if not result.verdict and (is_last or is_evaluated or step % train.log_every == 0):
             surveyed = survey(trainer, lr) if is_survey_due(step, train) else {}
             if recorder:
                 row = metrics_row(trainer, result, lr, clock.take())
-                recorder.log(row | surveyed | evaluated | slowest_rank(monitor))
+                recorder.log(row | surveyed | (evaluated or {}) | slowest_rank(monitor))
         if is_last or (step % every == 0 and not result.verdict):
             beat("checkpoint", is_slow=True)
             if recorder:

@@ -23,6 +23,10 @@ from pretrain.trainer import Trainer
 LOSS = "eval/heldout_loss"
 
 
+class _UnwantedError(Exception):
+    """All ranks give up an evaluation."""
+
+
 class HeldOut:
     """Each source's cross-entropy per token, over the same rows at each step. Collective.
 
@@ -53,15 +57,23 @@ class HeldOut:
         every = self._config.eval.every
         return every > 0 and step > 0 and (step % every == 0 or step == self._config.train.steps)
 
-    def evaluate(self, beat: Callable[..., None] = lambda phase, is_slow: None) -> dict[str, Any]:
+    def evaluate(
+        self,
+        beat: Callable[..., None] = lambda phase, is_slow: None,
+        is_unwanted: Callable[[], bool] = lambda: False,
+    ) -> dict[str, Any] | None:
         """The metrics of the weights as they are, and how long they took.
 
         Args:
             beat: told now and then that this phase goes on.
+            is_unwanted: asked now and then; where one rank says so, all give up and return None.
         """
         clock = Clock()
-        with clock:
-            losses = self._losses(partial(beat, "evaluation", is_slow=True))
+        try:
+            with clock:
+                losses = self._losses(partial(beat, "evaluation", is_slow=True), is_unwanted)
+        except _UnwantedError:
+            return None
         perplexity = {name: float(np.exp(loss)) for name, loss in losses.items()}
         return {
             LOSS: losses,
@@ -69,11 +81,16 @@ class HeldOut:
             "perf/evaluation_s": clock.take(),
         }
 
-    def _losses(self, beat: Callable[[], None]) -> dict[str, float]:
+    def _losses(
+        self, beat: Callable[[], None], is_unwanted: Callable[[], bool]
+    ) -> dict[str, float]:
         for stage in self._stages:
             stage.eval()
         try:
-            return {name: self._loss(source, beat) for name, source in self._sources.items()}
+            return {
+                name: self._loss(source, beat, is_unwanted)
+                for name, source in self._sources.items()
+            }
         finally:
             for stage in self._stages:
                 stage.train()
@@ -81,13 +98,17 @@ class HeldOut:
             # Or the next step would seem to have waited as long.
             self._trainer.parallelised.take_waited_s()
 
-    def _loss(self, source: OnceThrough, beat: Callable[[], None]) -> float:
+    def _loss(
+        self, source: OnceThrough, beat: Callable[[], None], is_unwanted: Callable[[], bool]
+    ) -> float:
         """In nats per predicted token, the same on all ranks."""
         mesh = self._trainer.mesh
         here = self._pass.rows_at_a_time(source.seq_len)
         summed = torch.zeros(2, dtype=torch.float64, device=self._trainer.device)
         for first in range(0, source.rows, here * mesh.data_ranks):
             beat()
+            if _any_rank(is_unwanted()):
+                raise _UnwantedError
             mine = first + mesh.data_rank * here
             summed += self._summed(source.read(range(mine, mine + here), beat))
         dist.all_reduce(summed)
@@ -112,19 +133,33 @@ class HeldOut:
 
 
 def evaluate_late(
-    held_out: HeldOut, step: int, recorder: Recorder | None, beat: Callable[..., None]
-) -> None:
+    held_out: HeldOut,
+    step: int,
+    recorder: Recorder | None,
+    beat: Callable[..., None],
+    is_unwanted: Callable[[], bool],
+) -> bool:
     """Add to the row of a step what it lacks, as the attempt that trained it was stopped there.
     Collective.
+
+    Returns:
+        False if it has given up, and is left to the next attempt.
     """
     if not held_out.is_due(step):
-        return
-    lacks = torch.tensor(int(recorder is not None and recorder.lacks(step, LOSS)))
-    dist.all_reduce(lacks)
-    if lacks:
-        evaluated = held_out.evaluate(beat)
+        return True
+    if _any_rank(recorder is not None and recorder.lacks(step, LOSS)):
+        evaluated = held_out.evaluate(beat, is_unwanted)
+        if evaluated is None:
+            return False
         if recorder:
             recorder.amend(evaluated)
+    return True
+
+
+def _any_rank(is_so: bool) -> bool:
+    found = torch.tensor(int(is_so))
+    dist.all_reduce(found)
+    return bool(found)
 
 
 def _reshard(stage: torch.nn.Module) -> None:

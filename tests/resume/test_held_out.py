@@ -41,6 +41,11 @@ def test_each_due_step_is_evaluated_once(shards: Path, tmp_path: Path) -> None:
     assert evaluated[8]["pages"] < evaluated[2]["pages"]
 
     run = start("interrupted")
+    # In the loop, and in an evaluation that the attempt before has left.
+    for _ in range(2):
+        run_on_ranks(1, SCRIPT, str(run.root), "stop", "evaluating")
+        assert [row["train/step"] for row in rows(run)] == [2]
+        assert "eval/heldout_loss" not in rows(run)[0], "who is asked to stop gives up"
     run_on_ranks(1, SCRIPT, str(run.root), "stop", "4")
     assert "eval/heldout_loss" not in rows(run)[-1], "who is asked to stop does not evaluate"
     with pytest.raises(AssertionError, match="rank 0 of 1 failed"):
