@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.crawl.transfer import RefusedError
 from data_pipeline.errors import DataError, file_errors
 from data_pipeline.formats.export import read_batches
 from data_pipeline.run_folder import exclusive, record_plan
@@ -87,10 +88,20 @@ def hold_out(
             )
 
         held_out = write(out / FOLDER, is_held_out, "held out")
-        if (counts := manifest.store.read(FUNNEL)) is not None:
+        if (counts := _counts_of(manifest)) is not None:
             (out / FUNNEL).write_bytes(counts)
         # Last: with this manifest the folder is whole.
         return Divided(write(out, ~is_held_out, "to train on"), held_out, is_new=True)
+
+
+def _counts_of(manifest: Manifest) -> bytes | None:
+    try:
+        return manifest.store.read(FUNNEL)
+    except DataError as error:
+        # Some servers answer 403 for what is missing.
+        if isinstance(error.__cause__, RefusedError):
+            return None
+        raise
 
 
 def _sides(

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.crawl.transfer import RefusedError
 from data_pipeline.errors import DataError
 from data_pipeline.formats import export_jsonl
 from data_pipeline.hold_out import hold_out
 from data_pipeline.shards import Manifest, TokenReader, load_manifest, write_shards
+from data_pipeline.shards.store import LocalStore
 from data_pipeline.synthetic import Alphabet
 from tests.files import contents
 
@@ -53,6 +55,18 @@ def test_the_same_documents_are_held_out_again_and_more_of_them_of_a_larger_shar
     hold_out(shards, again, share=0.2, tokens_per_shard=1 << 24)
     assert contents(again) == contents(out)
     assert few < set(documents(hold_out(shards, more, share=0.5).held_out))
+
+
+def test_a_server_may_refuse_what_is_missing(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, cause = LocalStore.read, RefusedError("403")
+
+    def read_all_but_counts(self: LocalStore, path: str) -> bytes | None:
+        if path == "funnel.json":
+            raise DataError("refused") from cause
+        return read(self, path)
+
+    monkeypatch.setattr(LocalStore, "read", read_all_but_counts)
+    assert hold_out(shards, shards.with_name("out"), share=0.2).is_new
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, 1e-9])
