@@ -40,7 +40,9 @@ class TrainConfig(Section):
     global_batch: Positive = Field(8, description="Sequences per optimizer step, over all ranks.")
     microbatch: Positive = Field(1, description="Sequences per forward pass of one rank.")
     seed: NonNegative = Field(0, description="Decides the initial weights.")
-    log_every: Positive = Field(1, description="Steps between two rows of metrics.jsonl.")
+    log_every: Positive = Field(
+        1, description="Steps between two rows of metrics.jsonl; checkpoints have one as well."
+    )
     survey_every: Positive = Field(
         10, description="Every so many of these rows tell of weights, updates and memory, too."
     )

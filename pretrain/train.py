@@ -148,12 +148,14 @@ def run_steps(
             recorder.spent_on("evaluation")
         stopping = stopping or evaluated is None
         is_last = step == until or stopping
-        if not result.verdict and (is_last or is_evaluated or step % train.log_every == 0):
+        is_saved = is_last or (step % every == 0 and not result.verdict)
+        # A run that goes on from a checkpoint finds its row: what it has spent until then.
+        if not result.verdict and (is_saved or is_evaluated or step % train.log_every == 0):
             surveyed = survey(trainer, lr) if is_survey_due(step, train) else {}
             if recorder:
                 row = metrics_row(trainer, result, lr, clock.take())
                 recorder.log(row | surveyed | (evaluated or {}) | slowest_rank(monitor))
-        if is_last or (step % every == 0 and not result.verdict):
+        if is_saved:
             beat("checkpoint", is_slow=True)
             if recorder:
                 recorder.ledger.sync()
