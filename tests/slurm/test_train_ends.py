@@ -54,7 +54,7 @@ def test_jobs_that_hang_are_ended_by_the_watchdog_or_at_their_time_limit_and_go_
     assert "does not answer" in watched.failure(1)["error"]
     assert [entry.node for entry in excluded_now(watched.run)] == [node]
     assert node not in watched.nodes()
-    assert not Path(f"/proc/{stopped}").exists()
+    assert not watched.ranks()
 
 
 def test_a_mistake_is_not_made_again(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
