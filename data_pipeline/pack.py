@@ -46,14 +46,14 @@ class Batch:
             token that its source never predicts. The label of a row's last token is the token that
             the next row starts with, if the document goes on.
         position: the distance from the start of the document's piece in this row.
-        source: the number of the token's source.
+        source: the number of the token's source, int16.
         continues, is_continued: [n], as in `BatchPlan`.
     """
 
     tokens: NDArray[np.int64]
     labels: NDArray[np.int64]
     position: NDArray[np.int64]
-    source: NDArray[np.int64]
+    source: NDArray[np.int16]
     continues: NDArray[np.bool_] | None = None
     is_continued: NDArray[np.bool_] | None = None
 
@@ -105,7 +105,8 @@ def read_rows(
         None if of_plan is None else of_plan[np.asarray(rows, np.int64)]
         for of_plan in (plan.continues, plan.is_continued)
     )
-    source = np.repeat(pieces[:, 0], lengths).reshape(shape)
+    # Written for each token: as few bytes as will do.
+    source = np.repeat(pieces[:, 0].astype(np.int16), lengths).reshape(shape)
     return Batch(tokens, labels, position, source, *joints)
 
 
