@@ -1,6 +1,5 @@
 """A run accounts for every document and gives the same bytes however it is executed."""
 
-import io
 import itertools
 import json
 import os
@@ -18,7 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 from warcio.archiveiterator import ArchiveIterator
 from warcio.exceptions import ArchiveLoadFailed
-from warcio.warcwriter import WARCWriter
 
 from data_pipeline.audit import Audit
 from data_pipeline.dedup import DedupReport, deduplicate
@@ -409,80 +407,6 @@ def test_a_tokenizer_of_the_users_own(tmp_path: Path, sample: SampleReport, fini
     result = run(_inputs(sample)[:1], tmp_path / "out", load_recipe("demo"), tokenizer=brought)
     assert result.manifest.vocab_size == load_manifest(finished).vocab_size
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == brought.read_bytes()
-
-
-def test_a_duplicate_is_exact_only_if_its_text_is(tmp_path: Path) -> None:
-    text = "The quiet river carries boats past the mill while children count the passing barges."
-    archive = tmp_path / "twins.wet"
-    with archive.open("wb") as file:
-        writer = WARCWriter(file, gzip=False)
-        for number, body in enumerate((text, text, text.upper())):
-            headers = {"X-Id": f"{number}", "Content-Type": "text/plain"}
-            payload = io.BytesIO(body.encode())
-            writer.write_record(
-                writer.create_warc_record(
-                    f"http://example.org/{number}",
-                    "conversion",
-                    payload=payload,
-                    warc_headers_dict=headers,
-                )
-            )
-    out = tmp_path / "out"
-    run([str(archive)], out, load_recipe("minimal"), id_header="X-Id", vocab_size=VOCAB_SIZE)
-    assert [row["reason"] for row in _audit(out)] == ["kept", "exact duplicate", "near duplicate"]
-
-
-def test_a_recipe_may_keep_the_newest_of_each_cluster(tmp_path: Path) -> None:
-    text = "The quiet river carries boats past the mill while children count the passing barges."
-    dates = [
-        "2021-05-01T00:00:00Z",
-        "2024-02-29T12:00:00Z",
-        "no date at all",
-        "2024-02-29T11:59:59Z",
-    ]
-    records = []
-    for number, date in enumerate(dates):
-        body = (text.upper() if number % 2 else text).encode()
-        headers = [
-            "WARC/1.0",
-            "WARC-Type: conversion",
-            f"X-Id: {number}",
-            f"WARC-Date: {date}",
-            "Content-Type: text/plain",
-            f"Content-Length: {len(body)}",
-        ]
-        records.append("\r\n".join(headers).encode() + b"\r\n\r\n" + body + b"\r\n\r\n")
-    (tmp_path / "dated.wet").write_bytes(b"".join(records))
-    recipe = load_recipe("minimal")
-    newest = recipe.model_copy(update={"dedup": recipe.dedup.model_copy(update={"keep": "newest"})})
-    out = tmp_path / "out"
-    run([str(tmp_path / "dated.wet")], out, newest, id_header="X-Id", vocab_size=VOCAB_SIZE)
-    assert [(row["id"], row["twin"]) for row in _audit(out)] == [
-        ("0", "1"),
-        ("1", None),
-        ("2", "1"),
-        ("3", "1"),
-    ]
-
-
-def test_a_document_of_whose_lines_none_is_new_says_so(tmp_path: Path) -> None:
-    lines = ["The quiet river carries boats.", "Children count the barges.", "The mill is closed."]
-    texts = ["\n".join(lines[:2]), lines[2], "\n".join([lines[2], lines[0]])]
-    with (tmp_path / "lines.wet").open("wb") as file:
-        writer = WARCWriter(file, gzip=False)
-        for number, text in enumerate(texts):
-            record = writer.create_warc_record(
-                f"http://example.org/{number}",
-                "conversion",
-                payload=io.BytesIO(text.encode()),
-                warc_headers_dict={"X-Id": f"{number}", "Content-Type": "text/plain"},
-            )
-            writer.write_record(record)
-    recipe = load_recipe("minimal")
-    by_line = recipe.model_copy(update={"dedup": recipe.dedup.model_copy(update={"exact": "line"})})
-    out = tmp_path / "out"
-    run([str(tmp_path / "lines.wet")], out, by_line, id_header="X-Id", vocab_size=VOCAB_SIZE)
-    assert [row["reason"] for row in _audit(out)] == ["kept", "kept", "nothing new"]
 
 
 @pytest.mark.parametrize(
