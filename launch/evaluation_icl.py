@@ -4,11 +4,10 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from launch.shared import run_shared
-from launch.suite import Asked, names_in, plain_table
+from launch.suite import Asked, names_in, plain_table, tell
 from pretrain.run_dir import RunDirectory
 
 
@@ -29,18 +28,11 @@ def evaluate_icl(asked: Asked) -> None:
     fitted(trained, asked.overrides, form, request, asked.nproc)
     arguments = json.dumps(asdict(request) | {"overrides": list(asked.overrides)})
     result = run_shared("pretrain.evals.icl", (str(run.root), arguments), asked.nproc)
-    if asked.as_json:
-        print(json.dumps(result))
-        return
-    console = Console(highlight=False, soft_wrap=True, markup=False)
-    console.print(
+    first = (
         f"step {result['step']:,}, prompts of {result['form']}, {request.samples} of each kind, "
         f"layout {result['layout']}"
     )
-    for table in tables_of(result):
-        console.print()
-        console.print(table)
-    console.print(f"\n{run.evaluation('icl', result['step'])}")
+    tell(asked, result, first, tables_of(result), run.evaluation("icl", result["step"]))
 
 
 def tables_of(result: dict[str, Any]) -> list[Table]:

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from launch.shared import run_shared
-from launch.suite import Asked, names_in, plain_table
+from launch.suite import Asked, names_in, plain_table, tell
 from pretrain.run_dir import RunDirectory
 
 
@@ -28,18 +27,11 @@ def evaluate_long(asked: Asked) -> None:
     prepared(trained, asked.overrides, request.completed(trained).lengths, asked.nproc)
     arguments = json.dumps(asdict(request) | {"overrides": list(asked.overrides)})
     result = run_shared("pretrain.evals.long", (str(run.root), arguments), asked.nproc)
-    if asked.as_json:
-        print(json.dumps(result))
-        return
-    console = Console(highlight=False, soft_wrap=True, markup=False)
-    console.print(
+    first = (
         f"step {result['step']:,}, documents of {result['form']}, {result['request']['samples']} "
         f"of each kind, chance {result['chance']:.2%}, layout {result['layout']}"
     )
-    for table in tables_of(result):
-        console.print()
-        console.print(table)
-    console.print(f"\n{run.evaluation('long', result['step'])}")
+    tell(asked, result, first, tables_of(result), run.evaluation("long", result["step"]))
 
 
 def tables_of(result: dict[str, Any]) -> list[Table]:

@@ -1,10 +1,12 @@
 """What the suites of `farspan eval` have in common."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 
@@ -37,3 +39,18 @@ def plain_table(first: str, columns: Sequence[str]) -> Table:
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     return table
+
+
+def tell(
+    asked: Asked, result: Mapping[str, Any], first: str, tables: Iterable[Table], kept: Path
+) -> None:
+    """Print a line, tables, and where all of it is kept; or the result as JSON."""
+    if asked.as_json:
+        print(json.dumps(result))
+        return
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console.print(first)
+    for table in tables:
+        console.print()
+        console.print(table)
+    console.print(f"\n{kept}")
