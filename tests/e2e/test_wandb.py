@@ -324,7 +324,9 @@ def test_no_server_delays_or_ends_training(tmp_path):
         over.set()
         for kind, server in servers.items():
             # Where it goes on offline, a busy machine may not come to the end of that either.
-            assert "`farspan wandb sync RUN` sends the rest" in errors[kind]
+            # That it is not online, and that it was too slow, may both be true.
+            told = errors[kind].count("`farspan wandb sync RUN` sends the rest")
+            assert 1 <= told <= 2, errors[kind]
             assert [row["train/step"] for row in read_metrics(runs[kind].metrics)] == [*range(1, 7)]
             server.refuse = lambda path, body: None
             done = sync(runs[kind], home_of(tmp_path / kind, server.url))
