@@ -36,6 +36,11 @@ def _outlasting(hang_timeout_s: int) -> int:
 
 
 class TrainConfig(Section):
+    engine: Literal["native", "megatron", "deepspeed"] = Field(
+        "native",
+        description="What trains: farspan's own layers and parallelism, megatron-core's, or "
+        "DeepSpeed's ZeRO; the last two are extras.",
+    )
     steps: Positive = 1000
     global_batch: Positive = Field(8, description="Sequences per optimizer step, over all ranks.")
     microbatch: Positive = Field(1, description="Sequences per forward pass of one rank.")

@@ -23,6 +23,22 @@ class PipelineConfig(Section):
     )
 
 
+class ZeroConfig(Section):
+    stage: Literal[1, 2, 3] = Field(
+        3, description="ZeRO shares out 1 the optimizer's state, 2 gradients too, 3 weights too."
+    )
+    offload_optimizer: bool = Field(
+        False, description="The optimizer's state lies in host memory, and is updated there."
+    )
+    offload_parameters: bool = Field(
+        False, description="Weights wait in host memory; with stage 3 only."
+    )
+    persistence_threshold: NonNegative = Field(
+        100_000,
+        description="Elements below which stage 3 leaves a weight whole on every rank.",
+    )
+
+
 Recompute = Literal["none", "selective", "full"]
 
 
@@ -65,6 +81,7 @@ class ParallelConfig(Section):
     dispatcher: Literal["all_to_all", "deepep"] = Field(
         "all_to_all", description="What carries tokens to the experts; deepep needs CUDA."
     )
+    zero: ZeroConfig = Field(ZeroConfig(), description="Of train.engine=deepspeed.")
 
 
 def check_offload(asked: ParallelConfig) -> None:
