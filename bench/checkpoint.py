@@ -29,6 +29,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from bench.ranks import run_on_ranks
 from parallel.mesh import join_ranks
+from pretrain.checkpoint.contents import of_optimizer, of_weights
 from pretrain.checkpoint.store import CheckpointStore, Progress, Retention
 from pretrain.checkpoint.target import Target
 from pretrain.config import OptimConfig
@@ -56,6 +57,9 @@ class State:
         self.optimizer = build_optimizer(self.weights, OptimConfig())
         for weight in self.weights.values():
             moments(self.optimizer, weight)
+
+    def tensors(self) -> dict:
+        return of_weights(self.weights) | of_optimizer(self.weights, self.optimizer)
 
     def tree(self) -> dict:
         return {
@@ -91,7 +95,7 @@ def ours(state: State, folder: Path) -> tuple[float, float, float]:
     steps = iter(range(1, 100))
 
     def start() -> None:
-        store.start_save(Progress(next(steps), 0, {}), state.weights, state.optimizer, {})
+        store.start_save(Progress(next(steps), 0, {}), state.tensors())
 
     def whole() -> None:
         start()
@@ -104,7 +108,7 @@ def ours(state: State, folder: Path) -> tuple[float, float, float]:
         copied = seconds(start)
         compute_until(lambda: store.is_written)
         waits.append(copied + seconds(store.finish_save))
-    load = seconds(lambda: store.load(state.weights, state.optimizer, {}))
+    load = seconds(lambda: store.load(lambda index: state.tensors()))
     return synchronous, median(waits), load
 
 

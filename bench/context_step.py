@@ -93,7 +93,7 @@ def run_rank(ranks: str, shards: str, folder: str) -> None:
     measured = {
         "seconds": seconds,
         "loss": result.measured.loss,
-        "grad_norm": result.grad_norm,
+        "grad_norm": result.norms.whole,
         "peak_gb": peak_kb * 1024 / 1e9,
     }
     file = Path(folder) / f"{ranks}-{os.environ['RANK']}.json"

@@ -84,7 +84,7 @@ def measure(overrides: list[str], run: Path) -> dict[str, float]:
     microbatches = train.global_batch // train.microbatch
     logits = torch.randn(train.microbatch, TOKENS, model.moe.n_experts)
     probability, lse = logits.softmax(-1), logits.logsumexp(-1)
-    named = list(trainer.weights.named_parameters())
+    named = list(trainer.engine.weights.named_parameters())
     weights = [weight for _, weight in named]
     squares = torch.rand(len(weights))
 
@@ -118,7 +118,7 @@ def measure(overrides: list[str], run: Path) -> dict[str, float]:
         "norms of layers": median_of(of_layers),
         "loss by source and position": median_of(of_groups),
         f"clocks at {waits} waits": median_of(of_waits),
-        "count of what is sent": 2 * median_of(trainer.parallelised.sent_bytes),
+        "count of what is sent": 2 * median_of(trainer.engine.parallelised.sent_bytes),
         "the row": median_of(lambda: metrics_row(trainer, result, lr, 0.0)),
         "writing it": median_of(lambda: writer.log(row)),
         f"weights and memory, every {every} rows": median_of(lambda: survey(trainer, lr)) / every,

@@ -155,14 +155,14 @@ def farspan(config: Config, folder: Path) -> Step:
     trainer = Trainer(config, RunDirectory(folder / "run"), device)
     state = {
         name: weight.full_tensor() if isinstance(weight, DTensor) else weight
-        for name, weight in trainer.weights.state_dict().items()
+        for name, weight in trainer.engine.weights.state_dict().items()
     }
     tokenizer, length = trainer.stream.tokenizer, config.data.seq_len
     hf.export(config.model, state, tokenizer, folder / "export", eos_id=0, max_positions=length)
 
     def step() -> tuple[float, float]:
         result = trainer.step(False)
-        return result.measured.loss, result.grad_norm
+        return result.measured.loss, result.norms.whole
 
     return step
 

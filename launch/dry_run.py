@@ -12,6 +12,7 @@ from rich.table import Table
 from launch.sizes import size_text
 from pretrain.config import Config, load_config, phases_of
 from pretrain.curriculum import Phase
+from pretrain.engines.choice import check_is_native
 from pretrain.layouts import resolve_layouts
 
 if TYPE_CHECKING:
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
 def print_plan(recipe: str, overrides: Sequence[str], ranks: int, rank: int) -> None:
     """Plan each phase of a recipe for `rank` of `ranks` and print the plans."""
     config = load_config(recipe, overrides)
-    resolve_layouts(config, ranks)
     phases = phases_of(config)
+    for phase in phases:
+        check_is_native(phase.config, "--dry-run")
+    resolve_layouts(config, ranks)
     from pretrain.dry_run.assumptions import ASSUMPTIONS
 
     console = Console(highlight=False, soft_wrap=True)

@@ -11,6 +11,7 @@ from rich.table import Table
 from launch.shared import run_shared
 from launch.sizes import size_text
 from pretrain.config import Config, load_config, phases_of
+from pretrain.engines.choice import check_is_native
 from pretrain.errors import UserError
 from pretrain.layouts import resolve_layout
 
@@ -22,6 +23,7 @@ def print_memory(recipe: str, overrides: Sequence[str], nproc: int, rank: int) -
     """
     phases = (phase.config for phase in phases_of(load_config(recipe, overrides)))
     config = max(phases, key=lambda config: config.data.seq_len)
+    check_is_native(config, "--explain-memory")
     layout = resolve_layout(config, nproc)
     if rank >= nproc:
         raise UserError(f"--rank {rank}: the {nproc} ranks are numbered from 0 to {nproc - 1}")

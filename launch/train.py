@@ -8,8 +8,8 @@ from pathlib import Path
 from launch.local import StopSignals
 from launch.report import write_report_of
 from pretrain.config import load_config
+from pretrain.engines.choice import check_engines
 from pretrain.errors import TrainingError, UserError
-from pretrain.layouts import resolve_layouts
 from pretrain.run_dir import RunDirectory
 
 
@@ -28,7 +28,7 @@ def prepare(
     from launch.prepare import prepare_run
 
     config = load_config(recipe, overrides)
-    layouts = dict.fromkeys(map(str, resolve_layouts(config, nproc)))
+    layouts = dict.fromkeys(map(str, check_engines(config, nproc)))
     directory = run_dir or Path(config.run.dir or Path("runs") / Path(recipe).stem)
     run = prepare_run(config, directory, allowed)
     print(

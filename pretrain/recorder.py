@@ -74,14 +74,14 @@ class Recorder:
 
     def enter(self, trainer: Trainer, result: StepResult) -> None:
         """Enter what became of the batches of a step."""
-        self._goodput.add_step(result.measured.data_wait_s, is_taken=result.verdict is None)
+        self._goodput.add_step(result.agreed.data_wait_s, is_taken=result.verdict is None)
         step = trainer.progress.step + (result.verdict is not None)
         seq_len = trainer.config.data.seq_len
         for plan, first_token in result.passed_over:
             nan = float("nan")
             self.ledger.skip(step, plan, seq_len, first_token, PASSED_OVER, nan, nan)
         batch = trainer.plan, seq_len, trainer.first_token
-        measured = result.measured.loss, result.grad_norm
+        measured = result.measured.loss, result.norms.whole
         if result.verdict:
             self.ledger.skip(step, *batch, result.verdict.reason, *measured)
         else:
@@ -171,7 +171,7 @@ class Recorder:
 
     def _show_samples(self, trainer: Trainer) -> None:
         """Show W&B the first batch of the attempt, of which this rank has just read its rows."""
-        rows = min(self._samples, trainer.config.train.global_batch // trainer.mesh.data_ranks)
+        rows = min(self._samples, trainer.config.train.global_batch // trainer.engine.data_ranks)
         beginnings = Beginnings.of(trainer.stream, trainer.plan, rows)
         self._mirror.show(beginnings, source_names(trainer.config.data))
         self._samples = 0

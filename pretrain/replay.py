@@ -29,6 +29,8 @@ from parallel.lost_rank import RankMonitor
 from parallel.mesh import join_ranks
 from pretrain.answer import answer
 from pretrain.config import Config, read_run_config
+from pretrain.engines.choice import check_is_native
+from pretrain.engines.native import NativeEngine
 from pretrain.errors import UserError
 from pretrain.guard import Past
 from pretrain.ledger import LedgerError, Skipped, Trained
@@ -120,6 +122,7 @@ def _stand_before(
     for warning in plan.warnings:
         _say(f"warning: {warning}")
     phase, past = plan.phase, Past(plan.skipped)
+    check_is_native(phase.config, "a replay")
     stand_at = partial(Trainer, phase.config, run, device, None, past, first_step=phase.first)
     trainer = None
     try:
@@ -144,7 +147,8 @@ def _say(text: str) -> None:
 
 
 def _train_again(trainer: Trainer, plan: ReplayPlan, monitor: RankMonitor) -> Replayed:
-    checkpoint, target = trainer.progress.step, plan.target
+    checkpoint, target, engine = trainer.progress.step, plan.target, trainer.engine
+    assert isinstance(engine, NativeEngine)
     recorded = {batch.first_token: batch for batch in plan.before}
     differs: list[str] = []
     found: list[Found] = []
@@ -157,27 +161,27 @@ def _train_again(trainer: Trainer, plan: ReplayPlan, monitor: RankMonitor) -> Re
         batch = trainer.read_batch()
         assert trainer.first_token <= target.first_token, "the ledger has no batch there"
         is_target = trainer.first_token == target.first_token
-        hooks = _hooks(trainer, found) if is_target else []
-        if is_target and trainer.updates:
-            _watch(trainer.updates, spoilt)
+        hooks = _hooks(engine, found) if is_target else []
+        if is_target and engine.updates:
+            _watch(engine.updates, spoilt)
         beat("forward and backward")
-        measured = trainer.backward(batch)
+        measured, _ = trainer.backward(batch)
         for hook in hooks:
             hook.remove()
         if is_target and not found:
-            found = _gradients(trainer.weights, spoilt)
+            found = _gradients(engine.weights, spoilt)
         beat("optimizer")
-        grad_norm, _ = trainer.finish_step(measured)
+        norms, _ = trainer.finish_step(measured)
         then = target if is_target else recorded.get(trainer.first_token)
         if then:
-            differs += _differences(then, measured.loss, grad_norm)
+            differs += _differences(then, measured.loss, norms.whole)
             compared += not is_target
         _say_how_far(trainer.progress.step - checkpoint, target.step - checkpoint)
     monitor.beat(target.step, "end", is_slow=True)
     return Replayed(
         checkpoint,
         measured.loss,
-        grad_norm,
+        norms.whole,
         compared,
         differs,
         plan.caveats(checkpoint, numerics_of(trainer.config, trainer.device)) + _chance(trainer),
@@ -219,7 +223,7 @@ def _differences(then: Trained | Skipped, loss: float, grad_norm: float) -> list
     ]
 
 
-def _hooks(trainer: Trainer, found: list[Found]) -> list[RemovableHandle]:
+def _hooks(engine: NativeEngine, found: list[Found]) -> list[RemovableHandle]:
     """Let `found` be told the first module whose output is not finite."""
 
     def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -232,7 +236,7 @@ def _hooks(trainer: Trainer, found: list[Found]) -> list[RemovableHandle]:
 
     return [
         module.register_forward_hook(partial(look, name))
-        for stage in trainer.parallelised.stages
+        for stage in engine.parallelised.stages
         for name, module in stage.model.named_modules()
         if name
     ]

@@ -99,6 +99,7 @@ def run_phases(
             if is_stopped or step == config.train.steps:
                 break
         # A damaged checkpoint, or a rollback, may lead back to an earlier phase.
+        trainer.engine.close()
         del trainer
         gc.collect()
         release_groups()
@@ -134,7 +135,7 @@ def run_steps(
         beat = partial(monitor.beat, trainer.progress.step + 1)
         lr = trainer.lr()
         result = trainer.step(stop.requested, beat)
-        stopping = result.measured.stop_requested
+        stopping = result.agreed.stop_requested
         if recorder:
             recorder.enter(trainer, result)
         if result.verdict:

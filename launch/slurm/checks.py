@@ -14,8 +14,8 @@ from launch.slurm.file_systems import require_shared
 from launch.slurm.profile import Profile, seconds_of
 from pretrain.config import Config
 from pretrain.data_config import SAMPLE_SHARDS
+from pretrain.engines.choice import check_engines
 from pretrain.errors import UserError
-from pretrain.layouts import resolve_layouts
 
 # How early Slurm may send a signal that it was told to send before a time limit.
 EARLY_S = 60
@@ -267,7 +267,7 @@ def layout_of(config: Config, nodes: int, ranks_per_node: int | str) -> str:
     assert isinstance(ranks_per_node, int)
     ranks = nodes * ranks_per_node
     try:
-        layouts = dict.fromkeys(map(str, resolve_layouts(config, ranks)))
+        layouts = dict.fromkeys(map(str, check_engines(config, ranks)))
     except UserError as error:
         raise UserError(f"{nodes} nodes x {ranks_per_node} ranks: {error}") from None
     return f"layout on {ranks} ranks: {', then '.join(layouts)}"

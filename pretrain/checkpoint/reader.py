@@ -5,7 +5,7 @@ Each rank plans for itself, of the chunks that it needs alone.
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import IO, Any
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.tensor import DTensor
 
 from pretrain.checkpoint.index import Chunk, Index
+from pretrain.checkpoint.region import Region, held
 from pretrain.checkpoint.target import Target
 from pretrain.checkpoint.tensor_file import DTYPES, first_byte, read_rows
 from pretrain.errors import AttemptError, UserError
@@ -28,7 +29,9 @@ from pretrain.errors import AttemptError, UserError
 NAMED_AT_MOST = 4
 
 
-def refuse_another_model(checkpoint: Target, index: Index, wanted: Mapping[str, Tensor]) -> None:
+def refuse_another_model(
+    checkpoint: Target, index: Index, wanted: Mapping[str, Tensor | Region]
+) -> None:
     """Raises UserError if a checkpoint does not have all of these tensors, in their shapes."""
     problems = []
     for name, tensor in wanted.items():
@@ -49,7 +52,7 @@ def refuse_another_model(checkpoint: Target, index: Index, wanted: Mapping[str, 
         )
 
 
-def read_tensors(checkpoint: Target, index: Index, into: Mapping[str, Tensor]) -> None:
+def read_tensors(checkpoint: Target, index: Index, into: Mapping[str, Tensor | Region]) -> None:
     """Fill tensors, which may be DTensors of any layout, in place, with what this rank has of them.
 
     Raises:
@@ -70,14 +73,14 @@ def read_tensors(checkpoint: Target, index: Index, into: Mapping[str, Tensor]) -
         file = checkpoint / name
         try:
             with file.open() as opened:
-                _read(opened, reads, planner)
+                _read(opened, reads, wanted)
         except (OSError, EOFError) as error:
             raise AttemptError(f"{file} cannot be read: {error}") from error
 
 
-def _chunks_for(index: Index, name: str, tensor: Tensor) -> list[Chunk]:
+def _chunks_for(index: Index, name: str, tensor: Tensor | Region) -> list[Chunk]:
     """Those of a tensor in which there is something of this rank's part of it."""
-    if not isinstance(tensor, DTensor):
+    if not isinstance(tensor, DTensor | Region):
         return index.chunks(name, [0] * tensor.dim(), tensor.shape)
     (local,) = tensor.__create_chunk_list__()
     return index.chunks(name, local.offsets, local.sizes)
@@ -100,13 +103,17 @@ def _metadata(index: Index, chunks: Mapping[str, list[Chunk]]) -> Metadata:
 
 
 def _read(
-    file: IO[bytes], reads: list[tuple[Chunk, ReadItem]], planner: DefaultLoadPlanner
+    file: IO[bytes],
+    reads: list[tuple[Chunk, ReadItem]],
+    into: Mapping[str, Tensor | Region],
 ) -> None:
     begin = first_byte(file)
     for chunk, item in sorted(reads, key=lambda read: read[0].start):
-        target: Any = planner.resolve_tensor(item)
+        target = held(into[item.dest_index.fqn])
+        for dim, (offset, length) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):
+            target = target.narrow(dim, offset, length)
         part = _read_part(file, begin + chunk.start, chunk, item.storage_offsets, item.lengths)
-        target.detach().copy_(part)
+        target.copy_(part)
 
 
 def _read_part(

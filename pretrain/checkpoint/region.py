@@ -8,13 +8,14 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.metadata import TensorProperties as Properties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from parallel.fsdp import local_tensor
+
 
 class Region:
     """A box out of a tensor, for `CheckpointStore`: it saves and fills `local`.
 
     Ranks may hold the same region; together they hold the whole tensor, and no regions overlap
-    that are not the same. It speaks torch's protocol of what can be in a distributed checkpoint
-    (`torch.distributed.checkpoint._extension`'s `_Checkpointable`).
+    that are not the same. torch's planners of distributed checkpoints ask it as they ask a DTensor.
 
     Args:
         local: what this rank has.
@@ -38,5 +39,9 @@ class Region:
         data = TensorWriteData(chunk, Properties.create_from_tensor(self.local), self.shape)
         return [WriteItem(MetadataIndex(name, self.offsets), WriteItemType.SHARD, tensor_data=data)]
 
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        return self.local
+
+def held(tensor: Tensor | Region) -> Tensor:
+    """What this rank has of a tensor, in the same memory."""
+    if isinstance(tensor, Region):
+        return tensor.local
+    return local_tensor(tensor.detach())

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 from pretrain.checkpoint.index import Index, StoredTensor
 from pretrain.checkpoint.manifest import FileEntry, attempt_prefix, index_name
 from pretrain.checkpoint.plan import PackedParts, Part, merge, share_out
+from pretrain.checkpoint.region import Region, held
 from pretrain.checkpoint.target import Target
 from pretrain.checkpoint.tensor_file import NAMES, HashedStream, write_tensors
 
@@ -22,21 +23,18 @@ class Staging:
     What several ranks hold is left to one of them, so that they share the bytes between them.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], attempt: int) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor | Region], attempt: int) -> None:
         """Collective. Allocates as much memory as this rank will write."""
         self._attempt = attempt
-        self._planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         # On rank 0, until it has been made bytes of.
         self._index: Index | bytes | None = None
         self._items = self._plan(tensors)
         self._buffers = {name: _buffer(item) for name, item in self._items.items()}
 
-    def copy(self, tensors: Mapping[str, Tensor]) -> None:
+    def copy(self, tensors: Mapping[str, Tensor | Region]) -> None:
         """Take over the values that the tensors have now."""
-        self._planner.set_up_planner(dict(tensors))
         for name, item in self._items.items():
-            source: Any = self._planner.resolve_data(item)
-            self._buffers[name].copy_(source.detach(), non_blocking=True)
+            self._buffers[name].copy_(held(tensors[item.index.fqn]), non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
@@ -60,10 +58,11 @@ class Staging:
     def _file_of(self, rank: int) -> str:
         return f"{attempt_prefix(self._attempt)}rank-{rank:05d}.safetensors"
 
-    def _plan(self, tensors: Mapping[str, Tensor]) -> dict[str, WriteItem]:
+    def _plan(self, tensors: Mapping[str, Tensor | Region]) -> dict[str, WriteItem]:
         """What this rank writes, by its name in the file."""
-        self._planner.set_up_planner(dict(tensors))
-        items = [item for item in self._planner.create_local_plan().items if _size(item).numel()]
+        planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.set_up_planner(dict(tensors))
+        items = [item for item in planner.create_local_plan().items if _size(item).numel()]
         parts = [_part(item) for item in items]
         packed = PackedParts.of(parts)
         ranks = dist.get_world_size()

@@ -8,9 +8,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain.checkpoint.index import Index
 from pretrain.checkpoint.manifest import (
@@ -24,10 +23,10 @@ from pretrain.checkpoint.manifest import (
     read_index,
 )
 from pretrain.checkpoint.reader import read_tensors, refuse_another_model
+from pretrain.checkpoint.region import Region
 from pretrain.checkpoint.staging import Staging
 from pretrain.checkpoint.target import Target
 from pretrain.errors import AttemptError, TrainingError, UserError
-from pretrain.optim import moments
 
 # A full disk may be emptied by a person while training goes on.
 FAILURES_IN_A_ROW = 3
@@ -129,18 +128,14 @@ class CheckpointStore:
     def start_save(
         self,
         progress: Progress,
-        weights: nn.Module,
-        optimizer: torch.optim.AdamW,
-        routers: Mapping[str, Tensor],
-        more: Mapping[str, Tensor] | None = None,
+        tensors: Mapping[str, Tensor | Region],
     ) -> None:
         """Copy what is to be saved, and write it in the background. Collective.
 
         Args:
-            more: other tensors, the same ones each time.
+            tensors: by name, what this rank has of them; the same ones each time.
         """
         assert self._pending is None, "finish_save comes first"
-        tensors = {**_tensors(weights, optimizer, routers), **(more or {})}
         if self._staging is None:
             self._staging = Staging(tensors, self._attempt)
         self._staging.copy(tensors)
@@ -186,21 +181,16 @@ class CheckpointStore:
 
     def load(
         self,
-        weights: nn.Module,
-        optimizer: torch.optim.AdamW | None,
-        routers: Mapping[str, Tensor],
+        to_fill: Callable[[Index], Mapping[str, Tensor | Region]],
         *,
-        more: Callable[[Index], Mapping[str, Tensor]] = lambda index: {},
         up_to: int | None = None,
         or_oldest: bool = False,
     ) -> Progress | None:
         """Load the newest whole checkpoint in place; None if there is no checkpoint. Collective.
 
-        The weights may be laid out over the ranks in another way than they were saved in.
-
         Args:
-            optimizer: None leaves out what belongs to it.
-            more: other tensors that are to be filled, of those that there are.
+            to_fill: what of it this rank wants, which may be laid out over the ranks in another way
+                than it was saved in.
             up_to: the last step that is wanted.
             or_oldest: rather than none, take the oldest of those that are newer than that.
 
@@ -216,7 +206,7 @@ class CheckpointStore:
         step, manifest = found
         checkpoint = checkpoint_in(self.target, step)
         index = Index.from_bytes(on_rank_0(lambda: read_index(checkpoint, manifest)))
-        into = {**_tensors(weights, optimizer, routers), **more(index)}
+        into = to_fill(index)
         _together(lambda: refuse_another_model(checkpoint, index, into))
         _together(lambda: read_tensors(checkpoint, index, into))
         return Progress(**manifest.progress)
@@ -398,23 +388,6 @@ def check_together(checkpoint: Target) -> Manifest:
     manifest = on_rank_0(lambda: Manifest.read(checkpoint))
     _together(lambda: check_files(checkpoint, manifest, dist.get_rank(), dist.get_world_size()))
     return manifest
-
-
-def _tensors(
-    weights: nn.Module, optimizer: torch.optim.AdamW | None, routers: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The tensors themselves, by names that no layout changes: loading fills them in place."""
-    named = dict(weights.named_parameters())
-    return {
-        **{f"model.{name}": weight.detach() for name, weight in named.items()},
-        **{
-            f"optimizer.{name}.{moment}": value
-            for name, weight in named.items()
-            if optimizer is not None
-            for moment, value in moments(optimizer, weight).items()
-        },
-        **{f"routers.{name}": value for name, value in routers.items()},
-    }
 
 
 def _steps_of_folders(target: Target) -> list[int]:

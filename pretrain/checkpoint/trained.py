@@ -6,6 +6,7 @@ from functools import partial
 from torch import nn
 
 from pretrain.balancing import RouterState
+from pretrain.checkpoint.contents import of_routers, of_weights
 from pretrain.checkpoint.index import Index
 from pretrain.checkpoint.manifest import Manifest, read_index
 from pretrain.checkpoint.reader import read_tensors, refuse_another_model
@@ -103,7 +104,8 @@ def load_sharded(
     """
     target, check = checkpoints_of(config, run), partial(run.check_attempt, 0)
     store = CheckpointStore(target, Retention(config.checkpoint.keep), 0, check)
-    progress = store.load(weights, None, routers.state_dict(), up_to=step)
+    wanted = {**of_weights(weights), **of_routers(routers.state_dict())}
+    progress = store.load(lambda index: wanted, up_to=step)
     if progress is None or progress.step != step:
         raise UserError(
             f"the checkpoint of step {step} in {target} was whole a moment ago and is not any more"
@@ -129,8 +131,7 @@ def load_weights(model: Transformer, checkpoint: Target, manifest: Manifest) -> 
     Its routers choose as those that were trained.
     """
     routers = RouterState(model.config.n_layers, model.config.moe)
-    tensors = {f"model.{name}": weight for name, weight in model.state_dict().items()}
-    tensors |= {f"routers.{name}": value for name, value in routers.state_dict().items()}
+    tensors = {**of_weights(model), **of_routers(routers.state_dict())}
     index = Index.from_bytes(read_index(checkpoint, manifest))
     refuse_another_model(checkpoint, index, tensors)
     read_tensors(checkpoint, index, tensors)

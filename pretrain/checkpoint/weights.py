@@ -1,24 +1,26 @@
 """Whether weights are worth saving."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor
 
-from parallel.fsdp import local_tensor
 from pretrain.errors import TrainingError
 
 
 @torch.no_grad()
-def check_weights(weights: nn.Module, limit: float) -> None:
+def check_weights(weights: Iterable[tuple[str, Tensor]], limit: float) -> None:
     """Refuse weights that are not finite, or larger than `limit`. Collective.
+
+    Args:
+        weights: what this rank stores of each.
 
     Raises:
         TrainingError: on every rank; names the worst weight.
     """
-    named = [(name, local_tensor(weight)) for name, weight in weights.named_parameters()]
-    named = [(name, part) for name, part in named if part.numel()]
+    named = [(name, part) for name, part in weights if part.numel()]
     worst = 0.0, ""
     if named:
         sizes = torch._foreach_norm([part for _, part in named], torch.inf)

@@ -11,6 +11,7 @@ from torch import Tensor
 from data_pipeline.stream import Batch
 from parallel.agreement import Copy
 from parallel.gradients import Norms
+from pretrain.balancing import RouterState
 from pretrain.checkpoint.index import Index
 from pretrain.checkpoint.region import Region
 from pretrain.layouts import Layout
@@ -77,6 +78,7 @@ class Engine(Protocol):
     Attributes:
         data_rank: this rank's place among the `data_ranks` that take different rows of a global
             batch.
+        routers: their state, equal on all ranks.
         updates_in_clip: whether the weights are updated before the norm of the gradient is known:
             who objects to a gradient then can only go back to a checkpoint.
     """
@@ -86,6 +88,7 @@ class Engine(Protocol):
     data_rank: int
     data_ranks: int
     updates_in_clip: bool
+    routers: RouterState
 
     def initialize(self) -> None:
         """Stand before the first step, with weights that follow from train.seed and their names."""
@@ -122,7 +125,9 @@ class Engine(Protocol):
         """
 
     def tensors_to_fill(self, index: Index) -> Mapping[str, Tensor | Region]:
-        """Room for the same, of a checkpoint that any engine has written."""
+        """Room for the same, of a checkpoint that any engine has written; where that has nothing of
+        an optimizer, as before the first step.
+        """
 
     def take_over(self) -> None:
         """Go on with what `tensors_to_fill` gave, now that it is filled."""

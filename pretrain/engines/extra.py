@@ -6,6 +6,13 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pretrain.errors import UserError
 
+# Version of each package that has to be there; None is any.
+TESTED: dict[str, Mapping[str, str | None]] = {
+    # Without psutil its checkpoints hang, without einops it fails late.
+    "megatron": {"megatron-core": "0.16.1", "psutil": None, "einops": None},
+    "deepspeed": {"deepspeed": "0.19.8"},
+}
+
 
 def check_extra(extra: str, tested: Mapping[str, str | None]) -> None:
     """Warn of versions that were not tested.

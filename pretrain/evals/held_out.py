@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from data_pipeline.stream import Batch, OnceThrough
 from parallel.segments.runner import SegmentedStage
 from pretrain.config import Config
+from pretrain.engines.native import NativeEngine
 from pretrain.evals.forward import ForwardPass
 from pretrain.evals.held_out_data import open_held_out
 from pretrain.metrics.step import Clock
@@ -40,13 +41,16 @@ class HeldOut:
     def __init__(self, config: Config, trainer: Trainer) -> None:
         self._config = config
         self._sources = open_held_out(config, trainer.stream)
-        self._trainer = trainer
-        self._stages = trainer.parallelised.stages
-        runner = trainer.parallelised.runner
+        if not self._sources:
+            return
+        assert isinstance(trainer.engine, NativeEngine), "others are refused with eval.every"
+        self._engine = trainer.engine
+        self._stages = self._engine.parallelised.stages
+        runner = self._engine.parallelised.runner
         self._pass = ForwardPass(
             trainer.config,
             trainer.layout,
-            trainer.mesh,
+            self._engine.mesh,
             self._stages,
             trainer.device,
             runner.store if isinstance(runner, SegmentedStage) else None,
@@ -96,15 +100,15 @@ class HeldOut:
                 stage.train()
                 _reshard(stage)
             # Or the next step would seem to have waited as long.
-            self._trainer.parallelised.take_waited_s()
+            self._engine.parallelised.take_waited_s()
 
     def _loss(
         self, source: OnceThrough, beat: Callable[[], None], is_unwanted: Callable[[], bool]
     ) -> float:
         """In nats per predicted token, the same on all ranks."""
-        mesh = self._trainer.mesh
+        mesh = self._engine.mesh
         here = self._pass.rows_at_a_time(source.seq_len)
-        summed = torch.zeros(2, dtype=torch.float64, device=self._trainer.device)
+        summed = torch.zeros(2, dtype=torch.float64, device=self._engine.device)
         for first in range(0, source.rows, here * mesh.data_ranks):
             beat()
             if _any_rank(is_unwanted()):
@@ -122,12 +126,12 @@ class HeldOut:
         places = self._pass.run(torch.from_numpy(batch.tokens), labels, documents)
         is_last = any(stage.is_last for stage in self._stages)
         # Ranks of tp have each seen the loss of all their tokens.
-        share = 1 / self._trainer.mesh.tp.size() if is_last else 0.0
+        share = 1 / self._engine.mesh.tp.size() if is_last else 0.0
         total = sum(stage.cross_entropy for stage in self._stages)
         return torch.stack(
             [
-                torch.as_tensor(total, dtype=torch.float64, device=self._trainer.device) * share,
-                torch.tensor(len(places) * share, dtype=torch.float64, device=self._trainer.device),
+                torch.as_tensor(total, dtype=torch.float64, device=self._engine.device) * share,
+                torch.tensor(len(places) * share, dtype=torch.float64, device=self._engine.device),
             ]
         )
 

@@ -20,7 +20,7 @@ DEFINITIONS: tuple[Metric, ...] = (
         "Cross-entropy alone, without the balance loss. It should fall below the unigram "
         "entropy of the tokens within the first steps.",
         "sum",
-        "pretrain/trainer.py",
+        "pretrain/engines/native.py",
     ),
     Metric(
         "train/aux_loss",
@@ -57,7 +57,7 @@ DEFINITIONS: tuple[Metric, ...] = (
         "What train/loss is a mean over: not the last token of a document, nor what its source "
         "never predicts.",
         "sum",
-        "pretrain/trainer.py",
+        "pretrain/engines/native.py",
     ),
     Metric(
         "train/loss_by_source",
@@ -127,7 +127,7 @@ DEFINITIONS: tuple[Metric, ...] = (
         "Of every train.survey_every-th row, as the next three. It grows slowly; weight decay "
         "holds it.",
         "sum",
-        "pretrain/metrics/survey.py",
+        "pretrain/update_norms.py",
     ),
     Metric(
         "train/weight_norm_by_layer",
@@ -135,7 +135,7 @@ DEFINITIONS: tuple[Metric, ...] = (
         "[embedding, each layer, what comes after them]: L2 norm of its parameters",
         "The squares add up to that of train/weight_norm.",
         "sum",
-        "pretrain/metrics/survey.py",
+        "pretrain/update_norms.py",
     ),
     Metric(
         "train/update_ratio",
@@ -144,7 +144,7 @@ DEFINITIONS: tuple[Metric, ...] = (
         "About 1e-3 is usual early in a run; it falls with the learning rate. With moments in "
         "bfloat16 it is that of the rounded ones.",
         "sum",
-        "pretrain/metrics/survey.py",
+        "pretrain/update_norms.py",
     ),
     Metric(
         "train/update_ratio_by_layer",
@@ -152,7 +152,7 @@ DEFINITIONS: tuple[Metric, ...] = (
         "[embedding, each layer, what comes after them]: the same of its parameters",
         "A layer that stands out learns too fast or hardly at all.",
         "sum",
-        "pretrain/metrics/survey.py",
+        "pretrain/update_norms.py",
     ),
     Metric(
         "train/lr",

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from parallel.pipeline.schedule import Pipeline
 from pretrain.data import source_names
+from pretrain.engines.engine import Measured
 from pretrain.metrics.expert_load import summarise_load
 from pretrain.metrics.utilization import peak_of_device, utilization
-from pretrain.objective import Measured
 from pretrain.trainer import StepResult, Trainer
 
 
@@ -48,32 +47,25 @@ def metrics_row(
         checkpoint_stall_s: how long training has waited for checkpoints since the row before.
     """
     measured, seconds, devices = result.measured, result.seconds, dist.get_world_size()
+    waited_s = result.agreed.data_wait_s
     tokens_per_s = trainer.tokens_per_step / seconds
     return {
         "train/step": trainer.progress.step,
         "train/loss": measured.loss,
-        "train/aux_loss": measured.aux_loss,
-        "train/z_loss": measured.z_loss,
         "train/tokens": trainer.progress.tokens,
         "train/loss_tokens": measured.loss_tokens,
         "train/seq_len": trainer.config.data.seq_len,
-        "train/grad_norm": result.grad_norm,
-        "train/grad_norm_by_layer": result.grad_norms,
+        "train/grad_norm": result.norms.whole,
         "train/lr": lr,
         "perf/tokens_per_s": tokens_per_s,
         "perf/tokens_per_s_per_device": tokens_per_s / devices,
         "perf/step_s": seconds,
-        "perf/data_wait_s": measured.data_wait_s,
-        "perf/data_wait_share": measured.data_wait_s / seconds,
-        "perf/exposed_communication_s": measured.exposed_communication_s,
-        "perf/exposed_communication_share": measured.exposed_communication_s / seconds,
+        "perf/data_wait_s": waited_s,
+        "perf/data_wait_share": waited_s / seconds,
         "perf/checkpoint_stall_s": checkpoint_stall_s,
-        "perf/sent_bytes": result.sent.total(),
-        "perf/sent_bytes_by_axis": _by_axis(result.sent),
-        **_of_pipeline(trainer, measured.pipeline_bubble),
         **_of_tokens(trainer, measured),
         **summarise_load(measured.expert_counts, measured.dropped),
-        **_of_routers(trainer, measured.router_entropy),
+        **_of_engine(trainer, result),
         **utilization(
             trainer.config,
             trainer.plan,
@@ -85,21 +77,34 @@ def metrics_row(
     }
 
 
+def _of_engine(trainer: Trainer, result: StepResult) -> dict[str, Any]:
+    """What not every engine measures."""
+    measured, sent, waited_s = result.measured, result.sent, result.measured.exposed_communication_s
+    found = {
+        "train/aux_loss": measured.aux_loss,
+        "train/z_loss": measured.z_loss,
+        "train/grad_norm_by_layer": result.norms.parts or None,
+        "perf/exposed_communication_s": waited_s,
+        "perf/exposed_communication_share": waited_s and waited_s / result.seconds,
+        "perf/sent_bytes": None if sent is None else sent.total(),
+        "perf/sent_bytes_by_axis": None if sent is None else _by_axis(sent),
+        "perf/pipeline_bubble": measured.pipeline_bubble,
+        "perf/pipeline_bubble_predicted": measured.pipeline_bubble_predicted,
+    }
+    moe = trainer.config.model.moe
+    if moe.n_experts:
+        found["moe/router_entropy"] = measured.router_entropy
+    if moe.n_experts and moe.balance == "bias":
+        bias = trainer.engine.routers.selection_bias
+        found["moe/selection_bias_range"] = float((bias.amax(-1) - bias.amin(-1)).max())
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def _by_axis(sent: Mapping[tuple[str, str], int]) -> dict[str, dict[str, int]]:
     by_axis: dict[str, dict[str, int]] = {}
     for (axis, kind), n_bytes in sent.items():
         by_axis.setdefault(axis, {})[kind] = n_bytes
     return by_axis
-
-
-def _of_pipeline(trainer: Trainer, bubble: float) -> dict[str, Any]:
-    runner = trainer.parallelised.runner
-    if not isinstance(runner, Pipeline):
-        return {}
-    return {
-        "perf/pipeline_bubble": bubble,
-        "perf/pipeline_bubble_predicted": runner.predicted_bubble,
-    }
 
 
 def _of_tokens(trainer: Trainer, measured: Measured) -> dict[str, Any]:
@@ -112,14 +117,3 @@ def _of_tokens(trainer: Trainer, measured: Measured) -> dict[str, Any]:
         "train/loss_by_position": [part.loss for part in measured.by_position],
         "train/loss_tokens_by_position": [part.tokens for part in measured.by_position],
     }
-
-
-def _of_routers(trainer: Trainer, entropy: float) -> dict[str, Any]:
-    moe = trainer.config.model.moe
-    if not moe.n_experts:
-        return {}
-    metrics = {"moe/router_entropy": entropy}
-    if moe.balance == "bias":
-        bias = trainer.routers.selection_bias
-        metrics["moe/selection_bias_range"] = float((bias.amax(-1) - bias.amin(-1)).max())
-    return metrics

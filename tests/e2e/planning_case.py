@@ -25,7 +25,7 @@ def main() -> None:
     config = load_config("tiny-hybrid-moe", [f"data.shards={shards}", "data.seq_len=64"])
     trainer = Trainer(config, RunDirectory(Path("nowhere")), device)
     trainer.step(False)
-    weights = [local_tensor(weight).detach() for weight in trainer.weights.parameters()]
+    weights = [local_tensor(weight).detach() for weight in trainer.engine.weights.parameters()]
     before = [weight.clone() for weight in weights]
     if dist.get_rank() == 1:
         trainer.stream.next_batch(1)

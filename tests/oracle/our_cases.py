@@ -30,12 +30,14 @@ def run_case(_: str, config: Config, device: torch.device) -> dict[str, Any]:
     trainer = Trainer(config, RunDirectory(Path("nowhere")), device)
     losses, gradients = [], {}
     for step in range(STEPS):
-        measured = trainer.backward(trainer.read_batch())
+        measured, _ = trainer.backward(trainer.read_batch())
         losses.append(measured.loss)
         if step == 0:
-            gradients = whole((name, w.grad) for name, w in trainer.weights.named_parameters())
+            gradients = whole(
+                (name, w.grad) for name, w in trainer.engine.weights.named_parameters()
+            )
         trainer.finish_step(measured)
-    weights = whole(trainer.weights.named_parameters())
+    weights = whole(trainer.engine.weights.named_parameters())
     return {"losses": losses, "gradients": gradients, "weights": weights}
 
 

@@ -29,7 +29,7 @@ def own_gradients_in_fsdp(trainer: Trainer) -> None:
 
 def own_gradients_in_hsdp(trainer: Trainer) -> None:
     """dp_replicate: a sum left out."""
-    replicas = trainer.mesh.weights["dp_replicate"].get_group()
+    replicas = trainer.engine.mesh.weights["dp_replicate"].get_group()
     all_reduce = dist.all_reduce
 
     def all_reduce_elsewhere(tensor: Tensor, *options: Any, group: Any = None, **more: Any) -> Any:

@@ -27,8 +27,8 @@ STEPS = 4
 def whole_rows(trainer: Trainer) -> Batch:
     """Random tokens; every row is one document."""
     train, model, data = trainer.config.train, trainer.config.model, trainer.config.data
-    shape = (train.global_batch // trainer.mesh.data_ranks, data.seq_len)
-    draw = np.random.default_rng(trainer.mesh.data_rank)
+    shape = (train.global_batch // trainer.engine.mesh.data_ranks, data.seq_len)
+    draw = np.random.default_rng(trainer.engine.mesh.data_rank)
     tokens, labels = draw.integers(0, model.vocab_size, (2, *shape))
     position = np.broadcast_to(np.arange(data.seq_len), shape).copy()
     return Batch(tokens, labels, position, np.zeros_like(tokens))
@@ -36,7 +36,7 @@ def whole_rows(trainer: Trainer) -> Batch:
 
 def sent_by_communicators(trainer: Trainer) -> dict[tuple[str, str], int]:
     """(axis, kind) -> bytes that have been sent so far, as ranks count them."""
-    sent = trainer.parallelised.sent_bytes()
+    sent = trainer.engine.parallelised.sent_bytes()
     return {(axis, kind.replace("_", "-")): n_bytes for (axis, kind), n_bytes in sent.items()}
 
 
@@ -44,15 +44,17 @@ def run_case(shards: Path, overrides: list[str], device: torch.device) -> dict[s
     config = load_config("tiny-hybrid-moe", [f"data.shards={shards}", *overrides])
     with gpu_kernels(), StepTracker({}) as tracker:
         trainer = Trainer(config, RunDirectory(Path("nowhere")), device)
-        tracker.axes = axis_names(trainer.mesh)
-        step = Step(config, trainer.layout, trainer.mesh, trainer.parallelised, tracker)
+        tracker.axes = axis_names(trainer.engine.mesh)
+        step = Step(
+            config, trainer.layout, trainer.engine.mesh, trainer.engine.parallelised, tracker
+        )
         batch = whole_rows(trainer)
         measurements = []
         for _ in range(STEPS):
             tracker.reset()
             counted = Counter(sent_by_communicators(trainer))
-            measured = trainer.backward(batch)
-            gradients = [w.grad for w in trainer.weights.parameters()]
+            measured, _ = trainer.backward(batch)
+            gradients = [w.grad for w in trainer.engine.weights.parameters()]
             gradient_bytes = sum(local_tensor(gradient).nbytes for gradient in gradients)
             del gradients
             trainer.finish_step(measured)
@@ -63,9 +65,9 @@ def run_case(shards: Path, overrides: list[str], device: torch.device) -> dict[s
     # The optimizer's state is there from the second step on. A thread of gloo may still hold a
     # tensor that has been sent, which would be counted, too.
     activations, peak, gathered = map(min, zip(*measurements[1:], strict=True))
-    moments = [x for state in trainer.optimizer.state.values() for x in state.values()]
+    moments = [x for state in trainer.engine.optimizer.state.values() for x in state.values()]
     return {
-        "parameters": sum(local_tensor(w).numel() for w in trainer.weights.parameters()),
+        "parameters": sum(local_tensor(w).numel() for w in trainer.engine.weights.parameters()),
         "optimizer": sum(local_tensor(x).nbytes for x in moments),
         "gradients": gradient_bytes,
         "activations": activations,

@@ -33,7 +33,7 @@ def run_case(overrides: list[str], device: torch.device) -> dict[str, Any]:
     has_lanes = config.context.lane_rows > 1
     for _ in range(1 + has_lanes):
         batch = trainer.read_batch()
-        measured = trainer.backward(batch)
+        measured, _ = trainer.backward(batch)
     found = {
         "loss": measured.loss,
         "loss_tokens": measured.loss_tokens,
@@ -47,7 +47,7 @@ def run_case(overrides: list[str], device: torch.device) -> dict[str, Any]:
         of_bucket = (seen >= 2**BUCKET) & (seen < 2 ** (BUCKET + 1))
         for name, is_shown in (("of_source", batch.source == SOURCE), ("of_bucket", of_bucket)):
             labels = np.where(is_shown, batch.labels, IGNORED)
-            shown = trainer.backward(replace(batch, labels=labels))
+            shown, _ = trainer.backward(replace(batch, labels=labels))
             found[name] = [shown.loss, shown.loss_tokens]
     release_groups()
     return found

@@ -37,11 +37,13 @@ class Routing:
 
     def follow(self, trainer: Trainer) -> None:
         """Learn which layers, rows and part of the sequence are on this rank."""
-        self.tp = trainer.mesh.tp
-        self.first_row = trainer.mesh.data_rank * self.global_batch // trainer.mesh.data_ranks
+        self.tp = trainer.engine.mesh.tp
+        self.first_row = (
+            trainer.engine.mesh.data_rank * self.global_batch // trainer.engine.mesh.data_ranks
+        )
         self.layer_of = {
             layer.moe: number
-            for stage in trainer.parallelised.stages
+            for stage in trainer.engine.parallelised.stages
             for number, layer in stage.model.layers.items()
         }
 

@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor
 
 from parallel.mesh import join_ranks
 from pretrain.config import Config, load_config
-from pretrain.metrics.survey import weight_and_update_norms
 from pretrain.run_dir import RunDirectory
 from pretrain.trainer import Trainer
 from tests.parity.broken import BREAKS
@@ -73,22 +72,26 @@ def train_case(case: Case, device: torch.device) -> dict[str, Any]:
             routing.next_step()
         batch = trainer.read_batch()
         documents.append(int((batch.position == 0).sum()))
-        measured = trainer.backward(batch)
+        measured, _ = trainer.backward(batch)
         if step == 1:
-            out["gradients"] = gradients(trainer.weights)
+            out["gradients"] = gradients(trainer.engine.weights)
         for name in measures:
             series[name].append(getattr(measured, name))
         lr = trainer.lr()
-        series["grad_norm"].append(trainer.finish_step(measured)[0])
-        series["grad_norms"].append(trainer.grad_norms)
-        of_weights, out["update_norms"] = weight_and_update_norms(trainer, lr).parts.tolist()
+        norms, _ = trainer.finish_step(measured)
+        series["grad_norm"].append(norms.whole)
+        series["grad_norms"].append(norms.parts)
+        changed = trainer.engine.weight_and_update_norms(lr)
+        of_weights, out["update_norms"] = changed.parts.tolist()
         series["weight_norms"].append(of_weights)
         if step == STEPS_TO_WEIGHTS:
-            weights = trainer.weights.named_parameters()
+            weights = trainer.engine.weights.named_parameters()
             out["weights"] = {name: whole(weight) for name, weight in weights}
-    moments = [x for state in trainer.optimizer.state.values() for x in state.values()]
-    out["dtypes"] = {weight.dtype for weight in [*trainer.weights.parameters(), *moments]}
-    out["calls"] = {axis: dict(comm.calls) for axis, comm in trainer.parallelised.traffic.items()}
+    moments = [x for state in trainer.engine.optimizer.state.values() for x in state.values()]
+    out["dtypes"] = {weight.dtype for weight in [*trainer.engine.weights.parameters(), *moments]}
+    out["calls"] = {
+        axis: dict(comm.calls) for axis, comm in trainer.engine.parallelised.traffic.items()
+    }
     if routing:
         out["routing"] = routing.indices
     return out

@@ -31,7 +31,7 @@ def spoil_gradient(number: int) -> None:
     def backward(self: Trainer, *arguments: Any) -> Any:
         if self.first_token // self.tokens_per_step != number:
             return real(self, *arguments)
-        moe = self.parallelised.stages[0].model.layers[SPOILT_LAYER].moe
+        moe = self.engine.parallelised.stages[0].model.layers[SPOILT_LAYER].moe
         hook = moe.shared_expert.register_forward_hook(spoil)
         measured = real(self, *arguments)
         hook.remove()

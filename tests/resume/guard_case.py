@@ -36,12 +36,12 @@ def spoil(without_number: set[int], too_large: set[int]) -> None:
         batch = self.first_token // self.tokens_per_step
         is_last = dist.get_rank() == dist.get_world_size() - 1
         factor = float("nan") if batch in without_number and is_last else 1.0
-        moe = self.parallelised.stages[0].model.layers[SPOILT_LAYER].moe
+        moe = self.engine.parallelised.stages[0].model.layers[SPOILT_LAYER].moe
         hook = moe.shared_expert.register_forward_hook(lambda *call: call[-1] * factor)
         measured = real_backward(self, *arguments)
         hook.remove()
         if batch in too_large:
-            for weight in self.weights.parameters():
+            for weight in self.engine.weights.parameters():
                 weight.grad.mul_(1e3)
         return measured
 

@@ -31,7 +31,7 @@ def main() -> None:
             config = load_config("tiny-hybrid-moe", overrides)
             trainer = Trainer(config, RunDirectory(Path(run)), device, attempt=1)
         result = trainer.step(False)
-        series.append([result.measured.loss, result.measured.aux_loss, result.grad_norm])
+        series.append([result.measured.loss, result.measured.aux_loss, result.norms.whole])
         if "keep" not in steps:
             trainer.save(is_last=True)
     if dist.get_rank() == 0:

@@ -1,5 +1,5 @@
 """Our models on DeepSpeed's ZeRO, and weights out of its checkpoints."""
 
-from pretrain.engines.extra import check_extra
+from pretrain.engines.extra import TESTED, check_extra
 
-check_extra("deepspeed", {"deepspeed": "0.19.8"})
+check_extra("deepspeed", TESTED["deepspeed"])

@@ -4,10 +4,9 @@ Context parallelism without Transformer Engine, with packed documents, and for h
 docs/megatron.md.
 """
 
-from pretrain.engines.extra import check_extra
+from pretrain.engines.extra import TESTED, check_extra
 
-# Without psutil its checkpoints hang, without einops it fails late.
-check_extra("megatron", {"megatron-core": "0.16.1", "psutil": None, "einops": None})
+check_extra("megatron", TESTED["megatron"])
 
 from pretrain.engines.megatron.attention import RingAttention, Rope  # noqa: E402
 from pretrain.engines.megatron.documents import PackedDocuments, shard_batch  # noqa: E402

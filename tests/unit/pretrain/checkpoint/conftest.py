@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.balancing import RouterState
+from pretrain.checkpoint.contents import of_optimizer, of_routers, of_weights
 from pretrain.checkpoint.store import CheckpointStore, Progress, Retention
 from pretrain.checkpoint.target import Target
 from pretrain.config import OptimConfig
@@ -49,7 +50,7 @@ class Saved:
 
     def begin(self, step: int, loss: float | None = None) -> None:
         progress = Progress(step, 10 * step, {"cursor": step}, loss)
-        self.store.start_save(progress, self.weights, self.optimizer, self.routers)
+        self.store.start_save(progress, self.tensors())
 
     def save(self, step: int, loss: float | None = None) -> bool:
         self.begin(step, loss)
@@ -58,11 +59,17 @@ class Saved:
         return is_saved
 
     def load(self, up_to: int | None = None) -> Progress | None:
-        state = self.weights, self.optimizer, self.routers
-        progress = self.store.load(*state, up_to=up_to)
+        progress = self.store.load(lambda index: self.tensors(), up_to=up_to)
         if progress:
             self.store.go_on_from(progress.step)
         return progress
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {
+            **of_weights(self.weights),
+            **of_optimizer(self.weights, self.optimizer),
+            **of_routers(self.routers),
+        }
 
     def values(self) -> list[torch.Tensor]:
         weights = list(self.weights.parameters())

@@ -444,9 +444,8 @@ def test_what_cannot_be_read_is_not_taken_for_damage(
 def test_a_rollback_beyond_the_oldest_checkpoint_takes_that(saved: Saved) -> None:
     for step in (4, 5, 6):
         saved.save(step)
-    state = saved.weights, saved.optimizer, saved.routers
-    assert saved.store.load(*state, up_to=3) is None
-    assert saved.store.load(*state, up_to=3, or_oldest=True).step == 5
+    assert saved.store.load(lambda index: saved.tensors(), up_to=3) is None
+    assert saved.store.load(lambda index: saved.tensors(), up_to=3, or_oldest=True).step == 5
 
 
 def test_a_disk_that_is_full_at_the_manifest_leaves_no_checkpoint(

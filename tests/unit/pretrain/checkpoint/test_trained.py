@@ -3,6 +3,7 @@ from pathlib import Path
 import torch
 
 from pretrain.balancing import RouterState
+from pretrain.checkpoint.contents import of_optimizer, of_routers, of_weights
 from pretrain.checkpoint.store import (
     CheckpointStore,
     Progress,
@@ -37,7 +38,8 @@ def test_a_loaded_model_chooses_experts_by_the_selection_bias_it_was_trained_to(
     store = CheckpointStore(Target(str(tmp_path)), Retention(1), 1, lambda: None)
     store.go_on_from(0)
     optimizer = build_optimizer(trained, OptimConfig())
-    store.start_save(Progress(1, 0, {}), trained, optimizer, routers.state_dict())
+    tensors = of_weights(trained) | of_optimizer(trained, optimizer)
+    store.start_save(Progress(1, 0, {}), tensors | of_routers(routers.state_dict()))
     store.finish_save()
 
     loaded = Transformer(config)

@@ -16,7 +16,7 @@ def model() -> nn.Module:
 
 
 def test_ordinary_weights_pass_at_any_sign() -> None:
-    check_weights(model(), 1.0)
+    check_weights(model().named_parameters(), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -29,11 +29,11 @@ def test_the_worst_weight_is_named(value: float, what: str) -> None:
         weights[1].bias[0] = value
         weights[0].weight[1, 2] = 5.5
     with pytest.raises(TrainingError, match=rf"1\.bias are {what} \(guard.max_weight = 5\)"):
-        check_weights(weights, 5.0)
+        check_weights(weights.named_parameters(), 5.0)
 
 
 def test_the_limit_itself_passes() -> None:
     weights = model()
     with torch.no_grad():
         weights[0].weight[0, 0] = 5.0
-    check_weights(weights, 5.0)
+    check_weights(weights.named_parameters(), 5.0)

@@ -33,7 +33,7 @@ def train(run: RunDirectory, overrides: list[str], device: torch.device) -> dict
         for _ in range(2):
             result = trainer.step(stop_requested=False)
             losses.append(result.measured.loss)
-            norms.append(result.grad_norm)
+            norms.append(result.norms.whole)
             if evaluates:
                 held_out = HeldOut(config, trainer)
                 # One rank is enough.
@@ -42,7 +42,7 @@ def train(run: RunDirectory, overrides: list[str], device: torch.device) -> dict
                 evaluated = held_out.evaluate()
                 assert evaluated
                 found.setdefault("evaluated", []).append(evaluated[LOSS])
-                assert trainer.parallelised.take_waited_s() == 0.0
+                assert trainer.engine.parallelised.take_waited_s() == 0.0
                 assert all(
                     isinstance(w, torch.distributed.tensor.DTensor) for w in weights(trainer)
                 )
@@ -53,7 +53,7 @@ def train(run: RunDirectory, overrides: list[str], device: torch.device) -> dict
 
 
 def weights(trainer: Trainer) -> list[torch.Tensor]:
-    return [weight for _, weight in trainer.weights.named_parameters()]
+    return [weight for _, weight in trainer.engine.weights.named_parameters()]
 
 
 def whole_model_says(trainer: Trainer) -> float:
@@ -68,7 +68,9 @@ def whole_model_says(trainer: Trainer) -> float:
     labels = [label if label >= first else IGNORED for label in labels]
     ends = [n + 1 for n, token in enumerate(tokens) if token == 0]
     model = Transformer(trainer.config.model).eval()
-    model.load_state_dict({n: w.full_tensor() for n, w in trainer.weights.state_dict().items()})
+    model.load_state_dict(
+        {n: w.full_tensor() for n, w in trainer.engine.weights.state_dict().items()}
+    )
     total, count = 0.0, 0
     for start in range(0, len(tokens), length):
         stop = min(start + length, len(tokens))

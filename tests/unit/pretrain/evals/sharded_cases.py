@@ -46,8 +46,7 @@ def save(run: RunDirectory, device: torch.device) -> dict[str, Any]:
     attempt = run.begin_attempt()
     trainer = Trainer(newest_config(run), run, device, attempt)
     trainer.step(stop_requested=False)
-    state = trainer.weights, trainer.optimizer, trainer.routers.state_dict()
-    trainer.store.start_save(trainer.progress, *state)
+    trainer.store.start_save(trainer.progress, trainer.engine.tensors())
     assert trainer.store.finish_save(is_last=True)
 
     _, model = load_trained(run)

@@ -27,7 +27,7 @@ def run_case(shards: Path, overrides: list[str], device: torch.device) -> dict[s
     batch = trainer.read_batch()
     measured: list[Any] = []
     with gpu_kernels() if is_grouped else nullcontext():
-        computed = counted(lambda: measured.append(trainer.backward(batch)))
+        computed = counted(lambda: measured.append(trainer.backward(batch)[0]))
     dropped = float(measured[0].dropped.sum())
     predicted = step_flops(config, extent_of_batch(config, trainer.plan), dropped)
     release_groups()

@@ -22,7 +22,7 @@ from tests.rank_cases import run_cases
 def weights(trainer: Trainer) -> dict[str, Tensor]:
     return {
         name: (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().clone()
-        for name, weight in trainer.weights.named_parameters()
+        for name, weight in trainer.engine.weights.named_parameters()
     }
 
 

@@ -1,0 +1,30 @@
+"""The engine of a run on its ranks."""
+
+import torch
+
+from pretrain.config import Config
+from pretrain.engines.choice import check_engine
+from pretrain.engines.engine import Engine
+from pretrain.layouts import Layout
+
+
+def build_engine(config: Config, layout: Layout, device: torch.device) -> Engine:
+    """The engine that `train.engine` names, with weights that mean nothing yet. Collective.
+
+    Raises:
+        UserError: it cannot do what is wanted, or its extra is not installed.
+    """
+    check_engine(config, layout)
+    match config.train.engine:
+        case "native":
+            from pretrain.engines.native import NativeEngine
+
+            return NativeEngine(config, layout, device)
+        case "megatron":
+            from pretrain.engines.megatron.engine import MegatronEngine
+
+            return MegatronEngine(config, layout, device)
+        case "deepspeed":
+            from pretrain.engines.deepspeed.engine import DeepSpeedEngine
+
+            return DeepSpeedEngine(config, layout, device)
