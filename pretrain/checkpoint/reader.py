@@ -9,7 +9,7 @@ from typing import IO
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.default_planner import create_default_local_load_plan
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -58,15 +58,15 @@ def read_tensors(checkpoint: Target, index: Index, into: Mapping[str, Tensor | R
     Raises:
         AttemptError: a file can no longer be read.
     """
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     wanted = {name: tensor for name, tensor in into.items() if tensor.numel()}
     chunks = {name: _chunks_for(index, name, tensor) for name, tensor in wanted.items()}
-    planner.set_up_planner(wanted, _metadata(index, chunks))
     places = {
         MetadataIndex(name, chunk.offsets): chunk for name in chunks for chunk in chunks[name]
     }
     by_file: dict[str, list[tuple[Chunk, ReadItem]]] = defaultdict(list)
-    for item in planner.create_local_plan().items:
+    # A planner knows no tensor but torch's own, its plan does.
+    plan = create_default_local_load_plan(wanted, _metadata(index, chunks))
+    for item in plan.items:
         chunk = places[item.storage_index]
         by_file[chunk.file].append((chunk, item))
     for name, reads in by_file.items():
