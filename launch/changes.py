@@ -12,6 +12,7 @@ from pretrain.run_dir import RunDirectory
 
 # Settings and sections that change neither the data, nor the model, nor how it is trained.
 MAY_CHANGE = (
+    "train.engine",
     "train.steps",
     "train.microbatch",
     "train.log_every",
