@@ -30,7 +30,8 @@ SECTIONS = {
     "moe": ("gpu_layers", "moe"),
     "step": ("gpu_step", "step"),
     "longest": ("gpu_step", "longest"),
-    "segments": ("gpu_segments", "run"),
+    "segments": ("gpu_segments", "doubled"),
+    "million": ("gpu_segments", "million"),
 }
 
 

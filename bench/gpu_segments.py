@@ -2,7 +2,8 @@
 
 import gc
 import time
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
@@ -10,10 +11,20 @@ from bench.gpu_step import MODEL, Model
 from bench.gpu_tools import Machine, print_table
 from parallel.recompute import Recompute
 from pretrain.metrics.flops import forward_flops
-from pretrain.model.config import ModelConfig, MoEConfig
+from pretrain.model.config import AttentionConfig, LinearAttentionConfig, ModelConfig, MoEConfig
 
-# 1.3 of 5.6 billion weights work on a token: six periods of `MODEL`, which has 0.3 of 1.1.
-HYBRID_1B = ModelConfig(vocab_size=32768, n_layers=24, moe=MoEConfig(n_experts=64, top_k=8))
+# That of the recipe hybrid-1b-1m: 1.1 of 4.5 billion weights work on a token.
+HYBRID_1B = ModelConfig(
+    vocab_size=151936,
+    d_model=1536,
+    n_layers=24,
+    attention=AttentionConfig(12, 2, 128, rope_base=6e8, rope_fraction=0.5),
+    linear=LinearAttentionConfig(12, 24, 128, 128),
+    moe=MoEConfig(n_experts=64, top_k=8, d_expert=512, d_shared_expert=512),
+)
+# The least that a step with recompute takes in units of its first pass: forward, twice, and
+# backward, twice as long.
+STEP_TO_FIRST_PASS = 5
 
 
 class Run(NamedTuple):
@@ -22,6 +33,7 @@ class Run(NamedTuple):
     Attributes:
         lengths: of the row; the first warms up.
         segment: tokens at a time.
+        patience_s: for all lengths.
     """
 
     name: str
@@ -32,70 +44,118 @@ class Run(NamedTuple):
     patience_s: float
 
 
-RUNS = (
-    Run("0.3B of 1.1B", MODEL, "none", (1 << 16, 1 << 18, 1 << 20), 1 << 15, 170.0),
-    Run("1.3B of 5.6B", HYBRID_1B, "full", (1 << 15, 1 << 17, 1 << 18, 1 << 19), 1 << 15, 90.0),
-)
-SMOKE = (Run("smoke", MODEL, "full", (128, 256), 64, 1e9),)
+DOUBLED = Run("0.3B of 1.1B", MODEL, "none", (1 << 16, 1 << 18, 1 << 20), 1 << 15, 170.0)
+# Three quarters of the row where a whole one would take too long.
+MILLION = Run("1.1B of 4.5B", HYBRID_1B, "full", (1 << 16, 1 << 20, 3 << 18), 1 << 15, 520.0)
+SMOKE = Run("smoke", MODEL, "full", (128, 256), 64, 1e9)
 
 
-def run(machine: Machine) -> bool:
-    """Double the row until memory or patience ends."""
+class TooLongError(Exception):
+    """A step would outlast patience."""
+
+
+def doubled(machine: Machine) -> bool:
+    """Lengthen the row until memory or patience ends."""
+    return run(machine, DOUBLED)
+
+
+def million(machine: Machine) -> bool:
+    """A step of the recipe hybrid-1b-1m."""
+    return run(machine, MILLION)
+
+
+def run(machine: Machine, asked: Run) -> bool:
     print(
         "A step of one sequence in segments, exact gradients, AdamW included. FLOP/s: as in "
         "`step`; a step in segments does 4/3 of them, 5/3 with recompute. Predicted: the peak of "
         "the shortest row, and what later segments are handed on top.\n"
     )
-    rows = []
-    for of_model in SMOKE if machine.is_smoke else RUNS:
-        rows += rows_of(machine, of_model)
-        gc.collect()
-        if machine.device.type == "cuda":
-            torch.cuda.empty_cache()
+    rows = rows_of(machine, SMOKE if machine.is_smoke else asked)
+    gc.collect()
+    if machine.device.type == "cuda":
+        torch.cuda.empty_cache()
     header = ["active", "recompute", "tokens", "segment", "s", "tokens/s", "TFLOP/s", "peak GB"]
-    header.append("predicted")
-    print_table(header, rows)
+    print_table([*header, "predicted"], rows)
     return bool(rows)
 
 
 def rows_of(machine: Machine, asked: Run) -> list[list[str]]:
+    end = time.perf_counter() + asked.patience_s
     model = Model(machine, asked.recompute, asked.config, asked.segment)
     known = [asked.name, asked.recompute]
-    segment, rows = asked.segment, []
+    rows: list[list[str]] = []
     first: tuple[int, float] | None = None
-    last, last_s, began = 1, 0.0, time.perf_counter()
     for length in asked.lengths:
-        # Between linear and quadratic.
-        expected_s = last_s * (length / last) ** 1.5
-        if time.perf_counter() - began + expected_s > asked.patience_s:
-            break
         batch = model.batch(length)
+        if first is None:
+            model.step(*batch)
+        progress = Progress(machine, model, length // asked.segment, end)
         try:
-            if first is None:
-                model.step(*batch)
-            start = time.perf_counter()
-            peak = machine.peak_gb(lambda batch=batch: model.step(*batch))
+            peak = machine.peak_gb(partial(model.step, *batch))
+        except TooLongError as error:
+            print(f"{length} tokens: {error}", flush=True)
+            continue
         except torch.OutOfMemoryError:
-            rows.append([*known, str(length), str(segment), "out of memory", "", "", "", ""])
+            rows.append([*known, str(length), str(asked.segment), "out of memory", "", "", "", ""])
             break
-        last, last_s = length, time.perf_counter() - start
+        finally:
+            progress.close()
+        seconds = progress.seconds()
         first = first or (length, peak)
-        predicted = first[1] + handed_gb(model.config, length, first[0], segment)
-        flops = 3 * forward_flops(model.config, length) / last_s
+        predicted = first[1] + handed_gb(model.config, length, first[0], asked.segment)
+        flops = 3 * forward_flops(model.config, length) / seconds
         rows.append(
             [
                 *known,
                 str(length),
-                str(segment),
-                f"{last_s:.2f}",
-                f"{length / last_s:.0f}",
+                str(asked.segment),
+                f"{seconds:.2f}",
+                f"{length / seconds:.0f}",
                 f"{flops / 1e12:.0f}",
                 f"{peak:.1f}",
                 f"{predicted:.1f}",
             ]
         )
         print(*rows[-1], flush=True)
+        if length == max(asked.lengths):
+            break
     return rows
+
+
+class Progress:
+    """Prints where a step is, so that one that is cut off tells how far it came.
+
+    Args:
+        segments: of the row.
+        end: by `time.perf_counter`; a step that will not be done by then ends with TooLongError
+            after its first pass.
+    """
+
+    def __init__(self, machine: Machine, model: Model, segments: int, end: float) -> None:
+        self.machine, self.segments, self.end = machine, segments, end
+        self.begun = 0
+        self.start = time.perf_counter()
+        stage = model.parallelised.stages[0]
+        self._hook = stage.register_forward_pre_hook(self._begin)
+
+    def seconds(self) -> float:
+        """Since the step began."""
+        self.machine.synchronize()
+        return time.perf_counter() - self.start
+
+    def close(self) -> None:
+        self._hook.remove()
+
+    def _begin(self, stage: Any, arguments: Any) -> None:
+        first_pass, now = self.segments - 1, self.seconds()
+        if self.begun % 4 == 3 or self.begun == first_pass:
+            of_pass = f"{self.begun} of {first_pass} segments forward"
+            if self.begun >= first_pass:
+                of_pass = f"{self.begun - first_pass} of {self.segments} segments back"
+            print(f"{self.segments} segments: {of_pass} after {now:.1f} s", flush=True)
+        if self.begun == first_pass and self.start + STEP_TO_FIRST_PASS * now > self.end:
+            raise TooLongError(f"a first pass of {now:.1f} s leaves no time for the second")
+        self.begun += 1
 
 
 def handed_gb(config: ModelConfig, length: int, shortest: int, segment: int) -> float:

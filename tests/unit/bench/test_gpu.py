@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+from bench.gpu_segments import HYBRID_1B, MILLION
+from pretrain.config import load_config
 from tests.ranks import ROOT, TIMEOUT_S
 
 # transformers needs some of these itself, so they are hidden when it has been imported.
@@ -29,7 +31,7 @@ def test_smoke_runs_every_section() -> None:
     done = run_without(OTHERS)
     assert done.returncode == 0, done.stdout + done.stderr
     sections = [line for line in done.stdout.splitlines() if line.startswith("### ")]
-    assert len(sections) == 7
+    assert len(sections) == 8
     assert done.stdout.endswith("all sections ran, all checks passed\n")
 
 
@@ -40,3 +42,11 @@ def test_a_section_that_fails_is_told_and_the_others_run() -> None:
     assert "Traceback" in failed
     assert "| full | cpu_flash |" in other
     assert other.endswith("failed: moe\n")
+
+
+def test_the_million_is_that_of_the_recipe() -> None:
+    config = load_config("hybrid-1b-1m")
+    assert config.model == HYBRID_1B
+    assert config.data.seq_len == max(MILLION.lengths)
+    assert config.data.seq_len // config.context.segments == MILLION.segment
+    assert config.parallel.recompute == MILLION.recompute
