@@ -171,3 +171,15 @@ def test_weights_of_transformer_engine_are_those_of_the_local_layers() -> None:
     assert found[: len(same)] == found[len(same) :]
     assert found[2].names == ("layers.2.moe.experts.gate_up",)
     assert found[2].expert == 3
+
+
+def test_a_router_needs_no_transformer_engine_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.transformer.moe import moe_utils
+
+    from pretrain.engines.megatron.cpu import on_any_device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    x, weight = torch.randn(2, 3, 8), torch.randn(4, 8)
+    with on_any_device():
+        logits = moe_utils.router_gating_linear(x, weight, None, torch.float32)
+    torch.testing.assert_close(logits, x @ weight.T)

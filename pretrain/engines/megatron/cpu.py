@@ -51,6 +51,9 @@ def counts_on_host(counts: Any, as_numpy: bool = False, record_stream: bool = Fa
 @contextlib.contextmanager
 def on_any_device() -> Iterator[None]:
     """Inside, megatron-core runs on the CPU, if there is no GPU. Also a decorator."""
+    if not hasattr(moe_utils, "te_general_gemm"):
+        # Left undefined where Transformer Engine is missing, GPU or not, yet compared with None.
+        moe_utils.te_general_gemm = None
     if torch.cuda.is_available():
         yield
         return
@@ -69,8 +72,6 @@ def on_any_device() -> Iterator[None]:
         patch.object(random.CudaRNGStatesTracker, "fork", lambda *_: contextlib.nullcontext()),
         patch.object(random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()),
         patch.object(random, "_set_cuda_rng_state", lambda state, *_, **__: None),
-        # The name is left undefined where Transformer Engine is missing, yet compared with None.
-        patch.object(moe_utils, "te_general_gemm", None, create=True),
         patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", counts_on_host),
         CudaIsCpu(),
     ):
