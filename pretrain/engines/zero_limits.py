@@ -1,34 +1,17 @@
-"""What of ZeRO is wanted, and what DeepSpeed cannot do: decided without it, before ranks meet."""
+"""What DeepSpeed cannot do: decided without it, before ranks meet."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from pretrain.config import Config
 from pretrain.errors import UserError
 from pretrain.layouts import Layout
+from pretrain.parallel_config import ZeroConfig
 
 
-@dataclass(frozen=True)
-class ZeroConfig:
-    """What ranks share out among all of them (Rajbhandari et al. 2020, arXiv:1910.02054).
-
-    Attributes:
-        stage: 1 the optimizer's state, 2 gradients too, 3 weights too.
-        offload_optimizer: to host memory, and update there (Ren et al. 2021, arXiv:2101.06840).
-        offload_parameters: to host memory, stage 3 only.
-        persistence_threshold: elements below which a weight stays whole on every rank in stage 3.
-    """
-
-    stage: int = 3
-    offload_optimizer: bool = False
-    offload_parameters: bool = False
-    persistence_threshold: int = 100_000
-
-
-def check_deepspeed(config: Config, layout: Layout, zero: ZeroConfig) -> None:
+def check_deepspeed(config: Config, layout: Layout) -> None:
     """Raise UserError with all that DeepSpeed cannot do, of a layout that is one of ours."""
     problems = [
-        *_zero_problems(zero),
+        *_zero_problems(config.parallel.zero),
         *_layout_problems(layout),
         *_run_problems(config),
     ]
@@ -40,10 +23,11 @@ def check_deepspeed(config: Config, layout: Layout, zero: ZeroConfig) -> None:
 
 
 def _zero_problems(zero: ZeroConfig) -> Iterator[str]:
-    if zero.stage not in (1, 2, 3):
-        yield f"ZeRO stage {zero.stage}: 1, 2 or 3"
     if zero.offload_parameters and zero.stage != 3:
-        yield f"offload_parameters with ZeRO stage {zero.stage}: weights are whole there; stage 3"
+        yield (
+            f"parallel.zero.offload_parameters with parallel.zero.stage = {zero.stage}: weights "
+            "are whole there; parallel.zero.stage=3"
+        )
 
 
 def _layout_problems(layout: Layout) -> Iterator[str]:
@@ -91,7 +75,14 @@ def _run_problems(config: Config) -> Iterator[str]:
     if parallel.offload != "none":
         yield (
             f"parallel.offload = {parallel.offload}: activations stay on the device; none, and "
-            "offload_optimizer or offload_parameters for the rest"
+            "parallel.zero.offload_optimizer or offload_parameters for the rest"
+        )
+    if parallel.dispatcher != "all_to_all":
+        yield f"parallel.dispatcher = {parallel.dispatcher}: no token is sent; all_to_all"
+    if config.eval.every:
+        yield (
+            f"eval.every = {config.eval.every}: nothing is evaluated while it trains; 0, and "
+            "`farspan eval RUN` afterwards"
         )
     if config.optim.in_backward or config.optim.state_dtype != "float32":
         yield "optim.in_backward and optim.state_dtype: ZeRO has neither; false and float32"

@@ -3,10 +3,10 @@
 from typing import Any
 
 from pretrain.config import Config
-from pretrain.engines.zero_limits import ZeroConfig
+from pretrain.parallel_config import ZeroConfig
 
 
-def deepspeed_config(config: Config, zero: ZeroConfig, data_ranks: int) -> dict[str, Any]:
+def deepspeed_config(config: Config, data_ranks: int) -> dict[str, Any]:
     """What `deepspeed.initialize` takes.
 
     Args:
@@ -17,7 +17,7 @@ def deepspeed_config(config: Config, zero: ZeroConfig, data_ranks: int) -> dict[
         "train_micro_batch_size_per_gpu": train.microbatch,
         "gradient_accumulation_steps": train.global_batch // (data_ranks * train.microbatch),
         "gradient_clipping": config.optim.clip or 0.0,
-        "zero_optimization": _zero(zero),
+        "zero_optimization": _zero(config.parallel.zero),
         # Optimizers other than its own: torch's AdamW is what our Trainer has.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
