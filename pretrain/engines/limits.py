@@ -55,6 +55,11 @@ def _run_problems(config: Config, layout: Layout) -> Iterator[str]:
         yield f"2 x parallel.cp = {2 * layout.cp} does not divide data.seq_len"
     if config.context.in_segments:
         yield "context.segments, or lanes: it computes rows whole"
+    if config.eval.every:
+        yield (
+            f"eval.every = {config.eval.every}: the loop evaluates the native engine's model; 0, "
+            "and `farspan eval RUN` for the checkpoints"
+        )
     if parallel.recompute not in ("none", "full"):
         yield f"parallel.recompute = {parallel.recompute}: none, or full for all layers"
     if parallel.offload != "none" or parallel.feed_forward_tile is not None:

@@ -38,6 +38,7 @@ def transformer_config(config: Config, layout: Layout) -> TransformerConfig:
         finalize_model_grads_func=finalize_model_grads,
         # The weights come from elsewhere.
         perform_initialization=False,
+        deterministic_mode=config.train.deterministic,
         use_cpu_initialization=not torch.cuda.is_available(),
         **_attention(model),
         **(_experts(model, layout) if model.moe.n_experts else {}),

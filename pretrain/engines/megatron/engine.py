@@ -1,8 +1,9 @@
-"""A model in megatron-core, with its schedules and its optimizer, trained as our Trainer does."""
+"""A model in megatron-core, with its schedules and its optimizer."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -17,35 +18,42 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
 from data_pipeline.stream import Batch
+from parallel.agreement import Copy
+from parallel.gradients import Norms, part_of, sum_squares
+from pretrain.balancing import RouterState
+from pretrain.checkpoint.contents import MODEL, OPTIMIZER, of_routers
+from pretrain.checkpoint.index import Index
+from pretrain.checkpoint.region import Region, held
 from pretrain.config import Config
-from pretrain.engines.limits import check_megatron
+from pretrain.engines.engine import GradientNorms, Measured
+from pretrain.engines.limits import check_megatron, stages_of_rank
+from pretrain.engines.megatron import router
 from pretrain.engines.megatron.config import optimizer_config, transformer_config
 from pretrain.engines.megatron.cpu import on_any_device
-from pretrain.engines.megatron.documents import PackedDocuments, shard_batch
-from pretrain.engines.megatron.router import begin_step, finish_step, routers_of
+from pretrain.engines.megatron.moments import MOMENTS, Moments
+from pretrain.engines.megatron.passes import forward_step, share_out
 from pretrain.engines.megatron.spec import block_spec
-from pretrain.engines.megatron.weights import fill, mark_shares, stored_weight, whole
-from pretrain.engines.metrics import StepMetrics
+from pretrain.engines.megatron.weights import (
+    Piece,
+    copy_groups,
+    fill,
+    follow_stored,
+    mark_shares,
+    pieces,
+    stored_weight,
+    whole,
+)
 from pretrain.layouts import Layout
 from pretrain.model.init import initial_values
+from pretrain.model.kernels.backends import make_deterministic
 from pretrain.model.kernels.cross_entropy import IGNORED
-from pretrain.model.transformer import Transformer
 from pretrain.objective import tokens_per_step
-from pretrain.parts import attention_cost
-
-
-@dataclass(frozen=True)
-class Microbatch:
-    """This rank's part of one: each [b, T / cp] int64."""
-
-    tokens: Tensor
-    labels: Tensor
-    position: Tensor
-    documents: PackedDocuments
+from pretrain.token_losses import LossGroups
 
 
 class MegatronEngine:
-    """The model of `config` on the ranks of `layout`, with the weights it starts from. Collective.
+    """The model of `config` on the ranks of `layout`, see `pretrain.engines.engine.Engine`.
+    Collective.
 
     Attributes:
         models: this rank's stages, as plain GPTModels.
@@ -55,23 +63,22 @@ class MegatronEngine:
         UserError: megatron-core cannot express the configuration; lists why.
     """
 
+    updates_in_clip = False
+
     @on_any_device()
     def __init__(self, config: Config, layout: Layout, device: torch.device) -> None:
         check_megatron(config, layout)
-        self.config, self.device = config, device
+        if config.train.deterministic:
+            make_deterministic()
+        self.config, self.layout, self.device = config, layout, device
         theirs = transformer_config(config, layout)
-        stages = theirs.virtual_pipeline_model_parallel_size
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tp,
-            pipeline_model_parallel_size=layout.pp,
-            virtual_pipeline_model_parallel_size=stages,
-            context_parallel_size=layout.cp,
-            expert_model_parallel_size=layout.ep,
-            expert_tensor_parallel_size=1,
-        )
+        _join_groups(config, layout)
         if device.type == "cuda":
             # Recomputation and Transformer Engine look for its generators.
             model_parallel_cuda_manual_seed(config.train.seed)
+        self.data_rank = int(parallel_state.get_data_parallel_rank())
+        self.data_ranks = int(parallel_state.get_data_parallel_world_size())
+        stages = theirs.virtual_pipeline_model_parallel_size
         numbers = [None] if stages is None else list(range(stages))
         self.models = [_build_stage(config, theirs, number).to(device) for number in numbers]
         for gpt in self.models:
@@ -81,40 +88,29 @@ class MegatronEngine:
         # Without these everything decays, norms too.
         overrides = get_standard_config_overrides(of_optimizer)
         self.optimizer = get_megatron_optimizer(of_optimizer, self.stages, overrides)
-        self.routers = routers_of(self.models)
-        # Now that there are the optimizer's copies in fp32.
-        self.initialize()
+        self.moments = Moments(self.optimizer)
+        self.pieces = [piece for gpt in self.models for piece in pieces(gpt, config.model)]
+        self.routers = RouterState(config.model.n_layers, config.model.moe)
+        self._routers = router.routers_of(self.models)
+        self._loss_groups = LossGroups(len(config.data.sources()), config.data.seq_len)
+        self._to_fill: Mapping[str, Tensor | Region] = {}
 
-    @property
-    def data_rank(self) -> int:
-        """This rank's place among those that take different rows of a global batch."""
-        return int(parallel_state.get_data_parallel_rank())
-
-    @property
-    def data_ranks(self) -> int:
-        return int(parallel_state.get_data_parallel_world_size())
-
+    @on_any_device()
     def initialize(self) -> None:
-        """The weights that our Trainer starts from, two whole ones in memory at a time."""
-        model = self.config.model
-        with torch.device("meta"):
-            shapes = {name: w.shape for name, w in Transformer(model).named_parameters()}
-
-        # A layer's experts are asked for one by one, and each of our two weights has all of them.
-        @lru_cache(maxsize=2)
-        def weight(name: str) -> Tensor:
-            region = tuple(slice(0, size) for size in shapes[name])
-            seed = self.config.train.seed
-            return initial_values(name, tuple(shapes[name]), region, model, seed, self.device)
-
-        for gpt in self.models:
-            fill(gpt, model, weight)
+        """Stand before the first step, with weights that follow from train.seed and their names."""
+        model, seed = self.config.model, self.config.train.seed
+        fill(
+            self.pieces,
+            lambda x: initial_values(x.name, x.shape, x.region, model, seed, self.device),
+        )
+        self.moments.forget()
+        self.routers.reset()
+        self._refresh()
 
     @on_any_device()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Take over whole weights under our names, from a checkpoint or of a Hugging Face model."""
-        for gpt in self.models:
-            fill(gpt, self.config.model, weights.__getitem__)
+        fill(self.pieces, lambda piece: weights[piece.name][piece.region])
 
     @on_any_device()
     def weights(
@@ -123,88 +119,225 @@ class MegatronEngine:
         """Whole weights under our names, or what `tensor` makes of each, on every rank.
         Collective.
         """
-        return whole(self.models, self.config.model, tensor)
-
-    def step(self, batch: Batch, lr: float) -> StepMetrics:
-        """One optimizer step. Collective.
-
-        Args:
-            batch: the rows of this data rank.
-        """
-        loss, loss_tokens = self.backward(batch)
-        return StepMetrics(loss, loss_tokens, self.update(lr))
+        return whole(self.pieces, self.models[0].pg_collection, tensor)
 
     @on_any_device()
-    def backward(self, batch: Batch) -> tuple[float, int]:
-        """Leave the gradient of a global batch in the weights' `main_grad`.
-
-        Returns:
-            The mean loss, and of how many tokens.
-        """
-        rows = [torch.from_numpy(x) for x in (batch.tokens, batch.labels, batch.position)]
-        loss_tokens = (rows[1] != IGNORED).sum().to(self.device)
+    def backward(self, batch: Batch, lr: float, numbers: Sequence[float] = ()) -> Measured:
+        """Leave the gradient of a global batch in the weights' `main_grad`, see `Engine`."""
+        self.discard()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = self.config.optim.weight_decay * group["wd_mult"]
+        loss_tokens = torch.tensor(int((batch.labels != IGNORED).sum()), device=self.device)
         dist.all_reduce(loss_tokens, group=parallel_state.get_data_parallel_group())
-        begin_step(self.routers, max(1, int(loss_tokens)), tokens_per_step(self.config))
-        for stage in self.stages:
-            stage.zero_grad_buffer()
-        # In fp32 `grad` is an alias of `main_grad`, which would be added to itself.
-        self.optimizer.zero_grad()
-        size, theirs = self.config.train.microbatch, self.models[0].config
-        microbatches = list(zip(*(x.split(size) for x in rows), strict=True))
-        iterators = [self._share(microbatches) for _ in self.models]
-        losses = get_forward_backward_func()(
-            forward_step_func=_forward_step,
+        count = max(1, int(loss_tokens))
+        router.begin_step(self._routers, count, tokens_per_step(self.config))
+        total = self._add_up(self._run_schedule(batch), numbers)
+        return self._measured(total, count)
+
+    def _run_schedule(self, batch: Batch) -> list[Tensor]:
+        """All passes; what each microbatch has recorded on a last stage."""
+        train, groups = self.config.train, self._loss_groups
+        group = parallel_state.get_context_parallel_group()
+        microbatches = share_out(self.config, batch, groups, group, self.device)
+        iterators = [iter(microbatches) for _ in self.models]
+        recorded: list[Tensor] = get_forward_backward_func()(
+            forward_step_func=partial(forward_step, groups),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.stages if len(self.stages) > 1 else self.stages[0],
             num_microbatches=len(microbatches),
             seq_length=self.config.data.seq_len,
-            micro_batch_size=size,
+            micro_batch_size=train.microbatch,
             forward_only=False,
         )
-        # Only a last stage has losses, and each rank of tp the same ones.
-        total = torch.stack([torch.zeros((), dtype=torch.float64, device=self.device), *losses])
-        loss = total.sum() / theirs.tensor_model_parallel_size
-        dist.all_reduce(loss)
-        return loss.item() / max(1, int(loss_tokens)), int(loss_tokens)
+        return recorded
+
+    def _add_up(self, recorded: Sequence[Tensor], numbers: Sequence[float]) -> Sequence[Tensor]:
+        """What all ranks have: `numbers`, losses, and what routers measured, on the host.
+        Collective.
+        """
+        model = self.config.model
+        of_routers = router.measured(self._routers, model.n_layers, model.moe)
+        losses = of_routers.new_zeros(1 + self._loss_groups.size)
+        losses = torch.stack([losses, *recorded]).sum(0)
+        # The ranks of tp have each seen the loss of all their tokens.
+        losses /= self.layout.tp
+        parts = [of_routers.new_tensor(numbers), losses, of_routers.flatten()]
+        total = torch.cat(parts)
+        dist.all_reduce(total)
+        return total.cpu().split([len(part) for part in parts])
+
+    def _measured(self, total: Sequence[Tensor], loss_tokens: int) -> Measured:
+        model = self.config.model
+        numbers, losses, of_routers = total
+        by_source, by_position = self._loss_groups.split(losses[1:])
+        of_layers = of_routers.view(-1, 4 + model.moe.n_experts)
+        places = max(1, tokens_per_step(self.config) * model.n_layers)
+        balance, z, entropy = (of_layers[:, :3].sum(0) / places).tolist()
+        return Measured(
+            loss=float(losses[0]) / loss_tokens,
+            loss_tokens=loss_tokens,
+            by_source=by_source,
+            by_position=by_position,
+            expert_counts=of_layers[:, 4:],
+            dropped=of_layers[:, 3],
+            numbers=numbers.tolist(),
+            aux_loss=balance,
+            z_loss=z,
+            router_entropy=entropy,
+        )
 
     @on_any_device()
-    def update(self, lr: float) -> float:
-        """Clip, and step the optimizer; the gradient's norm before clipping."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-            group["weight_decay"] = self.config.optim.weight_decay * group["wd_mult"]
-        _, grad_norm, _ = self.optimizer.step()
-        finish_step(self.routers)
-        return float(grad_norm)
+    @torch.no_grad()
+    def clip(self) -> GradientNorms:
+        """Scale the gradient down to a norm of `optim.clip`.
 
-    def state_dict(self) -> dict[str, Any]:
-        """What this rank needs to go on on the same layout."""
-        return {
-            "models": [gpt.state_dict() for gpt in self.models],
-            "optimizer": self.optimizer.state_dict(),
-            "routers": [router.previous for router in self.routers],
-        }
+        In the order and precision of `parallel.gradients.clip_gradients`: one sum over all ranks,
+        so that all scale by the same bits, where megatron-core takes one of dense weights and one
+        of experts.
+        """
+        self.optimizer.prepare_grads()
+        n_layers, of_weight = self.config.model.n_layers, self._piece_of_weight()
+        gradients: list[Any] = [stored_weight(weight).grad for weight in of_weight]
+        # `torch._foreach_norm` adds up one by one on a CPU: off by 4e-6 for 65536 elements.
+        squares = torch.stack([gradient.square().sum() for gradient in gradients]).double()
+        found = [
+            (part_of(piece.name, n_layers), self._copies(piece)) for piece in of_weight.values()
+        ]
+        part, copies = torch.tensor(found, device=squares.device).unbind(1)
+        parts = squares.new_zeros(n_layers + 2).index_add_(0, part, squares / copies)
+        norms = sum_squares(parts)
+        if self.config.optim.clip is not None:
+            scale = torch.clamp(self.config.optim.clip / (norms.whole + 1e-6), max=1.0).float()
+            torch._foreach_mul_(gradients, scale)
+        norm, *of_parts = torch.cat([norms.whole[None], norms.parts]).tolist()
+        return GradientNorms(norm, of_parts)
+
+    def _piece_of_weight(self) -> dict[nn.Parameter, Piece]:
+        """One of those that each weight has; they are all of one layer, and on the same ranks."""
+        return {weight: piece for piece in self.pieces for weight in piece.weights}
+
+    def _copies(self, piece: Piece) -> int:
+        return prod(group.size() for group in copy_groups(piece, self.config.model))
 
     @on_any_device()
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Stand where `state_dict` was called on this rank."""
-        for gpt, of_model in zip(self.models, state["models"], strict=True):
-            gpt.load_state_dict(of_model)
-        self.optimizer.load_state_dict(state["optimizer"])
-        for router, previous in zip(self.routers, state["routers"], strict=True):
-            router.previous.copy_(previous)
+    def update(self, measured: Measured) -> None:
+        """Step the optimizer, let the routers learn, and forget the gradient."""
+        self.optimizer.step_with_ready_grads()
+        self.routers.update(measured.expert_counts)
+        self._refresh()
+        self.discard()
+
+    def _refresh(self) -> None:
+        for number, of_layer in self._routers.items():
+            of_layer.frequencies.copy_(self.routers.frequencies[number])
+
+    @on_any_device()
+    def discard(self) -> None:
+        """Forget the gradient."""
+        for stage in self.stages:
+            stage.zero_grad_buffer()
+        # In fp32 `grad` is an alias of `main_grad`, which would be added to itself.
+        self.optimizer.zero_grad()
+
+    def begin_rows_anew(self) -> None:
+        """No row goes on with what one before it has left."""
+
+    @on_any_device()
+    def tensors(self) -> dict[str, Tensor | Region]:
+        """This rank's part of weights, moments and routers' state under our names, see `Engine`.
+
+        What lies in one piece here is no copy; of the rest there is one in host memory.
+        """
+        self.moments.begin()
+        named: dict[str, Tensor | Region] = dict(of_routers(self.routers.state_dict()))
+        for piece in self.pieces:
+            for name, of in self._kept_of(piece):
+                named[name] = Region(piece.take(of), piece.shape, piece.offsets)
+            named[_step_of(piece)] = self.moments.step(stored_weight(piece.weights[0]))
+        return named
+
+    def _kept_of(self, piece: Piece) -> Iterator[tuple[str, Callable[[nn.Parameter], Tensor]]]:
+        """What a run keeps of a piece, but for the number of steps, and where it is."""
+        yield f"{MODEL}{piece.name}", stored_weight
+        for which in MOMENTS:
+            yield f"{OPTIMIZER}{piece.name}.{which}", partial(self._moment, which)
+
+    def _moment(self, which: str, weight: nn.Parameter) -> Tensor:
+        return self.moments.moment(stored_weight(weight), which)
+
+    def tensors_to_fill(self, index: Index) -> Mapping[str, Tensor | Region]:
+        """Room for the same, of a checkpoint that any engine has written; where that has nothing of
+        an optimizer, as before the first step.
+        """
+        self._to_fill = self.tensors()
+        if not any(name.startswith(OPTIMIZER) for name in index.by_name):
+            self.moments.forget()
+            self._to_fill = {
+                name: x for name, x in self._to_fill.items() if not name.startswith(OPTIMIZER)
+            }
+        return self._to_fill
+
+    @on_any_device()
+    def take_over(self) -> None:
+        """Go on with what `tensors_to_fill` gave, now that it is filled."""
+        filled, self._to_fill = self._to_fill, {}
+        for piece in self.pieces:
+            for name, of in self._kept_of(piece):
+                if name in filled:
+                    piece.put(held(filled[name]), of)
+            if _step_of(piece) in filled:
+                for weight in piece.weights:
+                    self.moments.set_step(stored_weight(weight), held(filled[_step_of(piece)]))
+        follow_stored(self.pieces)
+        self._refresh()
+        self.discard()
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """What this rank stores of the weights, each expert by itself."""
+        for piece in self.pieces:
+            for number, view in enumerate(piece.views(stored_weight), piece.offsets[0]):
+                yield f"{piece.name}[{number}]" if piece.is_stacked else piece.name, view
+
+    def copies(self) -> Iterable[Copy]:
+        """Weights of data parallel ranks, and those that ranks of tp or both ends of a pipeline
+        have whole.
+        """
+        for piece in self.pieces:
+            groups = copy_groups(piece, self.config.model)
+            for number, view in enumerate(piece.views(stored_weight), piece.offsets[0]):
+                for group in groups:
+                    yield f"{piece.name}[{number}]" if piece.is_stacked else piece.name, view, group
+
+    def sent_bytes(self) -> Counter[tuple[str, str]] | None:
+        """They are not counted."""
+        return None
+
+    def weight_and_update_norms(self, lr: float) -> Norms | None:
+        """They are not taken."""
+        return None
 
     def close(self) -> None:
         """Give up the groups of ranks, so that another engine can be built."""
         parallel_state.destroy_model_parallel()
 
-    def _share(self, microbatches: list[tuple[Tensor, ...]]) -> Iterator[Microbatch]:
-        group = parallel_state.get_context_parallel_group()
-        cost = attention_cost(self.config.model)
-        for tokens, labels, position in microbatches:
-            batch = {"tokens": tokens.to(self.device), "labels": labels.to(self.device)}
-            mine, documents = shard_batch(batch, position, group, cost=cost)
-            yield Microbatch(**mine, documents=documents)
+
+def _join_groups(config: Config, layout: Layout) -> None:
+    stages = stages_of_rank(config, layout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=stages if stages > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=1,
+        # Made a timedelta of: parts of a minute count.
+        distributed_timeout_minutes=config.train.collective_timeout_s / 60,
+    )
+
+
+def _step_of(piece: Piece) -> str:
+    return f"{OPTIMIZER}{piece.name}.step"
 
 
 def _build_stage(config: Config, theirs: Any, vp_stage: int | None) -> Any:
@@ -228,21 +361,3 @@ def _wrap(gpt: Any, theirs: Any) -> Any:
     # Gradients are summed in fp32 whatever the model's dtype.
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
     return DistributedDataParallel(theirs, ddp, inner)
-
-
-def _forward_step(batches: Iterator[Microbatch], model: nn.Module) -> tuple[Tensor, Any]:
-    batch = next(batches)
-    losses = model(
-        batch.tokens,
-        batch.position,
-        None,
-        labels=batch.labels.clamp_min(0),
-        packed_seq_params=batch.documents,
-    )
-    return losses, partial(_loss_sum, batch.labels != IGNORED)
-
-
-def _loss_sum(is_predicted: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, the number of its tokens, and the loss for the record."""
-    total = (losses.float() * is_predicted).sum()
-    return total, is_predicted.sum().int(), total.detach().double()

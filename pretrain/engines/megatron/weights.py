@@ -1,23 +1,26 @@
 """The weights of our Transformer and of megatron-core's GPTModel, each from the other.
 
-A rank of megatron-core holds a part of the model, under names of its own: `fill` makes that part
-from the whole weights under our names, `whole` brings the parts of all ranks back under our names.
-Gradients are mapped as weights are.
+A rank of megatron-core holds a part of the model, under names of its own. It is made of `Piece`s,
+each a box out of one of our weights; gradients and what the optimizer keeps are mapped as weights
+are.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
 from pretrain.model.config import ModelConfig
 
 Weights = dict[str, Tensor]
-Named = Iterable[tuple[str, Tensor]]
+TensorOf = Callable[[nn.Parameter], Tensor]
+
+EMBEDDING = "embedding.weight"
 
 NORMS = {
     "input_layernorm.weight": "mixer_norm.weight",
@@ -85,24 +88,101 @@ def mark_shares(gpt: Any, model: ModelConfig) -> None:
             set_tensor_model_parallel_attributes(parameters[name], True, source.dim or 0, 1)
 
 
-def fill(gpt: Any, model: ModelConfig, weight: Callable[[str], Tensor]) -> None:
-    """Fill a GPTModel.
+@dataclass(frozen=True)
+class Piece:
+    """A box out of one of our weights, and where in this rank's weights its elements are.
 
-    Args:
-        weight: our whole weight of that name.
+    Attributes:
+        name, shape: of our weight, whole.
+        offsets, sizes: of the box, per dimension.
+        weights: of megatron-core, that it lies in; of stacked experts one for each.
+        dim: along which the ranks of tp have equal parts; None where each has all.
+        is_stacked: along the first dimension the ranks of ep have equal parts.
+        groups, first, rows: it is so many rows of each group of a weight's, from the first on.
     """
-    tp = gpt.pg_collection.tp
-    with torch.no_grad():
-        parameters = dict(gpt.named_parameters())
-        for name, source in sources(gpt, model).items():
-            pieces = [weight(ours) for ours in source.names]
-            if source.expert is not None:
-                pieces = [piece[source.expert] for piece in pieces]
-            joined = _interleave(pieces, source.groups)
-            if source.dim is not None:
-                joined = joined.chunk(tp.size(), source.dim)[tp.rank()]
-            for stored in {parameters[name], stored_weight(parameters[name])}:
-                stored.copy_(joined)
+
+    name: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    weights: tuple[nn.Parameter, ...]
+    dim: int | None = None
+    is_stacked: bool = False
+    groups: int = 1
+    first: int = 0
+    rows: int = 0
+
+    @property
+    def region(self) -> tuple[slice, ...]:
+        """Where in our weight the box is."""
+        bounds = zip(self.offsets, self.sizes, strict=True)
+        return tuple(slice(offset, offset + size) for offset, size in bounds)
+
+    def views(self, of: TensorOf) -> list[Tensor]:
+        """The elements, in what `of` has for each weight."""
+        tensors = [of(weight).detach() for weight in self.weights]
+        if not self.rows:
+            return tensors
+        return [x.unflatten(0, (self.groups, -1)).narrow(1, self.first, self.rows) for x in tensors]
+
+    def take(self, of: TensorOf) -> Tensor:
+        """The box: in place if it lies there in one piece, else a copy in host memory."""
+        views = self.views(of)
+        if len(views) == 1 and views[0].is_contiguous():
+            return views[0].view(self.sizes)
+        box = torch.empty(self.sizes, dtype=views[0].dtype)
+        for part, view in zip(self._parts(box), views, strict=True):
+            part.copy_(view)
+        return box
+
+    def put(self, box: Tensor, of: TensorOf) -> None:
+        """The inverse of `take`; does nothing where that was in place."""
+        for view, part in zip(self.views(of), self._parts(box), strict=True):
+            if view.data_ptr() != part.data_ptr():
+                view.copy_(part)
+
+    def _parts(self, box: Tensor) -> Iterable[Tensor]:
+        if self.is_stacked:
+            return box.unbind()
+        return [box.unflatten(0, (self.groups, -1)) if self.rows else box]
+
+
+def pieces(gpt: Any, model: ModelConfig) -> list[Piece]:
+    """What a GPTModel, or a rank's stage of one, has of our weights."""
+    parameters, found = dict(gpt.named_parameters()), []
+    experts: dict[str, dict[int, nn.Parameter]] = {}
+    for name, source in sources(gpt, model).items():
+        if source.expert is None:
+            found += _pieces_of(parameters[name], source, gpt.pg_collection.tp, model)
+        else:
+            experts.setdefault(source.names[0], {})[source.expert] = parameters[name]
+    for name, by_number in experts.items():
+        numbers = sorted(by_number)
+        each = tuple(by_number[number] for number in numbers)
+        inner = tuple(each[0].shape)
+        zeros = (0,) * len(inner)
+        sizes, shape = (len(numbers), *inner), (model.moe.n_experts, *inner)
+        found.append(Piece(name, shape, (numbers[0], *zeros), sizes, each, is_stacked=True))
+    return found
+
+
+def _pieces_of(weight: nn.Parameter, source: Source, tp: Any, model: ModelConfig) -> list[Piece]:
+    found, first, shares = [], 0, _rows(source, model)
+    # Of this rank; a weight that the ranks have copies of is one group.
+    groups = source.groups if source.dim is None else max(1, source.groups // tp.size())
+    unit = weight.shape[0] // (groups * sum(shares))
+    for name, share in zip(source.names, shares, strict=True):
+        sizes, offsets = list(weight.shape), [0] * weight.dim()
+        rows = 0 if len(shares) == 1 else share * unit
+        sizes[0] = groups * rows or sizes[0]
+        shape = list(sizes)
+        if source.dim is not None:
+            shape[source.dim] *= tp.size()
+            offsets[source.dim] = tp.rank() * sizes[source.dim]
+        box = (tuple(shape), tuple(offsets), tuple(sizes), (weight,))
+        found.append(Piece(name, *box, source.dim, groups=groups, first=first, rows=rows))
+        first += rows
+    return found
 
 
 def stored_weight(weight: nn.Parameter) -> Tensor:
@@ -111,51 +191,59 @@ def stored_weight(weight: nn.Parameter) -> Tensor:
     return stored
 
 
-def of_rank(gpt: Any, model: ModelConfig, tensors: Mapping[str, Tensor]) -> Weights:
-    """Our whole weights that this rank has a part of. Collective over tp and ep.
+def fill(mine: Sequence[Piece], box: Callable[[Piece], Tensor]) -> None:
+    """Set weights, and what the optimizer has copied of them.
 
     Args:
-        tensors: of each weight of `gpt`, itself or its gradient.
+        box: of a piece, in float32.
     """
-    groups = gpt.pg_collection
-    ours: Weights = {}
-    experts: dict[str, dict[int, Tensor]] = {}
-    for name, source in sources(gpt, model).items():
-        joined = tensors[name].detach()
-        if source.dim is not None:
-            joined = torch.cat(_gather(joined, groups.tp), source.dim)
-        if source.expert is not None:
-            (stacked,) = source.names
-            experts.setdefault(stacked, {})[source.expert] = joined
-            continue
-        pieces = _deinterleave(joined, _rows(source, model), source.groups)
-        ours |= dict(zip(source.names, pieces, strict=True))
-    for stacked, mine in experts.items():
-        local = torch.stack([mine[expert] for expert in sorted(mine)])
-        ours[stacked] = torch.cat(_gather(local, groups.ep))
-    return ours
+    for piece in mine:
+        piece.put(box(piece), stored_weight)
+    follow_stored(mine)
 
 
-def whole(
-    gpts: Iterable[Any],
-    model: ModelConfig,
-    tensor: Callable[[nn.Parameter], Tensor] = stored_weight,
-) -> Weights:
+def follow_stored(mine: Iterable[Piece]) -> None:
+    """Set weights to what the optimizer has of them, rounded to their type."""
+    for weight in {weight for piece in mine for weight in piece.weights}:
+        weight.detach().copy_(stored_weight(weight))
+
+
+def whole(mine: Iterable[Piece], groups: Any, of: TensorOf = stored_weight) -> Weights:
     """Our whole weights, on every rank. Collective.
 
     Args:
-        gpts: the stages of this rank.
-        tensor: what of each weight; a gradient, for example.
+        mine: of all stages of this rank.
+        groups: the `pg_collection` of a stage.
+        of: what of each weight; a gradient, for example.
     """
-    mine: Weights = {}
-    pp: Any = None
-    for gpt in gpts:
-        pp = gpt.pg_collection.pp
-        tensors = {name: tensor(weight) for name, weight in gpt.named_parameters()}
-        mine |= of_rank(gpt, model, tensors)
-    of_stages: list[Any] = [None] * pp.size()
-    dist.all_gather_object(of_stages, mine, group=pp)
+    weights: Weights = {}
+    for piece in mine:
+        box = piece.take(of).to(piece.weights[0].device)
+        if piece.is_stacked:
+            box = torch.cat(_gather(box, groups.ep))
+        elif piece.dim is not None:
+            box = torch.cat(_gather(box, groups.tp), piece.dim)
+        weights[piece.name] = box
+    of_stages: list[Any] = [None] * groups.pp.size()
+    dist.all_gather_object(of_stages, weights, group=groups.pp)
     return {name: weight for stage in of_stages for name, weight in stage.items()}
+
+
+def copy_groups(piece: Piece, model: ModelConfig) -> list[dist.ProcessGroup]:
+    """The groups of ranks that have the same piece; all ranks that do are their product."""
+    if piece.is_stacked:
+        return _of_several(parallel_state.get_expert_data_parallel_group())
+    groups = _of_several(parallel_state.get_data_parallel_group(with_context_parallel=True))
+    if piece.dim is None:
+        groups += _of_several(parallel_state.get_tensor_model_parallel_group())
+    if piece.name == EMBEDDING and model.tie_embeddings:
+        # The first and the last stage of a pipeline.
+        groups += _of_several(parallel_state.get_embedding_group())
+    return groups
+
+
+def _of_several(group: dist.ProcessGroup) -> list[dist.ProcessGroup]:
+    return [group] if group.size() > 1 else []
 
 
 def _source(gpt: Any, model: ModelConfig, name: str) -> Source:
@@ -163,9 +251,9 @@ def _source(gpt: Any, model: ModelConfig, name: str) -> Source:
     if name == "decoder.final_layernorm.weight":
         return Source(("norm.weight",))
     if name == "embedding.word_embeddings.weight":
-        return Source(("embedding.weight",), dim=0)
+        return Source((EMBEDDING,), dim=0)
     if name == "output_layer.weight":
-        return Source(("embedding.weight" if model.tie_embeddings else "lm_head.weight",), dim=0)
+        return Source((EMBEDDING if model.tie_embeddings else "lm_head.weight",), dim=0)
     _, _, index, leaf = name.split(".", 3)
     prefix = f"layers.{gpt.decoder.layers[int(index)].layer_number - 1}."
     if leaf == QKV:
@@ -200,19 +288,6 @@ def _rows(source: Source, model: ModelConfig) -> list[int]:
     heads = model.attention.n_heads // model.attention.n_kv_heads
     is_queries = ("attention.q_proj.weight", "attention.gate_proj.weight")
     return [heads if name.endswith(is_queries) else 1 for name in source.names]
-
-
-def _interleave(pieces: list[Tensor], groups: int) -> Tensor:
-    if len(pieces) == 1:
-        return pieces[0]
-    return torch.cat([piece.unflatten(0, (groups, -1)) for piece in pieces], 1).flatten(0, 1)
-
-
-def _deinterleave(weight: Tensor, rows: list[int], groups: int) -> list[Tensor]:
-    if len(rows) == 1:
-        return [weight]
-    grouped = weight.unflatten(0, (groups, sum(rows), -1))
-    return [piece.flatten(0, 2) for piece in grouped.split(rows, 1)]
 
 
 def _gather(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:

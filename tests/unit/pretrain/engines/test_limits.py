@@ -50,6 +50,7 @@ def test_what_it_can_do_passes(overrides: list[str]) -> None:
         (["parallel.feed_forward_tile=64"], "parallel.feed_forward_tile"),
         (["parallel.ep=2", "parallel.dispatcher=deepep"], "parallel.dispatcher = deepep"),
         (["optim.state_dtype=bfloat16"], "optim.state_dtype"),
+        (["eval.every=10"], "farspan eval RUN"),
     ],
 )
 def test_what_it_cannot_do_is_refused(overrides: list[str], told: str) -> None:
