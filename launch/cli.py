@@ -273,13 +273,44 @@ def generate(
     continue_prompt(run, prompt, max_new_tokens, temperature, top_k, seed)
 
 
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="A folder with weights, in any format of --from.")],
+    recipe: Recipe,
+    overrides: Overrides = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="The run to make (default: runs/RECIPE).")
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            help="The format: hf (safetensors), megatron (torch_dist of megatron-core) or "
+            "deepspeed (ZeRO, universal); default: what lies there.",
+        ),
+    ] = None,
+) -> None:
+    """Make a run that begins with the weights of others; `farspan train` goes on from there.
+
+    Its optimizer is new, and its data stands at the beginning. Checkpoints of DeepSpeed and of
+    megatron-core hold pickles, which run whatever code is in them: take those you trust.
+    """
+    from launch.importing import import_weights
+
+    import_weights(source, form, recipe, overrides or [], run_dir)
+
+
 @app.command()
 def export(
     run: Run,
     out: Annotated[Path, typer.Option(help="The folder to make.")],
-    to: Annotated[str, typer.Option(help="The format: hf.")] = "hf",
+    to: Annotated[
+        str, typer.Option(help="The format: hf, or megatron (torch_dist of megatron-core).")
+    ] = "hf",
 ) -> None:
-    """Write the newest checkpoint as safetensors, config and tokenizer that transformers loads."""
+    """Write the newest checkpoint for others: safetensors, config and tokenizer that transformers
+    loads, or a distributed checkpoint of megatron-core.
+    """
     from launch.inference import export_model
 
     export_model(run, to, out)

@@ -118,3 +118,8 @@ def _caches(scratch: str | None) -> list[Variable]:
         Variable("TORCHINDUCTOR_CACHE_DIR", f"{scratch}/inductor", why),
         Variable("TRITON_CACHE_DIR", f"{scratch}/triton", why),
     ]
+
+
+def use_no_gpu() -> None:
+    """Let what this process imports later work in the memory of the host, which has more room."""
+    os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from launch.environment import use_no_gpu
 from launch.progress import show_progress
 from launch.shared import run_shared
 from pretrain.config import read_run_config
@@ -96,9 +97,12 @@ def continue_prompt(
 
 def export_model(directory: Path, to: str, out: Path) -> None:
     """Write the newest checkpoint of a run in another format."""
-    if to != "hf":
-        raise UserError(f"--to {to} is not a format; allowed: hf")
+    use_no_gpu()
+    from parallel.mesh import alone
     from pretrain.checkpoint.export import export_newest
+    from pretrain.checkpoint.formats import writer_of
 
-    export_newest(RunDirectory(directory), out)
+    write = writer_of(to)
+    with alone():
+        export_newest(RunDirectory(directory), out, write)
     print(f"exported to {out}")

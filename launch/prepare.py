@@ -4,7 +4,7 @@ import json
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -23,19 +23,25 @@ from pretrain.evals.held_out_data import open_held_out
 from pretrain.run_dir import RunDirectory, write_atomically
 
 
-def prepare_run(config: Config, directory: Path, allowed: Sequence[str] = ()) -> RunDirectory:
+def prepare_run(
+    config: Config,
+    directory: Path,
+    allowed: Sequence[str] = (),
+    imported: Mapping[str, str] | None = None,
+) -> RunDirectory:
     """Write the resolved configuration, the tokenizer and what is known of the data.
 
     Args:
         allowed: settings that may differ from those the run has had, although they change its
             data, its model or its training.
+        imported: whose weights it is to begin with.
 
     Raises:
         UserError, DataError: the shards are not there, or the directory is in use, cannot be
             written, or holds a run with other settings; nothing has been changed then.
     """
     run = RunDirectory(directory.resolve())
-    config = _with_absolute_paths(config, run)
+    config = with_absolute_paths(config, run)
     if config.checkpoint.dir:
         # fsspec takes a while to import, and few need it here.
         from pretrain.checkpoint.target import Target
@@ -72,13 +78,16 @@ def prepare_run(config: Config, directory: Path, allowed: Sequence[str] = ()) ->
             run.done.unlink(missing_ok=True)
             run.cancelled.unlink(missing_ok=True)
             write_atomically(run.versions, json.dumps(_versions(), indent=1) + "\n")
+            if imported:
+                # Before there is a run that could be trained without them.
+                write_atomically(run.imported, json.dumps(imported) + "\n")
             write_atomically(run.config, config.to_yaml())
     except OSError as error:
         raise UserError(run.explain(error)) from None
     return run
 
 
-def _with_absolute_paths(config: Config, run: RunDirectory) -> Config:
+def with_absolute_paths(config: Config, run: RunDirectory) -> Config:
     """The run can be resumed and reported from any working directory."""
     config = with_sample(config)
     shards: Any

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launch.local import StopSignals
 from launch.report import write_report_of
-from pretrain.config import load_config
+from pretrain.config import Config, load_config
 from pretrain.engines.choice import check_engines
 from pretrain.errors import TrainingError, UserError
 from pretrain.run_dir import RunDirectory
@@ -29,13 +29,17 @@ def prepare(
 
     config = load_config(recipe, overrides)
     layouts = dict.fromkeys(map(str, check_engines(config, nproc)))
-    directory = run_dir or Path(config.run.dir or Path("runs") / Path(recipe).stem)
-    run = prepare_run(config, directory, allowed)
+    run = prepare_run(config, directory_of(config, recipe, run_dir), allowed)
     print(
         f"{recipe} on {nproc} ranks ({', then '.join(layouts)}), run directory {run.root}",
         flush=True,
     )
     return run
+
+
+def directory_of(config: Config, recipe: str, run_dir: Path | None) -> Path:
+    """Where a run of a recipe lies, unless `run_dir` says so."""
+    return run_dir or Path(config.run.dir or Path("runs") / Path(recipe).stem)
 
 
 def train_locally(run: RunDirectory, nproc: int, max_restarts: int, plain: bool = False) -> int:

@@ -1,6 +1,8 @@
 """Process groups: this module is the only place that creates them."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -31,6 +33,16 @@ def join_ranks(timeout: timedelta) -> torch.device:
         return device
     dist.init_process_group("gloo", **ranks)
     return torch.device("cpu")
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process is the only rank of a job, on the CPU."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 @dataclass(frozen=True)

@@ -213,6 +213,11 @@ class RunDirectory:
         return self.root / "saved.json"
 
     @property
+    def imported(self) -> Path:
+        """Whose weights the run begins with, of which the checkpoint of step 0 is made."""
+        return self.root / "imported.json"
+
+    @property
     def versions(self) -> Path:
         """Of Python, torch and farspan, and the git revision."""
         return self.root / "versions.json"
@@ -416,6 +421,7 @@ class RunDirectory:
         Raises:
             UserError: there has been one.
         """
+        self.refuse_initial_weights(target)
         if not self.saved.exists():
             return
         marker = json.loads(self.saved.read_text())
@@ -423,6 +429,21 @@ class RunDirectory:
             f"no checkpoint in {target}, but the run has saved step {marker['step']} in "
             f"{marker['checkpoints']}: is its file system there, and has checkpoint.dir changed? "
             f"Bring the checkpoints back to {target}; or remove {self.saved} to begin the run anew"
+        )
+
+    def refuse_initial_weights(self, target: str) -> None:
+        """Called where training would begin, and there is no checkpoint of step 0 in `target`.
+
+        Raises:
+            UserError: the run begins with the weights of others.
+        """
+        if not self.imported.exists():
+            return
+        source = json.loads(self.imported.read_text())["source"]
+        raise UserError(
+            f"no checkpoint in {target} that the run could begin with: its first weights are those "
+            f"of {source} ({self.imported}). If their import was cut short, the same `farspan "
+            "import` again completes it; later it takes another --run-dir"
         )
 
     def mark_stopped(self, step: int, attempt: int, reason: str) -> None:

@@ -1,33 +1,42 @@
-"""The newest checkpoint of a run as a folder that transformers loads."""
+"""The newest checkpoint of a run in a format of others."""
 
+import os
+import shutil
 from pathlib import Path
 
-from data_pipeline.stream import load_tokenizer
 from pretrain.balancing import RouterState
-from pretrain.checkpoint.hf import export
+from pretrain.checkpoint.formats import Write
+from pretrain.checkpoint.formats.hf import write as write_hf
+from pretrain.checkpoint.formats.weights import Weights
 from pretrain.checkpoint.trained import load_newest
 from pretrain.config import Config
+from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory
 
 
-def export_newest(run: RunDirectory, out: Path) -> tuple[int, Config]:
-    """Write the newest whole checkpoint to `out`, in float32.
+def export_newest(run: RunDirectory, out: Path, write: Write = write_hf) -> tuple[int, Config]:
+    """Write the newest whole checkpoint to `out`, in float32; a folder that is whole or absent.
+
+    Args:
+        write: of one of `formats.FORMATS`.
 
     Returns:
         Its step, and the configuration of the phase that it was trained in last.
 
     Raises:
-        UserError: not a run directory, no checkpoint yet, or no family of transformers has the
-            model.
+        UserError: not a run directory, no checkpoint yet, `out` is not empty, or the format does
+            not have the model.
     """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} is there and not empty; name another folder, or remove it")
     step, config, model = load_newest(run)
-    export(
-        config.model,
-        model.state_dict(),
-        run.tokenizer,
-        out,
-        eos_id=load_tokenizer(run.tokenizer).eos_id,
-        max_positions=config.data.seq_len,
-        selection_bias=RouterState.selection_bias_of(dict(model.layers)),
-    )
+    bias = RouterState.selection_bias_of(dict(model.layers))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    aside.mkdir()
+    try:
+        write(config, Weights(model.state_dict(), bias), run.tokenizer, aside)
+        aside.rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return step, config

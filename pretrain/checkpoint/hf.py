@@ -106,10 +106,7 @@ def load(directory: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    config_file = directory / "config.json"
-    if not config_file.is_file():
-        raise UserError(f"{config_file}: no such file; a Hugging Face model folder has one")
-    config = config_from_hf(json.loads(config_file.read_text()))
+    config = load_config(directory)
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise UserError(f"{directory}: no *.safetensors file; other weight formats are not read")
@@ -120,6 +117,22 @@ def load(directory: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         except SafetensorError as error:
             raise UserError(f"{file}: {error}; the file is damaged, fetch it again") from error
     return config, state_from_hf(config, weights)
+
+
+def load_config(directory: Path) -> ModelConfig:
+    """The configuration of a folder that transformers saved.
+
+    Raises:
+        UserError: the file is missing or damaged, or the model is not of a supported family.
+    """
+    file = directory / "config.json"
+    try:
+        fields = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; a Hugging Face model folder has one") from None
+    except ValueError as error:
+        raise UserError(f"{file}: {error}; the file is damaged, fetch it again") from None
+    return config_from_hf(fields)
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:

@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+from pretrain.checkpoint.formats.weights import refuse_other_shapes
 from pretrain.engines.megatron.cpu import on_any_device
 from pretrain.engines.megatron.engine import MegatronEngine
 from pretrain.errors import UserError
 
 SHOWN = 5
+# Optimizers, generators and the state of layers in fp8 are named otherwise.
+OF_A_MODEL = re.compile(r"(embedding|decoder|output_layer)\..*(?<!_extra_state)$")
 
 
 @on_any_device()
@@ -33,7 +37,7 @@ def load_model(engine: MegatronEngine, directory: Path) -> None:
     Collective.
 
     Raises:
-        UserError: it is no such checkpoint, or of another model; names what is missing.
+        UserError: it is no such checkpoint, or of another model; names what differs.
     """
     if not (directory / "metadata.json").is_file():
         raise UserError(
@@ -75,3 +79,17 @@ def _check(sharded: dict[str, Any], found: dict[str, Any], directory: Path) -> N
             f"{directory}: {len(missing)} tensors of this model are not there, "
             f"{', '.join(missing[:SHOWN])} among them; it is a checkpoint of another model"
         )
+    # megatron-core itself would cut an embedding that is larger, and pad one that is smaller.
+    parts = (
+        part
+        for tensor in tensors
+        for part in nested_values(tensor.build() if _is_factory(tensor) else [tensor])
+    )
+    stored = {
+        key: tuple(tensor.global_shape) for key, tensor in found.items() if OF_A_MODEL.match(key)
+    }
+    refuse_other_shapes(directory, stored, {x.key: tuple(x.global_shape) for x in parts})
+
+
+def _is_factory(tensor: ShardedTensor | ShardedTensorFactory) -> bool:
+    return isinstance(tensor, ShardedTensorFactory)
