@@ -1,4 +1,4 @@
-"""Our models on DeepSpeed's ZeRO and Ulysses, against our Trainer."""
+"""DeepSpeed's ZeRO and Ulysses as an engine, against the native one."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -17,13 +17,13 @@ from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.oracle
 
-OURS = Path(__file__).parents[1] / "oracle" / "our_cases.py"
-THEIRS = Path(__file__).with_name("deepspeed_cases.py")
+SCRIPT = Path(__file__).with_name("deepspeed_cases.py")
+AGAIN, NUMBER = slice(3, 6), 2.0**40
 SMALL = (
     "model.vocab_size=1024,model.d_model=64,model.d_ff=96,model.attention.head_dim=16,"
     "model.linear.key_dim=16,model.linear.value_dim=16,model.moe.d_expert=32,"
-    "model.moe.d_shared_expert=32,data.seq_len=64,train.global_batch=4,train.microbatch=1,"
-    "optim.clip=0.5"
+    "model.moe.d_shared_expert=32,data.seq_len=32,train.global_batch=6,train.microbatch=1,"
+    "train.dtype=float32,optim.clip=0.5"
 )
 MODELS = {
     "hybrid": SMALL,
@@ -32,65 +32,90 @@ MODELS = {
     "dense": f"{SMALL},model.moe.n_experts=0",
     "dropping": f"{SMALL},model.moe.balance=sequence,model.moe.capacity_factor=1",
 }
+# By default all weights of a small model would stay whole on every rank.
+ZERO = "train.engine=deepspeed,parallel.zero.persistence_threshold=0,parallel.zero.stage="
+OFFLOAD = ",parallel.zero.offload_optimizer=true"
 CASES = {
-    "zero1": ("hybrid", ""),
-    "zero2-offload": ("dense", ""),
-    "zero3-offload": ("softmax", ",parallel.recompute=full,parallel.feed_forward_tile=16"),
-    "zero3": ("hybrid", ""),
-    "zero2-ulysses": ("softmax", ",parallel.cp=2,parallel.ulysses=2"),
-    "zero3-cp": ("dropping", ",parallel.cp=2,parallel.recompute=selective"),
+    "zero1": ("hybrid", f"{ZERO}1"),
+    "zero2-offload": ("dense", f"{ZERO}2{OFFLOAD}"),
+    "zero3-offload": (
+        "softmax",
+        f"{ZERO}3{OFFLOAD},parallel.zero.offload_parameters=true,parallel.recompute=full,"
+        "parallel.feed_forward_tile=16",
+    ),
+    "zero3": ("hybrid", f"{ZERO}3"),
+    "zero2-ulysses": ("softmax", f"{ZERO}2,parallel.cp=2,parallel.ulysses=2"),
+    "zero3-cp": ("dropping", f"{ZERO}3,parallel.cp=2,parallel.recompute=selective"),
 }
-RESUMED = {f"{name}-resumed": CASES[name] for name in ("zero1", "zero2-offload", "zero3")}
+BF16 = {
+    "zero1-bf16": ("hybrid", f"{ZERO}1,train.dtype=bfloat16"),
+    "zero2-offload-bf16": ("hybrid", f"{ZERO}2{OFFLOAD},train.dtype=bfloat16"),
+    "zero3-bf16": ("hybrid", f"{ZERO}3,train.dtype=bfloat16"),
+}
+# Engine, model and checkpoint that it goes on from, on two ranks.
+SAME = {f"{name}-from-{name}": CASES[name] for name in ("zero1", "zero2-offload", "zero3")} | {
+    f"{name}-from-{name}": BF16[name] for name in ("zero1-bf16", "zero3-bf16")
+}
+THEIRS = {"zero3-from-their-zero3": CASES["zero3"], "zero3-from-their-zero1": CASES["zero3"]}
+OTHERS = {
+    "zero3-from-zero1": CASES["zero3"],
+    "zero1-from-native-hybrid": CASES["zero1"],
+    "zero3-offload-from-native-softmax": CASES["zero3-offload"],
+    # Weights that stay whole on every rank.
+    "whole-from-zero1-bf16": ("hybrid", "train.engine=deepspeed"),
+}
+ON_THREE_RANKS = {"three-from-zero1": CASES["zero3"], "three-from-zero3": CASES["zero1"]}
+ON_ONE_RANK = {
+    "native-from-zero3": ("hybrid", ""),
+    "native-from-zero3-offload": ("softmax", ""),
+    "zero1-from-their-zero1-universal": CASES["zero1"],
+    "zero3-from-their-zero3-universal": CASES["zero3"],
+}
 DENSE = (
     f"{SMALL},model.layer_pattern=[softmax],model.attention.output_gate=false,"
     "model.attention.rope_fraction=1,model.zero_centered_norm=false,model.moe.n_experts=0"
 )
-OTHERS = {
-    # Weights alone, of another stage.
-    "zero3-loaded": SMALL,
-    "zero3-transformers": DENSE,
-    "zero1-bf16": f"{SMALL},train.dtype=bfloat16",
-    "zero3-bf16": f"{SMALL},train.dtype=bfloat16",
-}
 IMPORTED = ["zero1", "zero2-ulysses", "zero3", "zero3-bf16"]
-ELASTIC = ["zero1", "zero2-ulysses", "zero3"]
 # Of fp32, by which bf16 rounds.
 BF16_TOLERANCE = 1e-3
 
 
 def run(
-    ranks: int, script: Path, shards: Path, folder: Path, cases: dict[str, str]
+    ranks: int, shards: Path, folder: Path, cases: dict[str, tuple[str, str]]
 ) -> dict[str, dict]:
-    run_on_ranks(ranks, script, *arguments(shards, folder, cases))
+    settings = {
+        name: f"{MODELS[model]},{more}".rstrip(",") for name, (model, more) in cases.items()
+    }
+    run_on_ranks(ranks, SCRIPT, *arguments(shards, folder, settings))
     return {name: torch.load(folder / f"{name}.pt") for name in cases}
 
 
 @pytest.fixture(scope="module")
-def ours(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    return run(1, OURS, shards, tmp_path_factory.mktemp("ours"), MODELS)
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("deepspeed")
+    return tmp_path_factory.mktemp("engines")
 
 
 @pytest.fixture(scope="module")
-def theirs(shards: Path, folder: Path) -> dict[str, dict]:
-    cases = {name: MODELS[model] + more for name, (model, more) in (CASES | RESUMED).items()}
-    return run(2, THEIRS, shards, folder, cases | OTHERS)
+def ours(shards: Path, folder: Path) -> dict[str, dict]:
+    found = run(1, shards, folder, {f"native-{model}": (model, "") for model in MODELS})
+    return {name.removeprefix("native-"): result for name, result in found.items()}
+
+
+@pytest.fixture(scope="module")
+def theirs(shards: Path, folder: Path, ours: dict[str, dict]) -> dict[str, dict]:
+    return run(2, shards, folder, CASES | BF16 | SAME | THEIRS | OTHERS)
 
 
 @pytest.fixture(scope="module")
 def universal(folder: Path, theirs: dict[str, dict]) -> None:
-    """NAME-universal beside the checkpoints of IMPORTED."""
+    """their-NAME-universal beside the checkpoints of IMPORTED."""
     from deepspeed.checkpoint import ds_to_universal
 
     for name in IMPORTED:
-        source = folder / "checkpoints" / name
+        source = folder / "checkpoints" / f"their-{name}"
         options = Namespace(
             input_folder=str(source / (source / "latest").read_text()),
-            output_folder=str(source.with_name(f"{name}-universal")),
+            output_folder=str(source.with_name(f"their-{name}-universal")),
             num_extract_workers=1,
             num_merge_workers=1,
             keep_temp_folder=False,
@@ -102,62 +127,108 @@ def universal(folder: Path, theirs: dict[str, dict]) -> None:
 
 @pytest.fixture(scope="module")
 def alone(shards: Path, folder: Path, universal: None) -> dict[str, dict]:
-    """What two ranks have saved, on one."""
-    return run(1, THEIRS, shards, folder, {f"{x}-universal": MODELS[CASES[x][0]] for x in ELASTIC})
+    return run(1, shards, folder, ON_ONE_RANK)
+
+
+@pytest.fixture(scope="module")
+def three(shards: Path, folder: Path, theirs: dict[str, dict]) -> dict[str, dict]:
+    return run(3, shards, folder, ON_THREE_RANKS)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_losses_gradients_and_weights_are_those_of_our_trainer(
+def test_ten_steps_are_those_of_the_native_engine(
     name: str, ours: dict[str, dict], theirs: dict[str, dict]
 ) -> None:
     reference, found = ours[CASES[name][0]], theirs[name]
     assert found["losses"] == pytest.approx(reference["losses"], rel=TOLERANCE)
+    assert found["norms"] == pytest.approx(reference["norms"], rel=TOLERANCE)
     assert_same(found["gradients"], reference["gradients"])
-    assert_same(found["weights"], reference["weights"])
-
-
-@pytest.mark.parametrize("name", RESUMED)
-def test_another_engine_goes_on_from_a_checkpoint(name: str, theirs: dict[str, dict]) -> None:
-    whole, resumed = theirs[name.removesuffix("-resumed")], theirs[name]
-    assert resumed["losses"] == whole["losses"][2:]
-    assert resumed["norms"] == whole["norms"][2:]
-    for weight, value in whole["weights"].items():
-        assert torch.equal(resumed["weights"][weight], value), weight
-    assert torch.equal(resumed["routers"]["frequencies"], whole["routers"]["frequencies"])
+    assert_same(found["saved"], reference["saved"])
+    assert torch.equal(found["routers"]["selection_bias"], reference["routers"]["selection_bias"])
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_an_engine_goes_back_to_a_checkpoint(name: str, theirs: dict[str, dict]) -> None:
-    assert theirs[name]["again"] == theirs[name]["losses"][2:]
-
-
-@pytest.mark.parametrize("name", ELASTIC)
-def test_other_ranks_go_on_from_a_universal_checkpoint(
-    name: str, ours: dict[str, dict], alone: dict[str, dict]
+def test_a_batch_measures_what_it_does_natively(
+    name: str, ours: dict[str, dict], theirs: dict[str, dict]
 ) -> None:
-    model = CASES[name][0]
-    found = alone[f"{name}-universal"]
-    assert found["losses"] == pytest.approx(ours[model]["losses"][2:], rel=TOLERANCE)
-    assert_same(found["weights"], ours[model]["weights"])
+    reference, found = ours[CASES[name][0]]["measured"], theirs[name]["measured"]
+    assert found["loss_tokens"] == reference["loss_tokens"]
+    for by in ("by_source", "by_position"):
+        for (loss, tokens), (wanted, wanted_tokens) in zip(found[by], reference[by], strict=True):
+            assert tokens == wanted_tokens
+            assert loss == pytest.approx(wanted, rel=TOLERANCE, nan_ok=True)
+    for part in ("aux_loss", "z_loss", "router_entropy"):
+        assert found[part] == pytest.approx(reference[part], rel=TOLERANCE)
+    assert torch.equal(found["expert_counts"], reference["expert_counts"])
+    assert torch.equal(found["dropped"], reference["dropped"])
+    assert bool(found["dropped"].any()) == (name == "zero3-cp")
+    assert found["numbers"] == [2 * NUMBER + 1]
 
 
-@pytest.mark.parametrize("name", [*CASES, "zero1-bf16", "zero3-bf16"])
-def test_first_weights_are_those_of_our_trainer(name: str, theirs: dict[str, dict]) -> None:
-    model = model_of(MODELS[CASES.get(name, ("hybrid", ""))[0]])
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_keep_what_the_stage_leaves_them(name: str, theirs: dict[str, dict]) -> None:
+    assert theirs[name]["stored"] == (1 if "zero3" in name else 2)
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_another_engine_goes_on_from_a_checkpoint(name: str, theirs: dict[str, dict]) -> None:
+    assert_goes_on(theirs[name], theirs[name.partition("-from-")[0]])
+
+
+def test_an_engine_goes_on_from_a_checkpoint_of_deepspeed(theirs: dict[str, dict]) -> None:
+    assert_goes_on(theirs["zero3-from-their-zero3"], theirs["zero3"])
+    assert (
+        "saved by 2 ranks with ZeRO stage 1 or 2, and here are 2 with stage 3"
+        in theirs["zero3-from-their-zero1"]["refused"]
+    )
+
+
+def assert_goes_on(resumed: dict, whole: dict) -> None:
+    """With the same bits, for three steps."""
+    assert resumed["losses"] == whole["losses"][AGAIN]
+    assert resumed["norms"] == whole["norms"][AGAIN]
+    for weight, value in whole["weights"].items():
+        assert torch.equal(resumed["weights"][weight], value), weight
+    for name, value in whole["routers"].items():
+        assert torch.equal(resumed["routers"][name], value), name
+
+
+@pytest.mark.parametrize("name", [*CASES, *BF16])
+def test_an_engine_whose_state_is_lost_goes_back_to_a_checkpoint(
+    name: str, theirs: dict[str, dict]
+) -> None:
+    assert_goes_on(theirs[name]["again"], theirs[name])
+
+
+@pytest.mark.parametrize("name", OTHERS | ON_THREE_RANKS | ON_ONE_RANK)
+def test_others_go_on_from_a_checkpoint(
+    name: str,
+    ours: dict[str, dict],
+    theirs: dict[str, dict],
+    three: dict[str, dict],
+    alone: dict[str, dict],
+) -> None:
+    found = (theirs | three | alone)[name]
+    reference = ours[(OTHERS | ON_THREE_RANKS | ON_ONE_RANK)[name][0]]
+    tolerance = BF16_TOLERANCE if "bf16" in name else TOLERANCE
+    assert found["losses"] == pytest.approx(reference["losses"][AGAIN], rel=tolerance)
+    assert found["norms"] == pytest.approx(reference["norms"][AGAIN], rel=5 * tolerance)
+
+
+@pytest.mark.parametrize("name", [*CASES, *BF16])
+def test_first_weights_are_those_of_the_native_engine(name: str, theirs: dict[str, dict]) -> None:
+    model = model_of(MODELS[(CASES | BF16)[name][0]])
     whole = Transformer(model)
     initialize(whole, model, seed=0)
     for weight, value in whole.state_dict().items():
         assert torch.equal(theirs[name]["first_weights"][weight], value), weight
 
 
-@pytest.mark.parametrize("name", ["zero1-bf16", "zero3-bf16"])
+@pytest.mark.parametrize("name", BF16)
 def test_losses_in_bf16_follow_those_in_fp32(
     name: str, ours: dict[str, dict], theirs: dict[str, dict]
 ) -> None:
-    found = theirs[name]
-    assert found["losses"] == pytest.approx(ours["hybrid"]["losses"], rel=BF16_TOLERANCE)
-    # Which bf16 would round.
-    assert all(counted.dtype == torch.float32 for counted in found["frequencies"])
+    assert theirs[name]["losses"] == pytest.approx(ours["hybrid"]["losses"], rel=BF16_TOLERANCE)
 
 
 def model_of(overrides: str) -> ModelConfig:
@@ -171,7 +242,9 @@ def test_weights_are_imported(
 ) -> None:
     from pretrain.engines.deepspeed.checkpoint import import_checkpoint
 
-    source = folder / "checkpoints" / (name if form == "of ranks" else f"{name}-universal")
+    source = folder / "checkpoints" / f"their-{name}"
+    if form == "universal":
+        source = source.with_name(f"their-{name}-universal")
     model = model_of(MODELS["softmax" if "ulysses" in name else "hybrid"])
     found = import_checkpoint(source, model)
     assert found.weights.keys() == theirs[name]["saved"].keys()
@@ -181,24 +254,13 @@ def test_weights_are_imported(
     assert bool(found.selection_bias.any()) == ("ulysses" in name)
 
 
-def test_weights_of_another_stage_are_taken_over(
-    ours: dict[str, dict], theirs: dict[str, dict]
-) -> None:
-    found = theirs["zero3-loaded"]
-    assert found["losses"] == pytest.approx(ours["hybrid"]["losses"][2:], rel=TOLERANCE)
-    for weight, value in theirs["zero1"]["saved"].items():
-        assert torch.equal(found["weights"][weight], value), weight
-    assert (
-        "saved by 2 ranks with ZeRO stage 1 or 2, and here are 2 with stage 3" in found["refused"]
-    )
-
-
-def test_a_model_of_transformers_is_imported(folder: Path, theirs: dict[str, dict]) -> None:
+def test_a_model_of_transformers_is_imported(shards: Path, folder: Path) -> None:
     from pretrain.engines.deepspeed.checkpoint import import_checkpoint
 
-    found, config = theirs["zero3-transformers"], model_of(DENSE)
+    run_on_ranks(2, SCRIPT, *arguments(shards, folder, {"transformers": DENSE}))
+    found, config = torch.load(folder / "transformers.pt"), model_of(DENSE)
     model = Transformer(config)
-    source = folder / "checkpoints" / "zero3-transformers"
+    source = folder / "checkpoints" / "transformers"
     model.load_state_dict(import_checkpoint(source, config).weights)
     torch.testing.assert_close(model(found["tokens"]).value, found["logits"])
 
@@ -207,8 +269,12 @@ def test_a_model_of_transformers_is_imported(folder: Path, theirs: dict[str, dic
     ("path", "overrides", "reason"),
     [
         ("nothing", SMALL, "neither a file `latest`"),
-        ("zero1", f"{SMALL},model.n_layers=8", "weights are missing: layers.4"),
-        ("zero1", f"{SMALL},model.d_ff=48,model.vocab_size=512", "embedding.weight has 65536 elem"),
+        ("their-zero1", f"{SMALL},model.n_layers=8", "weights are missing: layers.4"),
+        (
+            "their-zero1",
+            f"{SMALL},model.d_ff=48,model.vocab_size=512",
+            "embedding.weight has 65536 elem",
+        ),
     ],
 )
 def test_what_is_no_checkpoint_of_the_model_is_refused(

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from pretrain.config import Config
+from pretrain.engines.native import NativeEngine
 from pretrain.run_dir import RunDirectory
 from pretrain.trainer import Trainer
 from tests.oracle.cases import STEPS, run_cases
@@ -28,16 +29,20 @@ def whole(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 def run_case(_: str, config: Config, device: torch.device) -> dict[str, Any]:
     trainer = Trainer(config, RunDirectory(Path("nowhere")), device)
+    engine = trainer.engine
+    assert isinstance(engine, NativeEngine)
     losses, gradients = [], {}
     for step in range(STEPS):
-        measured, _ = trainer.backward(trainer.read_batch())
+        measured = trainer.backward(trainer.read_batch())[0]
         losses.append(measured.loss)
         if step == 0:
             gradients = whole(
-                (name, w.grad) for name, w in trainer.engine.weights.named_parameters()
+                (name, w.grad)
+                for name, w in engine.weights.named_parameters()
+                if w.grad is not None
             )
         trainer.finish_step(measured)
-    weights = whole(trainer.engine.weights.named_parameters())
+    weights = whole(engine.weights.named_parameters())
     return {"losses": losses, "gradients": gradients, "weights": weights}
 
 
