@@ -206,6 +206,8 @@ class DeepSpeedEngine:
         # Without the latter ds_to_universal refuses ZeRO 1 and 2.
         version = {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}
         state = {"routers": self.routers.state_dict(), UNIVERSAL_CHECKPOINT_INFO: version}
+        # It has counted refused steps as well, and none of those before this process.
+        self.engine.global_steps = self._state.steps()
         self.engine.save_checkpoint(str(directory), client_state=state)
 
     def load(self, directory: Path) -> None:

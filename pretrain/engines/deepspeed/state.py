@@ -65,9 +65,13 @@ class ZeroState:
         for name, weight in self._weights.items():
             self._write(weight, value(name).to(self._device, torch.float32))
 
+    def steps(self) -> int:
+        """How often the weights have been updated."""
+        return int(self._of(self._flat()[0])["step"].item())
+
     def tensors(self) -> dict[str, Tensor | Region]:
         """What this rank has of all of it. Collective."""
-        step = self._of(self._flat()[0])["step"].detach().float().cpu()
+        step = torch.tensor(float(self.steps()))
         found: dict[str, Tensor | Region] = {}
         for name, weight in self._weights.items():
             for key, whole in self._whole(name, weight):
