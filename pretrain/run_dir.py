@@ -421,7 +421,6 @@ class RunDirectory:
         Raises:
             UserError: there has been one.
         """
-        self.refuse_initial_weights(target)
         if not self.saved.exists():
             return
         marker = json.loads(self.saved.read_text())

@@ -133,6 +133,7 @@ class Trainer:
         if progress:
             self.engine.take_over()
         else:
+            self._run.refuse_initial_weights(str(self.store.target))
             if self._is_owner:
                 self._run.refuse_to_begin_anew(str(self.store.target))
             self.engine.initialize()

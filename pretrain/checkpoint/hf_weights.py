@@ -1,5 +1,6 @@
 """Our state dict under the names and in the layout of the hub's Qwen3 checkpoints, and back."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -47,6 +48,32 @@ def state_from_hf(config: ModelConfig, state: State) -> dict[str, Tensor]:
             rule.ours, rule.to_ours([state[name] for name in rule.theirs]), strict=True
         )
     }
+
+
+def expert_by_expert(config: ModelConfig, state: State) -> dict[str, Tensor]:
+    """A state dict of transformers' own model, which stacks experts, as the hub has it.
+
+    What is not of the model's size stays as it is.
+
+    Args:
+        state: its names may have a prefix, and its tensors may be flat.
+    """
+    n_experts, d_expert, d_model = config.moe.n_experts, config.moe.d_expert, config.d_model
+    stacked = {
+        "gate_up_proj": (("gate", "up"), (n_experts, 2, d_expert, d_model)),
+        "down_proj": (("down",), (n_experts, 1, d_model, d_expert)),
+    }
+    single = {}
+    for name, tensor in state.items():
+        experts, _, leaf = name.rpartition(".")
+        parts, shape = stacked.get(leaf, ((), ()))
+        if experts.endswith(".experts") and parts and tensor.numel() == math.prod(shape):
+            for expert, weights in enumerate(tensor.reshape(shape)):
+                for part, weight in zip(parts, weights, strict=True):
+                    single[f"{experts}.{expert}.{part}_proj.weight"] = weight
+        else:
+            single[name] = tensor
+    return single
 
 
 @dataclass(frozen=True)

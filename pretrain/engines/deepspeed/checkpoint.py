@@ -11,7 +11,7 @@ import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor
 
-from pretrain.checkpoint.hf_weights import state_from_hf, state_to_hf
+from pretrain.checkpoint.hf_weights import expert_by_expert, state_from_hf, state_to_hf
 from pretrain.errors import UserError
 from pretrain.model.config import ModelConfig
 from pretrain.model.transformer import Transformer
@@ -47,7 +47,8 @@ def import_checkpoint(directory: Path, model: ModelConfig) -> Imported:
     with torch.device("meta"):
         empty = Transformer(model).state_dict()
     if (prefix := _prefix_of(HUGGING_FACE, state)) is not None:
-        theirs = _in_shape(state, prefix, state_to_hf(model, empty), step)
+        single = expert_by_expert(model, state)
+        theirs = _in_shape(single, prefix, state_to_hf(model, empty), step)
         return Imported(state_from_hf(model, theirs), None)
     if (prefix := _prefix_of(OURS, state)) is None:
         raise UserError(
