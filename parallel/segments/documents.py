@@ -39,6 +39,12 @@ class SegmentDocuments(SplitDocuments):
         groups = replace(self, layouts=self.rows_seen).groups()
         return groups, (self.number - self.first_seen) * size
 
+    def forget_plans(self) -> None:
+        """Give back what was made for this pass: kept among tensors that come and go, the small
+        ones of all segments would leave holes in the heap.
+        """
+        self._plans.clear()
+
     def rows_in_the_middle(self, device: torch.device) -> torch.Tensor:
         """[B] bool: whether the row begins in the middle of a document."""
         earlier = [layout.earlier > 0 for layout in self.layouts]

@@ -92,18 +92,23 @@ class Handed:
     """What segments have handed on under one name, and the gradients of it, by segment.
 
     Attributes:
-        values: those that are not in a store lie in `block`.
+        values: in a store; those of None lie in `block`.
         block: the memory of all values. By themselves, small tensors that stay among large ones
-            that come and go would leave holes in the heap, many times their size.
+            that come and go would leave holes in the heap, many times their size; already the
+            header of a tensor does.
     """
 
-    values: dict[int, Tensor | Handle] = field(default_factory=dict)
+    values: dict[int, Handle | None] = field(default_factory=dict)
     gradients: dict[int, Tensor] = field(default_factory=dict)
     block: Tensor | None = None
 
     def value(self, segment: int) -> Tensor:
-        value = self.values[segment]
-        return value.detach() if isinstance(value, Tensor) else value.get()
+        handle = self.values[segment]
+        if handle is not None:
+            return handle.get()
+        assert self.block is not None
+        # `data`, as a graph that holds another value must not take a new one for a change of it.
+        return self.block.data[segment]
 
     def keep(self, segment: int, segments: int, value: Tensor, store: Store | None) -> None:
         if store is not None and value.nbytes >= SMALLEST_BYTES and store.moves(value):
@@ -112,8 +117,8 @@ class Handed:
             return
         if self.block is None:
             self.block = value.new_empty(segments, *value.shape)
-        # `data`, as a graph that holds another value must not take this one for a change of it.
-        self.values[segment] = self.block.data[segment].copy_(value)
+        self.block.data[segment].copy_(value)
+        self.values[segment] = None
 
     def take(self, segment: int, complete: Callable[[Tensor], Tensor] | None, leaf: Tensor) -> None:
         """Add the gradient that a later segment has found; float32 or wider, as many may."""

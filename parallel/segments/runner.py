@@ -79,6 +79,7 @@ class SegmentedStage:
         with torch.no_grad():
             for tokens, _, segment in group[:-1]:
                 self.stage(tokens, None, segment)
+                segment.forget_plans()
                 _return_freed_memory(segment.number)
         for tokens, labels, segment in reversed(group):
             # FSDP reduces the gradient after each segment: kept until the last, it would be whole.
@@ -86,6 +87,7 @@ class SegmentedStage:
             self.trained.append(segment.number)
             # The group's last has now left what the next group begins with.
             memory.is_kept = False
+            segment.forget_plans()
             _return_freed_memory(segment.number)
 
 
