@@ -11,6 +11,7 @@ from parallel.segments.memory import SegmentMemory
 from tests.ranks import run_on_ranks
 
 CASES = Path(__file__).with_name("segment_cases.py")
+LONG_CASE = Path(__file__).with_name("long_case.py")
 ALLOWED = 1e-12
 
 
@@ -32,6 +33,17 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Errors]:
 def test_the_gradient_is_exact(errors: dict[int, Errors], ranks: int) -> None:
     exact = errors[ranks]["exact"]
     assert not {case: error for case, error in exact.items() if not error <= ALLOWED}
+
+
+@pytest.mark.parametrize("tokens", [4096, pytest.param(65536, marks=pytest.mark.slow)])
+def test_the_gradient_of_a_long_row_with_full_attention_is_exact(
+    tokens: int, tmp_path: Path
+) -> None:
+    run_on_ranks(1, LONG_CASE, str(tokens), "8", str(tmp_path / "found.json"))
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["error"] <= ALLOWED
+    # No weight's gradient is nothing.
+    assert found["least norm"] > 1e-6
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
