@@ -70,10 +70,11 @@ def check_context(config: "Config") -> None:
         )
     model = config.model
     if "sliding" in model.layer_kinds() and model.attention.window > size:
+        fit = [n for n in range(1, segments) if _is_cut_well(seq_len, n, model.attention.window)]
+        wish = f"take {max(fit)} segments, or a smaller window" if fit else "take a smaller window"
         raise UserError(
             f"model.attention.window = {model.attention.window} is larger than a segment of "
-            f"data.seq_len / context.segments = {size} tokens: take at most "
-            f"{seq_len // model.attention.window} segments, or a smaller window"
+            f"data.seq_len / context.segments = {size} tokens: {wish}"
         )
     if config.parallel.pp > 1:
         raise UserError(
@@ -104,6 +105,12 @@ def check_context(config: "Config") -> None:
             f"{model.moe.capacity_factor}: which slots of a row are dropped is decided over the "
             "whole row; take null, which drops none"
         )
+
+
+def _is_cut_well(seq_len: int, segments: int, window: int) -> bool:
+    """Whether segments have whole chunks, and a window at most."""
+    size, rest = divmod(seq_len, segments)
+    return not rest and not size % CHUNK and size >= window
 
 
 def _check_lanes(config: "Config") -> None:

@@ -16,7 +16,11 @@ ROW = ["data.seq_len=1024", "context.segments=4"]
         (["data.seq_len=100", "context.segments=2"], ["make data.seq_len a multiple of 64"]),
         (
             ["model.layer_pattern=[linear, sliding]", "model.attention.window=300"],
-            ["window = 300", "256 tokens", "at most 3 segments"],
+            ["window = 300", "256 tokens", "take 2 segments, or a smaller window"],
+        ),
+        (
+            ["model.layer_pattern=[linear, sliding]", "model.attention.window=2000"],
+            ["window = 2000", "256 tokens: take a smaller window"],
         ),
         (["parallel.pp=2"], ["parallel.pp = 2", "cp, ep or dp_shard"]),
         (["parallel.cp=2", "parallel.ulysses=2"], ["parallel.ulysses=1"]),
