@@ -45,18 +45,19 @@ Described = tuple[Config, list[dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Change:
-    """A setting with another value than in the attempt before."""
+    """A setting with another value than in the attempt before.
+
+    Attributes:
+        is_free: whether neither the data, nor the model, nor how it is trained is another.
+    """
 
     setting: str
     before: Any
     now: Any
+    is_free: bool
 
     def __str__(self) -> str:
         return f"{self.setting}: {self.before!r} -> {self.now!r}"
-
-    @property
-    def is_free(self) -> bool:
-        return _is_free(self.setting)
 
     @property
     def is_of_other_data(self) -> bool:
@@ -73,8 +74,12 @@ class Change:
 def find_changes(before: Described, now: Described) -> list[Change]:
     """All settings that differ; shards are compared by what they hold, not where they lie."""
     old, new = _settings(*before), _settings(*now)
+    # Then a row's gradient is the same, however it is cut.
+    contexts = [config.context for config, _ in (before, now)]
+    are_exact = all(context.gradient == "exact" and context.carry for context in contexts)
+    free = {"context.segments"} if are_exact else set()
     return [
-        Change(setting, old.get(setting), new.get(setting))
+        Change(setting, old.get(setting), new.get(setting), setting in free or _is_free(setting))
         for setting in sorted(old.keys() | new.keys())
         if old.get(setting) != new.get(setting)
     ]

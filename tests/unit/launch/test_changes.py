@@ -39,6 +39,22 @@ def test_length_logging_and_layout_may_always_change(prepare) -> None:
     assert "steps: 7" in run.config.read_text()
 
 
+def test_segments_may_change_where_the_gradient_is_that_of_the_whole_row(prepare) -> None:
+    long = ("data.seq_len=512", "context.segments=4")
+    run = prepare(*long)
+    prepare("data.seq_len=512", "context.segments=2")
+    assert "segments: 2" in run.config.read_text()
+    with pytest.raises(UserError, match=r"(?s)context.gradient: .*context.segments: 2 -> 4"):
+        prepare(*long, "context.gradient=detach")
+
+
+@pytest.mark.parametrize("cut", ["context.gradient=2", "context.carry=false"])
+def test_segments_that_decide_what_is_learned_may_not_change(prepare, cut: str) -> None:
+    prepare("data.seq_len=512", cut, "context.segments=4")
+    with pytest.raises(UserError, match=r"context\.segments: 4 -> 2"):
+        prepare("data.seq_len=512", cut, "context.segments=2")
+
+
 def test_a_change_that_matters_needs_its_own_permission_and_is_written_down(
     prepare, capsys: pytest.CaptureFixture[str]
 ) -> None:
