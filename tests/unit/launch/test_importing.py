@@ -143,3 +143,19 @@ def test_another_tokenizer_is_refused(theirs: Path, imports: Import, shards: Pat
         imports(theirs, *settings)
     finally:
         tokenizer.unlink()
+
+
+def test_an_export_is_whole_or_absent(theirs: Path, imports: Import, tmp_path: Path) -> None:
+    run = imports(theirs, *fitting(imports, theirs))
+    out = tmp_path / "exports" / "one"
+
+    def fail(*_: object) -> None:
+        (next(out.parent.iterdir()) / "half").touch()
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        export_newest(run, out, fail)
+    assert not list(out.parent.iterdir())
+    export_newest(run, out)
+    with pytest.raises(UserError, match=r"one is there and not empty; name another folder"):
+        export_newest(run, out)
