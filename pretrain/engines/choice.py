@@ -14,7 +14,7 @@ def check_engine(config: Config, layout: Layout) -> None:
     engine = config.train.engine
     if engine != "deepspeed" and config.parallel.zero != ZeroConfig():
         raise UserError(
-            f"parallel.zero says how DeepSpeed shares out a model, and train.engine = {engine}: "
+            f"parallel.zero with train.engine = {engine}: it is DeepSpeed's alone; "
             "set train.engine=deepspeed, or leave parallel.zero as it is by default"
         )
     if engine == "megatron":

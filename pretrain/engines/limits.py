@@ -61,11 +61,11 @@ def _run_problems(config: Config, layout: Layout) -> Iterator[str]:
             "and `farspan eval RUN` for the checkpoints"
         )
     if parallel.recompute not in ("none", "full"):
-        yield f"parallel.recompute = {parallel.recompute}: none, or full for all layers"
+        yield f"parallel.recompute = {parallel.recompute}: it recomputes whole layers; none or full"
     if parallel.offload != "none" or parallel.feed_forward_tile is not None:
         yield "parallel.offload and parallel.feed_forward_tile: it has no such thing"
     if parallel.dispatcher != "all_to_all":
-        yield f"parallel.dispatcher = {parallel.dispatcher}: all_to_all"
+        yield f"parallel.dispatcher = {parallel.dispatcher}: its experts have their own; all_to_all"
     if config.optim.in_backward or config.optim.state_dtype != "float32":
         yield "optim.in_backward and optim.state_dtype: its AdamW has neither; false and float32"
 
