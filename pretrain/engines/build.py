@@ -1,5 +1,7 @@
 """The engine of a run on its ranks."""
 
+import warnings
+
 import torch
 
 from pretrain.config import Config
@@ -15,6 +17,8 @@ def build_engine(config: Config, layout: Layout, device: torch.device) -> Engine
         UserError: it cannot do what is wanted, or its extra is not installed.
     """
     check_engine(config, layout)
+    # Of megatron-core and DeepSpeed, at each of their collectives.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     match config.train.engine:
         case "native":
             from pretrain.engines.native import NativeEngine
