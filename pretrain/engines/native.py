@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -25,6 +26,7 @@ from pretrain.checkpoint.contents import OPTIMIZER, of_optimizer, of_routers, of
 from pretrain.checkpoint.index import Index
 from pretrain.config import Config
 from pretrain.engines.engine import GradientNorms, Measured
+from pretrain.engines.sums import measured_by, sum_over_ranks
 from pretrain.errors import UserError
 from pretrain.lane_state import LaneState
 from pretrain.layouts import Layout
@@ -32,7 +34,7 @@ from pretrain.model.init import initialize
 from pretrain.model.kernels.backends import make_deterministic
 from pretrain.model.kernels.cross_entropy import IGNORED
 from pretrain.model.kernels.documents import Documents
-from pretrain.objective import build_objective, tokens_per_step
+from pretrain.objective import build_objective
 from pretrain.optim import build_optimizer, set_learning_rate, update_in_backward
 from pretrain.share import share_of_rank
 from pretrain.token_losses import LossGroups, TokenLosses
@@ -148,8 +150,8 @@ class NativeEngine:
             if self.lanes and batch.is_continued is not None:
                 lengths = [of_row for part in rows for of_row in part.lengths]
                 self.lanes.end(lengths, batch.is_continued.tolist())
-            total = self._add_up(labels, groups, numbers)
-        return self._measured(total, count)
+            summed = self._add_up(labels, groups, numbers)
+        return self._measured(summed, count)
 
     def _share_of(
         self, batch: Batch, microbatches: Sequence[Documents]
@@ -176,10 +178,8 @@ class NativeEngine:
         )
         return tokens, labels, [share.documents_on(self.device) for share in shares], groups
 
-    def _add_up(self, labels: Tensor, groups: Tensor, numbers: Sequence[float]) -> Sequence[Tensor]:
-        """What the stages of all ranks measured, on the host: `numbers`, seconds, the sum of the
-        losses, losses by group, and of the routers.
-        """
+    def _add_up(self, labels: Tensor, groups: Tensor, numbers: Sequence[float]) -> list[Tensor]:
+        """What the stages of all ranks measured: losses, of the routers, `numbers`, and seconds."""
         moe = self.config.model.moe
         layers = self.config.model.n_layers if moe.n_experts else 0
         routers = torch.zeros(layers, 4 + moe.n_experts, dtype=torch.float64, device=self.device)
@@ -194,40 +194,24 @@ class NativeEngine:
             routers[[int(number) for number in stage.model.layers][:layers]] += stage.measured
         runner = self.parallelised.runner
         busy_s = runner.busy.take() if isinstance(runner, Pipeline) else 0.0
-        seconds = routers.new_tensor([self.parallelised.take_waited_s(), busy_s])
-        parts = [routers.new_tensor(numbers), seconds, by_group, routers.flatten()]
-        total = torch.cat(parts)
-        dist.all_reduce(total)
-        return total.cpu().split([len(part) for part in parts])
+        seconds = [self.parallelised.take_waited_s(), busy_s]
+        more = (routers.new_tensor(x) for x in (numbers, seconds))
+        return sum_over_ranks(by_group, routers.flatten(), *more)
 
-    def _measured(self, total: Sequence[Tensor], loss_tokens: int) -> Measured:
+    def _measured(self, summed: Sequence[Tensor], loss_tokens: int) -> Measured:
         """
         Args:
-            total: as `_add_up` returned it, after which the time of the passes has ended.
+            summed: as `_add_up` returned it, after which the time of the passes has ended.
         """
-        numbers, seconds, by_group, of_routers = total
+        *of_all, seconds = summed
+        found = measured_by(self.config, self._loss_groups, of_all, loss_tokens)
         waited_s, busy_s = (seconds / dist.get_world_size()).tolist()
         passes_s, runner = self._passes.take(), self.parallelised.runner
-        pipeline = runner if isinstance(runner, Pipeline) else None
-        by_source, by_position = self._loss_groups.split(by_group[1:])
-        routers = of_routers.view(-1, 4 + self.config.model.moe.n_experts)
-        places = max(1, tokens_per_step(self.config) * self.config.model.n_layers)
-        balance, z, entropy = (routers[:, :3].sum(0) / places).tolist()
-        return Measured(
-            loss=float(by_group[0]) / loss_tokens,
-            loss_tokens=loss_tokens,
-            by_source=by_source,
-            by_position=by_position,
-            expert_counts=routers[:, 4:],
-            dropped=routers[:, 3],
-            numbers=numbers.tolist(),
-            aux_loss=balance,
-            z_loss=z,
-            router_entropy=entropy,
-            exposed_communication_s=waited_s,
-            pipeline_bubble=1 - busy_s / passes_s if pipeline else None,
-            pipeline_bubble_predicted=pipeline.predicted_bubble if pipeline else None,
-        )
+        found = replace(found, exposed_communication_s=waited_s)
+        if not isinstance(runner, Pipeline):
+            return found
+        bubble, predicted = 1 - busy_s / passes_s, runner.predicted_bubble
+        return replace(found, pipeline_bubble=bubble, pipeline_bubble_predicted=predicted)
 
     def clip(self) -> GradientNorms:
         norms = clip_gradients(

@@ -38,13 +38,13 @@ from pretrain.engines.deepspeed.norm import gradient_norm, refused
 from pretrain.engines.deepspeed.state import ZeroState, stored, whole_shape
 from pretrain.engines.deepspeed.ulysses import exchange_heads
 from pretrain.engines.engine import GradientNorms, Measured
+from pretrain.engines.sums import measured_by, sum_over_ranks
 from pretrain.engines.zero_limits import check_deepspeed
 from pretrain.layouts import Layout
 from pretrain.model.init import initial_values
 from pretrain.model.kernels.backends import make_deterministic
 from pretrain.model.kernels.cross_entropy import IGNORED
 from pretrain.model.transformer import Transformer
-from pretrain.objective import tokens_per_step
 from pretrain.optim import set_learning_rate
 from pretrain.parts import recompute_modes
 from pretrain.token_losses import LossGroups, TokenLosses
@@ -139,8 +139,19 @@ class DeepSpeedEngine:
             # It takes the mean over ranks of what is a sum over tokens.
             self.engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
             of_routers.append(measured)
-        total = self._add_up(microbatches, torch.stack(of_routers).sum(0), numbers)
-        return self._measured(total, count)
+        summed = sum_over_ranks(
+            self._losses_of(microbatches),
+            torch.stack(of_routers).sum(0).flatten(),
+            torch.tensor(numbers, dtype=torch.float64, device=self.device),
+        )
+        return measured_by(self.config, self._loss_groups, summed, count)
+
+    def _losses_of(self, microbatches: Sequence[Microbatch]) -> Tensor:
+        """The sum over this rank's tokens, and the sums of their groups."""
+        losses = torch.cat(self._token_losses.seen)
+        labels, groups = (torch.cat([x[i] for x in microbatches]) for i in (1, 3))
+        by_group = self._loss_groups.add_up(losses, labels, groups)
+        return torch.cat([losses.double().sum().view(1), by_group])
 
     def clip(self) -> GradientNorms:
         """Take the norm; `update` takes it again, and scales by it."""
@@ -248,45 +259,6 @@ class DeepSpeedEngine:
 
     def _of_routers(self) -> dict[str, Tensor]:
         return {f"routers.{name}": value for name, value in self.routers.state_dict().items()}
-
-    def _add_up(
-        self, microbatches: Sequence[Microbatch], of_routers: Tensor, numbers: Sequence[float]
-    ) -> Sequence[Tensor]:
-        """What all ranks measured, on the host: the sum of the losses, losses by group, of the
-        routers, and the numbers. Collective.
-        """
-        losses = torch.cat(self._token_losses.seen)
-        labels, groups = (torch.cat([x[i] for x in microbatches]) for i in (1, 3))
-        by_group = self._loss_groups.add_up(losses, labels, groups)
-        whole = losses.double().sum().view(1)
-        parts = [whole, by_group, of_routers.flatten(), by_group.new_tensor(numbers)]
-        total = torch.cat(parts)
-        dist.all_reduce(total)
-        return total.cpu().split([len(part) for part in parts])
-
-    def _measured(self, total: Sequence[Tensor], loss_tokens: int) -> Measured:
-        """
-        Args:
-            total: as `_add_up` returned it.
-        """
-        loss, by_group, of_routers, numbers = total
-        model = self.config.model
-        by_source, by_position = self._loss_groups.split(by_group)
-        routers = of_routers.view(-1, 4 + model.moe.n_experts)
-        places = max(1, tokens_per_step(self.config) * model.n_layers)
-        balance, z, entropy = (routers[:, :3].sum(0) / places).tolist()
-        return Measured(
-            loss=float(loss) / loss_tokens,
-            loss_tokens=loss_tokens,
-            by_source=by_source,
-            by_position=by_position,
-            expert_counts=routers[:, 4:],
-            dropped=routers[:, 3],
-            numbers=numbers.tolist(),
-            aux_loss=balance,
-            z_loss=z,
-            router_entropy=entropy,
-        )
 
     def _set_groups_apart(self) -> None:
         """With stage 3 DeepSpeed 0.19.8 gives all groups of weights the decay of the first, and one

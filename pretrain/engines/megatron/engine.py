@@ -43,6 +43,7 @@ from pretrain.engines.megatron.weights import (
     stored_weight,
     whole,
 )
+from pretrain.engines.sums import measured_by, sum_over_ranks
 from pretrain.layouts import Layout
 from pretrain.model.init import initial_values
 from pretrain.model.kernels.backends import make_deterministic
@@ -132,8 +133,13 @@ class MegatronEngine:
         dist.all_reduce(loss_tokens, group=parallel_state.get_data_parallel_group())
         count = max(1, int(loss_tokens))
         router.begin_step(self._routers, count, tokens_per_step(self.config))
-        total = self._add_up(self._run_schedule(batch), numbers)
-        return self._measured(total, count)
+        recorded, model = self._run_schedule(batch), self.config.model
+        of_routers = router.measured(self._routers, model.n_layers, model.moe)
+        # The ranks of tp have each seen the loss of all their tokens.
+        losses = torch.stack([of_routers.new_zeros(1 + self._loss_groups.size), *recorded]).sum(0)
+        losses /= self.layout.tp
+        summed = sum_over_ranks(losses, of_routers.flatten(), of_routers.new_tensor(numbers))
+        return measured_by(self.config, self._loss_groups, summed, count)
 
     def _run_schedule(self, batch: Batch) -> list[Tensor]:
         """All passes; what each microbatch has recorded on a last stage."""
@@ -151,41 +157,6 @@ class MegatronEngine:
             forward_only=False,
         )
         return recorded
-
-    def _add_up(self, recorded: Sequence[Tensor], numbers: Sequence[float]) -> Sequence[Tensor]:
-        """What all ranks have: `numbers`, losses, and what routers measured, on the host.
-        Collective.
-        """
-        model = self.config.model
-        of_routers = router.measured(self._routers, model.n_layers, model.moe)
-        losses = of_routers.new_zeros(1 + self._loss_groups.size)
-        losses = torch.stack([losses, *recorded]).sum(0)
-        # The ranks of tp have each seen the loss of all their tokens.
-        losses /= self.layout.tp
-        parts = [of_routers.new_tensor(numbers), losses, of_routers.flatten()]
-        total = torch.cat(parts)
-        dist.all_reduce(total)
-        return total.cpu().split([len(part) for part in parts])
-
-    def _measured(self, total: Sequence[Tensor], loss_tokens: int) -> Measured:
-        model = self.config.model
-        numbers, losses, of_routers = total
-        by_source, by_position = self._loss_groups.split(losses[1:])
-        of_layers = of_routers.view(-1, 4 + model.moe.n_experts)
-        places = max(1, tokens_per_step(self.config) * model.n_layers)
-        balance, z, entropy = (of_layers[:, :3].sum(0) / places).tolist()
-        return Measured(
-            loss=float(losses[0]) / loss_tokens,
-            loss_tokens=loss_tokens,
-            by_source=by_source,
-            by_position=by_position,
-            expert_counts=of_layers[:, 4:],
-            dropped=of_layers[:, 3],
-            numbers=numbers.tolist(),
-            aux_loss=balance,
-            z_loss=z,
-            router_entropy=entropy,
-        )
 
     @on_any_device()
     @torch.no_grad()
