@@ -18,8 +18,8 @@ from parallel.offload import Store
 from parallel.segments.documents import SegmentDocuments
 from parallel.segments.memory import SegmentMemory
 
-# Segments; the pages that are used again have to be filled with zeros first.
-TRIM_EVERY = 8
+# Of <malloc.h>, and from how many bytes on a tensor has pages of its own.
+M_MMAP_THRESHOLD, PAGED_BYTES = -3, 1 << 20
 
 
 class SegmentedStage:
@@ -38,6 +38,7 @@ class SegmentedStage:
         self.microbatch = microbatch
         self.store = store
         self.trained: list[int] = []
+        _page_tensors()
 
     def forward_backward(self, tokens: Tensor, labels: Tensor) -> None:
         """Add the gradient of a step to the weights'. Collective.
@@ -80,7 +81,6 @@ class SegmentedStage:
             for tokens, _, segment in group[:-1]:
                 self.stage(tokens, None, segment)
                 segment.forget_plans()
-                _return_freed_memory(segment.number)
         for tokens, labels, segment in reversed(group):
             # FSDP reduces the gradient after each segment: kept until the last, it would be whole.
             self.stage(tokens, labels, segment).backward()
@@ -88,15 +88,14 @@ class SegmentedStage:
             # The group's last has now left what the next group begins with.
             memory.is_kept = False
             segment.forget_plans()
-            _return_freed_memory(segment.number)
 
 
-def _return_freed_memory(segment: int) -> None:
-    """Now and then, let the C library give pages that it has free back to the system.
+def _page_tensors() -> None:
+    """Let the C library give what tensors leave back to the system at once.
 
-    Tensors of segments differ in size, as experts get other numbers of tokens, and glibc's heap
-    grows by what does not fit into the holes that earlier ones have left.
+    Those of segments differ in size, as experts get other numbers of tokens: glibc's heap would
+    grow with each segment by what does not fit into the holes of the segments before.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim and segment % TRIM_EVERY == 0:
-        trim(0)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(M_MMAP_THRESHOLD, PAGED_BYTES)
