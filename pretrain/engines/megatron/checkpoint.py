@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -73,12 +74,6 @@ def _check(sharded: dict[str, Any], found: dict[str, Any], directory: Path) -> N
         for tensor in of_model.values()
         if isinstance(tensor, ShardedTensor | ShardedTensorFactory)
     ]
-    missing = sorted({tensor.key for tensor in tensors} - found.keys())
-    if missing:
-        raise UserError(
-            f"{directory}: {len(missing)} tensors of this model are not there, "
-            f"{', '.join(missing[:SHOWN])} among them; it is a checkpoint of another model"
-        )
     # megatron-core itself would cut an embedding that is larger, and pad one that is smaller.
     parts = (
         part
@@ -88,7 +83,18 @@ def _check(sharded: dict[str, Any], found: dict[str, Any], directory: Path) -> N
     stored = {
         key: tuple(tensor.global_shape) for key, tensor in found.items() if OF_A_MODEL.match(key)
     }
-    refuse_other_shapes(directory, stored, {x.key: tuple(x.global_shape) for x in parts})
+    mine = {x.key for x in tensors}, {x.key: tuple(x.global_shape) for x in parts}
+    # Stages of a pipeline have different ones.
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, mine)
+    missing = sorted({key for keys, _ in of_ranks for key in keys} - found.keys())
+    if missing:
+        raise UserError(
+            f"{directory}: {len(missing)} tensors of this model are not there, "
+            f"{', '.join(missing[:SHOWN])} among them; it is a checkpoint of another model"
+        )
+    wanted = {key: shape for _, shapes in of_ranks for key, shape in shapes.items()}
+    refuse_other_shapes(directory, stored, wanted)
 
 
 def _is_factory(tensor: ShardedTensor | ShardedTensorFactory) -> bool:
