@@ -44,6 +44,7 @@ DENSE = {
     "layer_pattern": ["softmax"],
     "d_ff": 1536,
     "attention": {"n_heads": 8, "n_kv_heads": 2, "head_dim": 64},
+    "moe": {"n_experts": 0},
 }
 MODELS: dict[str, dict[str, Any]] = {
     "hybrid MoE": DENSE
