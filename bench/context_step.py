@@ -24,6 +24,7 @@ from bench.parallel_step import write_documents
 from bench.ranks import run_on_ranks
 from parallel.mesh import join_ranks
 from pretrain.config import load_config
+from pretrain.memory import resident_peak
 from pretrain.run_dir import RunDirectory
 from pretrain.trainer import Trainer
 
@@ -78,7 +79,6 @@ def run(ranks: int, shards: Path, folder: Path) -> list[dict[str, Any]]:
 
 
 def run_rank(ranks: str, shards: str, folder: str) -> None:
-    import resource
 
     torch.set_num_threads(1)
     device = join_ranks(timedelta(minutes=20))
@@ -89,12 +89,11 @@ def run_rank(ranks: str, shards: str, folder: str) -> None:
         start = time.process_time()
         result = trainer.step(False)
         seconds = time.process_time() - start
-    peak_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     measured = {
         "seconds": seconds,
         "loss": result.measured.loss,
         "grad_norm": result.norms.whole,
-        "peak_gb": peak_kb * 1024 / 1e9,
+        "peak_gb": resident_peak() / 1e9,
     }
     file = Path(folder) / f"{ranks}-{os.environ['RANK']}.json"
     file.write_text(json.dumps(measured))

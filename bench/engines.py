@@ -30,6 +30,7 @@ from bench.gated_delta import cpu_model
 from data_pipeline.shards import write_shards
 from launch.local import free_port, rank_environment
 from pretrain.config import parse_config
+from pretrain.memory import resident_peak
 
 RANKS = 2
 REPEATS = 3
@@ -133,13 +134,7 @@ def take_steps(
         start, cpu_start = time.perf_counter(), time.process_time()
         loss = trainer.step(False).measured.loss
         wall_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
-        pipe.send(Taken(loss, wall_s, cpu_s, peak_gb()))
-
-
-def peak_gb() -> float:
-    """Unlike getrusage's, without what the process that started this one had."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("VmHWM"))
+        pipe.send(Taken(loss, wall_s, cpu_s, resident_peak() / 1e9))
 
 
 def main() -> int:

@@ -5,7 +5,6 @@ Arguments: the kind of the last layer, tokens of a row, shards, and the folder f
 
 import json
 import os
-import resource
 import sys
 import time
 from datetime import timedelta
@@ -16,6 +15,7 @@ import torch
 from bench.long_context import RANKS, SEGMENT
 from parallel.mesh import join_ranks
 from pretrain.config import load_config
+from pretrain.memory import resident_peak
 from pretrain.run_dir import RunDirectory
 from pretrain.trainer import Trainer
 
@@ -43,7 +43,7 @@ def run_rank(last_layer: str, tokens: str, shards: str, folder: str) -> None:
     measured = {
         "s": seconds,
         "cpu_s": cpu_seconds,
-        "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20),
+        "gib": resident_peak() / (1 << 30),
         "loss": result.measured.loss,
     }
     (Path(folder) / f"{os.environ['RANK']}.json").write_text(json.dumps(measured))

@@ -15,7 +15,6 @@ import gc
 import multiprocessing
 import os
 import random
-import resource
 import statistics
 import sys
 import tempfile
@@ -40,6 +39,7 @@ from parallel.mesh import join_ranks
 from pretrain.checkpoint import hf
 from pretrain.config import Config, parse_config
 from pretrain.data import open_stream
+from pretrain.memory import resident_peak
 from pretrain.optim import build_optimizer
 from pretrain.run_dir import RunDirectory
 from pretrain.trainer import Trainer
@@ -133,8 +133,7 @@ def take_steps(
         start = time.process_time()
         loss, grad_norm = step()
         seconds = time.process_time() - start
-        peak_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        pipe.send(Taken(loss, grad_norm, seconds, peak_kb * 1024 / 1e9))
+        pipe.send(Taken(loss, grad_norm, seconds, resident_peak() / 1e9))
 
 
 def measure(sides: list[Side]) -> tuple[list[float], list[float]]:

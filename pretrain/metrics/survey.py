@@ -1,6 +1,5 @@
 """What costs a pass over the weights, or a question to every device, and so is asked less often."""
 
-import resource
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ import torch.distributed as dist
 
 from parallel.gradients import Norms
 from pretrain.config import TrainConfig
+from pretrain.memory import resident_peak
 from pretrain.trainer import Trainer
 
 
@@ -45,7 +45,7 @@ def _memory(device: torch.device) -> dict[str, Any]:
             "perf/memory_peak": torch.cuda.max_memory_allocated(device),
         }
     else:
-        now = {"perf/memory_peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+        now = {"perf/memory_peak": resident_peak()}
     most = torch.tensor(list(now.values()), device=device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     return dict(zip(now, most.tolist(), strict=True))
