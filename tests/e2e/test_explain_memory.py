@@ -1,6 +1,5 @@
 """What memory is for, predicted without any and measured in real steps, is the same."""
 
-from multiprocessing import get_context
 from typing import Any
 
 import pytest
@@ -8,6 +7,7 @@ import pytest
 from launch.explain_memory import _measure
 from pretrain.config import load_config
 from pretrain.dry_run.plan import Memory, plan_rank
+from tests.apart import apart
 from tests.e2e.test_cli import farspan
 
 SIZES = ("data.seq_len=512", "train.microbatch=1", "model.n_layers=2", "schedule.name=constant")
@@ -41,9 +41,7 @@ def test_a_prediction_is_what_is_measured(name: str) -> None:
     measured: dict[str, Any] = _measure(
         load_config("tiny-hybrid-moe", [*SIZES, *overrides]), ranks
     )[0]
-    # In a process of its own, because torch keeps meshes of an earlier plan.
-    with get_context("fork").Pool(1) as pool:
-        predicted = pool.apply(predict, (name,))
+    (predicted,) = apart(predict, name)
     assert predicted.peak == pytest.approx(measured["peak"], rel=0.05)
     assert sum(predicted.parts.values()) == predicted.peak
     assert sum(measured["parts"].values()) == measured["peak"]

@@ -1,7 +1,6 @@
 """What a dry run plans is what a real run on 4 ranks needs."""
 
 import json
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import pytest
 
 from pretrain.config import load_config
 from pretrain.dry_run.plan import Plan, plan_rank
+from tests.apart import apart
 from tests.ranks import run_on_ranks
 
 SCRIPT = Path(__file__).with_name("dry_run_cases.py")
@@ -39,16 +39,14 @@ def measured(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
-def plan_case(name: str, rank: int) -> Plan:
+def plan_case(case: tuple[str, int]) -> Plan:
+    name, rank = case
     return plan_rank(load_config("tiny-hybrid-moe", CASES[name].split()), RANKS, rank)
 
 
 @pytest.fixture(scope="module")
 def planned() -> dict[tuple[str, int], Plan]:
-    """Each planned in a process of its own, because torch keeps meshes of an earlier plan."""
-    with get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        plans = pool.starmap(plan_case, PLANNED, chunksize=1)
-    return dict(zip(PLANNED, plans, strict=True))
+    return dict(zip(PLANNED, apart(plan_case, *PLANNED), strict=True))
 
 
 @pytest.mark.parametrize(("name", "rank"), PLANNED)

@@ -1,8 +1,7 @@
 """Every shipped recipe is planned; what cannot be planned is refused."""
 
 import re
-from functools import cache
-from multiprocessing import get_context
+from functools import cache, partial
 
 import pytest
 from typer.testing import CliRunner
@@ -12,6 +11,7 @@ from pretrain.config import load_config, phases_of, recipe_names
 from pretrain.dry_run.plan import Plan, plan_rank
 from pretrain.dry_run.step import Step
 from pretrain.errors import UserError
+from tests.apart import apart
 
 # Recipe -> the ranks it is meant for, and the memory of one of them in GiB.
 MEANT_FOR = {
@@ -39,9 +39,8 @@ def plan_recipe(recipe: str) -> Plan:
 
 @cache
 def plan_apart(recipe: str) -> Plan:
-    """In a process of its own, because torch keeps meshes of an earlier plan."""
-    with get_context("fork").Pool(1) as pool:
-        return pool.apply(plan_recipe, [recipe])
+    (plan,) = apart(plan_recipe, recipe)
+    return plan
 
 
 def test_every_shipped_recipe_is_planned() -> None:
@@ -71,9 +70,7 @@ def plan_of_segments(gradient: str, tells_all: bool) -> Plan:
 @pytest.mark.slow
 @pytest.mark.parametrize("gradient", ["exact", "detach"])
 def test_few_segments_tell_what_many_need(gradient: str) -> None:
-    asked = [(gradient, False), (gradient, True)]
-    with get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        few, all_of_them = pool.starmap(plan_of_segments, asked, chunksize=1)
+    few, all_of_them = apart(partial(plan_of_segments, gradient), False, True)
     assert few.traffic == all_of_them.traffic
     assert few.memory.peak == pytest.approx(all_of_them.memory.peak, rel=0.02)
     assert few.memory.peak == sum(few.memory.parts.values())
@@ -87,8 +84,7 @@ def plan_sharded(ranks: int) -> Plan:
 
 
 def test_gathered_weights_are_no_activations() -> None:
-    with get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        alone, sharded = pool.map(plan_sharded, [1, 8], chunksize=1)
+    alone, sharded = apart(plan_sharded, 1, 8)
     assert sharded.memory.activations == alone.memory.activations > 0
 
 
@@ -100,8 +96,7 @@ def plan_update(on_gpus: bool) -> Plan:
 
 
 def test_an_update_of_all_weights_at_once_is_planned_where_torch_does_so() -> None:
-    with get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        on_gpus, on_cpus = pool.map(plan_update, [True, False], chunksize=1)
+    on_gpus, on_cpus = apart(plan_update, True, False)
     # Weights, gradients, two moments, and the square root of one.
     assert on_gpus.memory.peak == pytest.approx(5 * on_gpus.memory.weights, rel=0.01)
     assert on_gpus.memory.parts["update"] == pytest.approx(on_gpus.memory.weights, rel=0.01)
