@@ -447,7 +447,7 @@ def _together(work: Callable[[], None]) -> None:
     error: Exception | None = None
     try:
         work()
-    except (AttemptError, DamageError, UserError) as raised:
+    except Exception as raised:
         error = raised
     errors: list[Exception | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)

@@ -7,14 +7,16 @@ import errno
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 
 from parallel.mesh import join_ranks
+from pretrain.checkpoint import store
 from pretrain.checkpoint.manifest import MANIFEST
 from pretrain.checkpoint.store import checkpoint_in
 from pretrain.checkpoint.target import Target
@@ -72,6 +74,10 @@ def cases(saved: Saved) -> Iterator[tuple[str, object]]:
     # Rank 1 looks at that file.
     with asked(refused=others.name):
         yield "cannot be read", error_of(saved).replace(str(newest), "")
+    # As clients of object stores have of their own.
+    fails = patch.object(store, "read_tensors", side_effect=RuntimeError("no answer"))
+    with fails if dist.get_rank() == 1 else nullcontext():
+        yield "fails in another way", error_of(saved)
 
     if dist.get_rank() == 0:
         *content, last = others.read_bytes()

@@ -39,6 +39,11 @@ def test_what_one_rank_cannot_read_is_told_on_all(results: list[dict[str, Any]])
         assert "Input/output error" in of_rank["cannot be read"]
 
 
+def test_an_error_of_any_kind_on_one_rank_is_told_on_all(results: list[dict[str, Any]]) -> None:
+    told = [of_rank["fails in another way"] for of_rank in results]
+    assert told == ["RuntimeError: no answer"] * 2
+
+
 def test_what_one_rank_finds_damaged_no_rank_loads(results: list[dict[str, Any]]) -> None:
     assert [of_rank["damaged"] for of_rank in results] == [[1, True, False]] * 2
 
