@@ -275,6 +275,12 @@ def test_a_model_of_transformers_is_imported(shards: Path, folder: Path) -> None
             f"{SMALL},model.d_ff=48,model.vocab_size=512",
             "embedding.weight has 65536 elem",
         ),
+        (
+            "their-zero2-ulysses",
+            f"{MODELS['softmax']},model.moe.balance=batch",
+            "by a selection bias, .* model.moe.balance = batch leaves out",
+        ),
+        ("their-zero1-bf16", SMALL, "cannot put the weights of its ranks together"),
     ],
 )
 def test_what_is_no_checkpoint_of_the_model_is_refused(

@@ -55,7 +55,14 @@ def import_checkpoint(directory: Path, model: ModelConfig) -> Imported:
             f"{step}: no weight is called {OURS} or {HUGGING_FACE}, by which our models and those "
             f"of transformers are known; there are {_some(state)}"
         )
-    return Imported(_in_shape(state, prefix, empty, step), _selection_bias(step))
+    bias = _selection_bias(step)
+    if bias is not None and bias.any() and model.moe.balance != "bias":
+        raise UserError(
+            f"{step}: its routers choose experts by a selection bias, of up to "
+            f"{bias.abs().max().item():.3g}, which model.moe.balance = {model.moe.balance} leaves "
+            "out: the model would choose others; model.moe.balance=bias"
+        )
+    return Imported(_in_shape(state, prefix, empty, step), bias)
 
 
 def step_folder(directory: Path) -> Path:
@@ -94,9 +101,17 @@ def check_same_ranks(step: Path, ranks: int, stage: int) -> None:
 
 
 def _of_ranks(step: Path) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(
-        str(step.parent), tag=step.name
-    )
+    try:
+        state: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(
+            str(step.parent), tag=step.name
+        )
+    except ValueError as error:
+        # What ZeRO 1 saves in bf16, among others.
+        raise UserError(
+            f"{step}: DeepSpeed cannot put the weights of its ranks together: {error}; take what "
+            f"`python -m deepspeed.checkpoint.ds_to_universal --input_folder {step} "
+            "--output_folder OUT` makes of it"
+        ) from None
     return state
 
 
