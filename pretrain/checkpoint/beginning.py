@@ -3,6 +3,7 @@
 from functools import partial
 
 from pretrain.balancing import RouterState
+from pretrain.checkpoint.contents import MODEL, of_routers
 from pretrain.checkpoint.formats.weights import Weights
 from pretrain.checkpoint.store import CheckpointStore, Progress, Retention, saved_steps
 from pretrain.checkpoint.trained import checkpoints_of
@@ -42,8 +43,8 @@ def save_beginning(config: Config, run: RunDirectory, weights: Weights) -> None:
     routers = RouterState(config.model.n_layers, config.model.moe)
     if weights.selection_bias is not None:
         routers.selection_bias.copy_(weights.selection_bias)
-    tensors = {f"model.{name}": weight.float() for name, weight in weights.state.items()}
-    tensors |= {f"routers.{name}": value for name, value in routers.state_dict().items()}
+    tensors = {f"{MODEL}{name}": weight.float() for name, weight in weights.state.items()}
+    tensors |= of_routers(routers.state_dict())
     check = partial(_check_not_begun, run)
     store = CheckpointStore(checkpoints_of(config, run), Retention(1), ATTEMPT, check)
     store.go_on_from(0)

@@ -70,10 +70,10 @@ class Staging:
         dist.gather_object(packed, everyones)
         stays_of_ranks: list[Any] | None = None
         if everyones:
-            held = merge(everyones, [self._file_of(rank) for rank in range(ranks)])
-            stays = share_out(held)
-            self._index = held.only(stays)
-            stays_of_ranks = held.by_file(stays)
+            everything = merge(everyones, [self._file_of(rank) for rank in range(ranks)])
+            stays = share_out(everything)
+            self._index = everything.only(stays)
+            stays_of_ranks = everything.by_file(stays)
         mine: list[Any] = [None]
         dist.scatter_object_list(mine, stays_of_ranks)
         return {

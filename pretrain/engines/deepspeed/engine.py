@@ -27,6 +27,7 @@ from parallel.mesh import limit_collectives
 from parallel.recompute import recompute_layers
 from pretrain.balancing import RouterState
 from pretrain.build import build_mesh
+from pretrain.checkpoint.contents import OPTIMIZER, of_routers
 from pretrain.checkpoint.index import Index
 from pretrain.checkpoint.region import Region
 from pretrain.config import Config
@@ -175,12 +176,14 @@ class DeepSpeedEngine:
 
     def tensors(self) -> Mapping[str, Tensor | Region]:
         """On the host, this rank's rows of each weight and moment; what routers learned, whole."""
-        return {**self._state.tensors(), **self._of_routers()}
+        return {**self._state.tensors(), **of_routers(self.routers.state_dict())}
 
     def tensors_to_fill(self, index: Index) -> Mapping[str, Tensor | Region]:
         """Room for the same, whatever has written it."""
-        has_moments = any(name.startswith("optimizer.") for name in index.by_name)
-        return {**self._state.to_fill(has_moments=has_moments), **self._of_routers()}
+        room = self._state.to_fill(
+            has_moments=any(name.startswith(OPTIMIZER) for name in index.by_name)
+        )
+        return {**room, **of_routers(self.routers.state_dict())}
 
     def take_over(self) -> None:
         """Go on with what `tensors_to_fill` gave, now that it is filled.
@@ -256,9 +259,6 @@ class DeepSpeedEngine:
         region = tuple(slice(0, size) for size in shape)
         seed = self.config.train.seed
         return initial_values(name, shape, region, self.config.model, seed, self.device)
-
-    def _of_routers(self) -> dict[str, Tensor]:
-        return {f"routers.{name}": value for name, value in self.routers.state_dict().items()}
 
     def _set_groups_apart(self) -> None:
         """With stage 3 DeepSpeed 0.19.8 gives all groups of weights the decay of the first, and one

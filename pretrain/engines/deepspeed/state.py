@@ -19,6 +19,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from pretrain.checkpoint.contents import MODEL, OPTIMIZER
 from pretrain.checkpoint.region import Region
 from pretrain.errors import UserError
 from pretrain.optim import moments
@@ -79,7 +80,7 @@ class ZeroState:
                 if rows:
                     local = whole.narrow(0, first, rows).to("cpu", copy=True)
                     found[key] = _region(local, whole.shape, first)
-            found[f"optimizer.{name}.step"] = step.clone()
+            found[_step(name)] = step.clone()
         return found
 
     def to_fill(self, *, has_moments: bool) -> dict[str, Tensor | Region]:
@@ -96,7 +97,7 @@ class ZeroState:
                 if rows:
                     self._filled[key] = _region(torch.empty(rows, *shape[1:]), shape, first)
             if has_moments:
-                self._filled[f"optimizer.{name}.step"] = torch.empty(())
+                self._filled[_step(name)] = torch.empty(())
         return self._filled
 
     @torch.no_grad()
@@ -138,7 +139,7 @@ class ZeroState:
     def _filled_steps(self) -> float:
         steps: dict[float, str] = {}
         for name in self._weights:
-            step = self._filled.get(f"optimizer.{name}.step", torch.zeros(()))
+            step = self._filled.get(_step(name), torch.zeros(()))
             assert isinstance(step, Tensor)
             steps[step.item()] = name
         if len(steps) > 1:
@@ -225,7 +226,11 @@ def _partition(weight: nn.Parameter) -> Tensor:
 
 
 def _keys(name: str) -> list[str]:
-    return [f"model.{name}", *(f"optimizer.{name}.{moment}" for moment in MOMENTS)]
+    return [MODEL + name, *(f"{OPTIMIZER}{name}.{moment}" for moment in MOMENTS)]
+
+
+def _step(name: str) -> str:
+    return f"{OPTIMIZER}{name}.step"
 
 
 def _region(local: Tensor, shape: torch.Size | tuple[int, ...], first: int) -> Region:
