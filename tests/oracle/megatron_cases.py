@@ -29,7 +29,7 @@ from pretrain.data import open_stream
 from pretrain.engines.megatron import shard_batch, with_ring_attention
 from pretrain.engines.megatron.cpu import on_any_device
 from pretrain.engines.megatron.norm import Norm
-from pretrain.engines.megatron.weights import fill, whole
+from pretrain.engines.megatron.weights import fill, pieces, whole
 from pretrain.model.init import initialize
 from pretrain.model.kernels.cross_entropy import IGNORED
 from pretrain.model.transformer import Transformer
@@ -110,7 +110,8 @@ def build_model(config: Config) -> DistributedDataParallel:
     )
     ours = Transformer(model)
     initialize(ours, model, config.train.seed)
-    fill(gpt, model, ours.state_dict().__getitem__)
+    weights = ours.state_dict()
+    fill(pieces(gpt, model), lambda piece: weights[piece.name][piece.region])
     return DistributedDataParallel(theirs, DistributedDataParallelConfig(), gpt)
 
 
@@ -174,7 +175,8 @@ def run_case(_: str, config: Config, __: torch.device) -> dict[str, Any]:
     dist.all_reduce(totals)
     loss, tokens = totals.tolist()
 
-    gradients = whole([model.module], config.model, lambda weight: weight.main_grad)
+    mine = pieces(model.module, config.model)
+    gradients = whole(mine, model.module.pg_collection, lambda weight: weight.main_grad)
     rows: list[Any] = [None] * dist.get_world_size()
     row = torch.arange(config.data.seq_len)[None]
     dist.all_gather_object(rows, get_batch_on_this_cp_rank({"row": row})["row"][0])
