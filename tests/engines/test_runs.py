@@ -154,3 +154,25 @@ def test_a_bad_batch_is_skipped_and_a_spike_undone_as_natively(
     assert names == ["Skipped", "Skipped", "RollbackBegun", "RolledBack", "Skipped"]
     assert found == events(met_by_native)
     assert trained(run) == pytest.approx(trained(met_by_native), rel=TOLERANCE)
+
+
+def in_phases(engine: str, directory: Path, shards: Path) -> RunDirectory:
+    """A run whose engine is built anew for the second half of it, in the same process."""
+    settings = ("data.seq_len=64", "train.steps=4", "schedule.name=constant", *LAYOUTS[engine])
+    phases = "phases=[{from_step: 2, data.seq_len: 128}]"
+    run = prepare("tiny-hybrid-moe", [f"data.shards={shards}", *settings, phases], 2, directory)
+    train(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def native_phases(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    return in_phases("native", tmp_path_factory.mktemp("phases") / "run", shards)
+
+
+@pytest.mark.parametrize("engine", OTHERS)
+def test_phases_have_the_losses_of_native_ones(
+    engine: str, native_phases: RunDirectory, shards: Path, tmp_path: Path
+) -> None:
+    run = in_phases(engine, tmp_path / "run", shards)
+    assert trained(run) == pytest.approx(trained(native_phases), rel=TOLERANCE)

@@ -247,8 +247,12 @@ class DeepSpeedEngine:
         self.routers.copy_to(self.layers)
 
     def close(self) -> None:
-        """Give up what DeepSpeed has attached to the model, so that another engine can be built."""
+        """Give up what DeepSpeed has attached to the model, and its group of all ranks, so that
+        another engine can be built.
+        """
         self.engine.destroy()
+        # It would hand the next one this group, also when it has been destroyed with all others.
+        deepspeed.comm.destroy_process_group(self.engine.data_parallel_group)
 
     def _drop_gradient(self) -> None:
         if self._has_gradient:
