@@ -12,6 +12,7 @@ warms up. Exit code 1: losses differ by more than 1e-4 of themselves.
 """
 
 import gc
+import math
 import multiprocessing
 import os
 import random
@@ -194,13 +195,15 @@ def settings(
 
 
 def largest_difference(steps: dict[str, list[Taken]]) -> float:
-    """Of a loss from that of farspan, relative."""
+    """Of a loss from that of farspan, relative; infinite where one is not finite."""
     ours = [step.loss for step in steps["farspan"]]
-    return max(
+    found = [
         abs(step.loss - loss) / loss
         for taken in steps.values()
         for step, loss in zip(taken, ours, strict=True)
-    )
+    ]
+    # No comparison with a NaN would find it.
+    return max(found) if all(map(math.isfinite, found)) else math.inf
 
 
 def report(model: str, steps: dict[str, list[Taken]]) -> None:
