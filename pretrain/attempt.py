@@ -2,13 +2,9 @@
 
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
-import torch.distributed as dist
-
-from pretrain.checkpoint.store import saved_steps
+from pretrain.checkpoint.store import on_rank_0, saved_steps
 from pretrain.checkpoint.trained import checkpoints_of
 from pretrain.config import Config
 from pretrain.guard import Past
@@ -16,13 +12,11 @@ from pretrain.ledger import read_ledger
 from pretrain.lineage import past_of_guard
 from pretrain.run_dir import ATTEMPT_VARIABLE, RunDirectory
 
-T = TypeVar("T")
-
 
 def begin_attempt(run: RunDirectory) -> int:
     """Let rank 0 begin the attempt that its launcher has made, or the next one. Collective."""
     made = os.environ.get(ATTEMPT_VARIABLE)
-    return _on_rank_0(lambda: run.begin_attempt(int(made) if made else None))
+    return on_rank_0(lambda: run.begin_attempt(int(made) if made else None))
 
 
 def process_started() -> float:
@@ -50,17 +44,10 @@ def read_past(config: Config, run: RunDirectory) -> tuple[int, Past]:
     """The step of the checkpoint to go on from, if it is whole, and what the guard of the run has
     done. Collective.
     """
-    return _on_rank_0(lambda: _read_past(config, run))
+    return on_rank_0(lambda: _read_past(config, run))
 
 
 def _read_past(config: Config, run: RunDirectory) -> tuple[int, Past]:
     step = max(saved_steps(checkpoints_of(config, run)), default=0)
     past = past_of_guard(read_ledger(run.ledger)) if run.ledger.exists() else Past()
     return step if past.go_back_to is None else min(step, past.go_back_to), past
-
-
-def _on_rank_0(work: Callable[[], T]) -> T:
-    found: list[Any] = [work()] if dist.get_rank() == 0 else [None]
-    dist.broadcast_object_list(found, src=0)
-    result: T = found[0]
-    return result
