@@ -183,3 +183,16 @@ def test_a_router_needs_no_transformer_engine_on_a_gpu(monkeypatch: pytest.Monke
     with on_any_device():
         logits = moe_utils.router_gating_linear(x, weight, None, torch.float32)
     torch.testing.assert_close(logits, x @ weight.T)
+
+
+def test_an_optimizer_that_counts_steps_together_takes_no_differing_ones() -> None:
+    from pretrain.engines.megatron.moments import Moments
+
+    weights = torch.zeros(1), torch.zeros(2)
+    # As Transformer Engine's: no AdamW of torch.
+    fused = SimpleNamespace(param_groups=[{"params": list(weights)}], state={})
+    moments = Moments(SimpleNamespace(chained_optimizers=[SimpleNamespace(optimizer=fused)]))
+    moments.set_steps({weight: torch.tensor(3.0) for weight in weights})
+    assert [float(moments.step(weight)) for weight in weights] == [3.0, 3.0]
+    with pytest.raises(UserError, match="3 steps and others that took 4"):
+        moments.set_steps(dict(zip(weights, torch.tensor([3.0, 4.0]), strict=True)))

@@ -257,9 +257,14 @@ class MegatronEngine:
             for name, of in self._kept_of(piece):
                 if name in filled:
                     piece.put(held(filled[name]), of)
-            if _step_of(piece) in filled:
-                for weight in piece.weights:
-                    self.moments.set_step(stored_weight(weight), held(filled[_step_of(piece)]))
+        self.moments.set_steps(
+            {
+                stored_weight(weight): held(filled[_step_of(piece)])
+                for piece in self.pieces
+                if _step_of(piece) in filled
+                for weight in piece.weights
+            }
+        )
         follow_stored(self.pieces)
         self._refresh()
         self.discard()

@@ -1,9 +1,12 @@
 """AdamW's state of each weight, wherever megatron-core's optimizers have it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from pretrain.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -55,12 +58,28 @@ class Moments:
         step = optimizer.state[weight]["step"] if self._is_by_weight(weight) else group["step"]
         return torch.tensor(float(step))
 
-    def set_step(self, weight: Tensor, step: Tensor) -> None:
-        optimizer, group = self._of_weight[weight]
-        if self._is_by_weight(weight):
-            optimizer.state[weight]["step"].copy_(step)
-        else:
-            group["step"] = int(step)
+    def set_steps(self, steps: Mapping[Tensor, Tensor]) -> None:
+        """Let weights have taken so many steps.
+
+        Args:
+            steps: that each weight has taken.
+
+        Raises:
+            UserError: weights that are counted together have taken different numbers of them.
+        """
+        together: dict[int, int] = {}
+        for weight, step in steps.items():
+            optimizer, group = self._of_weight[weight]
+            if self._is_by_weight(weight):
+                optimizer.state[weight]["step"].copy_(step)
+            elif together.setdefault(id(group), int(step)) != int(step):
+                raise UserError(
+                    f"the checkpoint has weights that took {together[id(group)]} steps and others "
+                    f"that took {int(step)}, which this optimizer counts together; go on from it "
+                    "with train.engine=native"
+                )
+            else:
+                group["step"] = int(step)
 
     def _is_by_weight(self, weight: Tensor) -> bool:
         return isinstance(self._of_weight[weight][0], torch.optim.AdamW)
