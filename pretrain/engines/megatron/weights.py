@@ -224,6 +224,9 @@ def whole(mine: Iterable[Piece], groups: Any, of: TensorOf = stored_weight) -> W
         elif piece.dim is not None:
             box = torch.cat(_gather(box, groups.tp), piece.dim)
         weights[piece.name] = box
+    if groups.pp.size() == 1:
+        # Those that lie in place would change with the model.
+        return {name: weight.clone() for name, weight in weights.items()}
     of_stages: list[Any] = [None] * groups.pp.size()
     dist.all_gather_object(of_stages, weights, group=groups.pp)
     return {name: weight for stage in of_stages for name, weight in stage.items()}
