@@ -9,6 +9,7 @@ from launch.prepare import prepare_run, with_absolute_paths
 from launch.train import directory_of
 from pretrain.config import load_config
 from pretrain.errors import TrainingError, UserError
+from pretrain.parallel_config import fewest_ranks
 from pretrain.run_dir import RunDirectory
 
 
@@ -49,7 +50,9 @@ def import_weights(
                 raise TrainingError(run.explain(error)) from None
             raise
     print(f"the run {run.root} begins with the weights of {source} ({name})")
-    train = ("farspan", "train", recipe, *overrides, "--run-dir", str(run.root))
+    train = ["farspan", "train", recipe, *overrides, "--run-dir", str(run.root)]
+    if (ranks := fewest_ranks(config.parallel)) > 1:
+        train += ["--nproc", str(ranks)]
     print(f"go on with: {shlex.join(train)}")
 
 

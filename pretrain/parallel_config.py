@@ -1,5 +1,6 @@
 """The settings of how a model is spread over ranks, and of what it keeps in their memory."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -100,3 +101,12 @@ def check_offload(asked: ParallelConfig) -> None:
             f"parallel.offload = {asked.offload} with parallel.offload_dir = {asked.offload_dir}: "
             f"set parallel.offload_dir to {wish}"
         )
+
+
+def fewest_ranks(asked: ParallelConfig) -> int:
+    """On how many ranks a layout could be."""
+    dp_shard = 1 if asked.dp_shard == "auto" else asked.dp_shard
+    ranks = asked.pp * asked.dp_replicate * dp_shard * asked.cp * asked.tp
+    # Experts are folded over the ranks of one stage and replica.
+    of_experts = asked.pp * asked.dp_replicate * asked.ep
+    return math.lcm(ranks, of_experts) if asked.dp_shard == "auto" else ranks

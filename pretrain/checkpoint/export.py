@@ -31,6 +31,7 @@ def export_newest(run: RunDirectory, out: Path, write: Write = write_hf) -> tupl
         raise UserError(f"--out {out} is there and not empty; name another folder, or remove it")
     step, config, model = load_newest(run)
     bias = RouterState.selection_bias_of(dict(model.layers))
+    out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f".{out.name}.{os.getpid()}")
     aside.mkdir()

@@ -150,8 +150,9 @@ def _in_shape(
 def _selection_bias(step: Path) -> Tensor | None:
     file = min(step.glob("*model_states.pt"))
     routers = torch.load(file, map_location="cpu", weights_only=False).get("routers")
-    bias: Tensor | None = None if routers is None else routers["selection_bias"]
-    return bias
+    # A user may have saved something else of that name.
+    bias = routers.get("selection_bias") if isinstance(routers, dict) else None
+    return bias if isinstance(bias, Tensor) else None
 
 
 def _some(names: Iterable[str]) -> str:
