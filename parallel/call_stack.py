@@ -105,6 +105,8 @@ def _activity(frames: list[FrameType]) -> Activity:
     axes = (comm.axis for frame in inner if (comm := _communicator(frame)))
     axis = next(axes, group.group_desc.removeprefix("mesh_"))
     is_backward = any(frame.f_code.co_name == "_engine_run_backward" for frame in frames)
+    if group not in dist.distributed_c10d._world.pg_group_ranks:
+        return Activity(f"{_collective(inner)} (a group that has been given up)")
     ranks = tuple(dist.get_process_group_ranks(group))
     what = f"{_collective(inner)}{' in backward' if is_backward else ''} ({_who(ranks, axis)})"
     return Activity(what, ranks)
