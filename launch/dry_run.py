@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from typing import TYPE_CHECKING
@@ -51,8 +52,10 @@ def _plan(phases: Sequence[Phase], ranks: int, rank: int) -> Iterator["Plan"]:
         yield plan(configs[0])
         return
     processes = min(len(phases), os.cpu_count() or 1)
-    with get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
-        yield from pool.imap(plan, configs)
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["pretrain.dry_run.plan"])
+    with ProcessPoolExecutor(processes, context, max_tasks_per_child=1) as pool:
+        yield from pool.map(plan, configs)
 
 
 def _print_plan(console: Console, plan: "Plan", config: Config) -> None:
