@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
@@ -31,6 +30,7 @@ from pretrain.engines.native import NativeEngine
 from pretrain.errors import UserError
 from pretrain.layouts import resolve_layout
 from pretrain.schedule import learning_rate
+from tests.engines.zero_of_transformers import save_under_zero_3
 from tests.oracle.cases import run_cases
 from tests.oracle.our_cases import whole
 
@@ -188,17 +188,7 @@ def save_of_transformers(config: Config, directory: Path) -> dict[str, Any]:
     tokens = torch.arange(2 * 16).view(2, 16)
     with torch.no_grad():
         logits = theirs(tokens).logits.clone()
-    engine, *_ = deepspeed.initialize(
-        model=theirs,
-        model_parameters=theirs.parameters(),
-        optimizer=torch.optim.AdamW(theirs.parameters()),
-        config={
-            "train_micro_batch_size_per_gpu": 1,
-            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-            "zero_allow_untested_optimizer": True,
-        },
-    )
-    engine.save_checkpoint(str(directory))
+    save_under_zero_3(theirs, directory)
     return {"tokens": tokens, "logits": logits}
 
 

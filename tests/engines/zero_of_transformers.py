@@ -2,18 +2,19 @@
 
 import sys
 from datetime import timedelta
+from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from parallel.mesh import join_ranks
 from tests.foreign import MODELS, transformers_model
 
-if __name__ == "__main__":
-    join_ranks(timedelta(minutes=2))
-    deepspeed.init_distributed()
-    theirs = transformers_model(MODELS[sys.argv[1]])
+
+def save_under_zero_3(theirs: nn.Module, directory: Path) -> None:
+    """Collective."""
     engine, *_ = deepspeed.initialize(
         model=theirs,
         model_parameters=theirs.parameters(),
@@ -24,7 +25,13 @@ if __name__ == "__main__":
             "zero_allow_untested_optimizer": True,
         },
     )
-    engine.save_checkpoint(sys.argv[2])
+    engine.save_checkpoint(str(directory))
+
+
+if __name__ == "__main__":
+    join_ranks(timedelta(minutes=2))
+    deepspeed.init_distributed()
+    save_under_zero_3(transformers_model(MODELS[sys.argv[1]]), Path(sys.argv[2]))
     # gloo may abort a rank that leaves while another still works.
     dist.barrier()
     dist.destroy_process_group()
