@@ -36,6 +36,7 @@ from pretrain.memory import resident_peak
 RANKS = 2
 REPEATS = 3
 TOLERANCE = 1e-4
+PATIENCE_S = 60
 VOCAB_SIZE = 4096
 SEQ_LEN = 512
 GLOBAL_BATCH = 4
@@ -107,7 +108,9 @@ class Side:
         for pipe in self.pipes:
             pipe.close()
         for process in self.ranks:
-            process.join()
+            # One that waits for a rank that died never ends.
+            process.join(PATIENCE_S)
+            process.kill()
 
 
 def take_steps(

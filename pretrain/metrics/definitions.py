@@ -20,7 +20,7 @@ DEFINITIONS: tuple[Metric, ...] = (
         "Cross-entropy alone, without the balance loss. It should fall below the unigram "
         "entropy of the tokens within the first steps.",
         "sum",
-        "pretrain/engines/native.py",
+        "pretrain/engines/sums.py",
     ),
     Metric(
         "train/aux_loss",
