@@ -120,7 +120,8 @@ class Job:
         """Until the run is done, and Slurm knows it."""
         self.wait_until(self.has_ended)
         assert self.run.done.exists(), self.log()
-        assert (self.field("JobState"), self.exit_code()) == ("COMPLETED", 0)
+        state, code = self.field("JobState"), self.exit_code()
+        assert (state, code) == ("COMPLETED", 0), f"{state}, {code}\n{self.log()}"
 
     def assert_whole(self, whole: list[float]) -> None:
         """The run has the losses of one that nothing happened to, each token exactly once."""
