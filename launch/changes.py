@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pretrain.config import Config, check_setting
+from pretrain.config import Config, check_setting, phases_of
 from pretrain.errors import UserError
 from pretrain.model.config import ModelConfig
 from pretrain.run_dir import RunDirectory
@@ -75,7 +75,7 @@ def find_changes(before: Described, now: Described) -> list[Change]:
     """All settings that differ; shards are compared by what they hold, not where they lie."""
     old, new = _settings(*before), _settings(*now)
     # Then a row's gradient is the same, however it is cut.
-    contexts = [config.context for config, _ in (before, now)]
+    contexts = [phase.config.context for config, _ in (before, now) for phase in phases_of(config)]
     are_exact = all(context.gradient == "exact" and context.carry for context in contexts)
     free = {"context.segments"} if are_exact else set()
     return [

@@ -48,7 +48,14 @@ def test_segments_may_change_where_the_gradient_is_that_of_the_whole_row(prepare
         prepare(*long, "context.gradient=detach")
 
 
-@pytest.mark.parametrize("cut", ["context.gradient=2", "context.carry=false"])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        "context.gradient=2",
+        "context.carry=false",
+        "phases=[{from_step: 10, context.gradient: detach}]",
+    ],
+)
 def test_segments_that_decide_what_is_learned_may_not_change(prepare, cut: str) -> None:
     prepare("data.seq_len=512", cut, "context.segments=4")
     with pytest.raises(UserError, match=r"context\.segments: 4 -> 2"):
