@@ -84,9 +84,10 @@ class ForwardPass:
         config, rank = self.config, self.mesh.cp.get_local_rank()
         if not config.context.in_segments:
             return share_of_rank(config, documents, rank)
-        length = documents.position.shape[1]
-        count = max(1, length * config.context.segments // config.data.seq_len)
-        if count > 1:
+        length, segments = documents.position.shape[1], config.context.segments
+        count = length * segments // config.data.seq_len
+        # Rows of lanes come in one piece, of whatever length.
+        if segments > 1 and count > 1:
             context = config.context.model_copy(update={"segments": count})
             return share_of_rank(config.model_copy(update={"context": context}), documents, rank)
         cost = attention_cost(config.model)
