@@ -1,7 +1,7 @@
 """Tensors that wait in host memory or in a file until they are used again.
 
-What a store is asked for last is put last: whoever gets a tensor finds the one that was put before
-it on its way (as in ALST, Bekman et al. 2025, arXiv:2506.13996, section 3.3).
+What a backward pass asks for first was saved last: whoever gets a saved tensor finds the one that
+was saved before it on its way (as in ALST, Bekman et al. 2025, arXiv:2506.13996, section 3.3).
 """
 
 import errno
@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from parallel.host_memory import available_memory
 
 Where = Literal["host", "disk"]
 
@@ -61,20 +63,23 @@ class Handle(ABC):
     """A tensor that has been put away, for as long as somebody holds this.
 
     Attributes:
-        earlier: what was put before it.
+        next: what is likely to be wanted after it, as long as somebody holds that.
     """
 
-    earlier: "Callable[[], Handle | None]"
+    next: "Callable[[], Handle | None]"
+
+    def __init__(self) -> None:
+        self.next = _nothing
 
     def get(self, device: torch.device | None = None) -> Tensor:
         """The tensor, on its own device or another; as often as it is wanted.
 
-        The one that was put before it is prefetched. Raises OffloadError.
+        What is wanted next is prefetched. Raises OffloadError.
         """
         self.prefetch()
-        before = self.earlier()
-        if before is not None:
-            before.prefetch()
+        after = self.next()
+        if after is not None:
+            after.prefetch()
         tensor = self._arrived()
         return tensor if device is None else tensor.to(device)
 
@@ -98,7 +103,7 @@ class Store(ABC):
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
         self.used = self.most = 0
-        self._latest: Callable[[], Handle | None] = _nothing
+        self._saved: Callable[[], Handle | None] = _nothing
 
     def moves(self, tensor: Tensor) -> bool:
         """Whether putting it away frees its memory."""
@@ -110,16 +115,18 @@ class Store(ABC):
         Its memory is free once nobody else holds the tensor and it has arrived, which is not
         waited for. Raises OffloadError.
         """
-        handle = self._put(tensor.detach())
-        handle.earlier, self._latest = self._latest, weakref.ref(handle)
-        return handle
+        return self._put(tensor.detach())
 
     @contextmanager
     def keeping_saved_tensors(self) -> Iterator[None]:
         """Put away what autograd saves here, unless that is small."""
 
         def pack(tensor: Tensor) -> Tensor | Handle:
-            return self.put(tensor) if tensor.nbytes >= SMALLEST_BYTES else tensor
+            if tensor.nbytes < SMALLEST_BYTES:
+                return tensor
+            handle = self.put(tensor)
+            handle.next, self._saved = self._saved, weakref.ref(handle)
+            return handle
 
         def unpack(packed: Tensor | Handle) -> Tensor:
             return packed if isinstance(packed, Tensor) else packed.get()
@@ -203,6 +210,7 @@ class HostStore(Store):
 
 class _Kept(Handle):
     def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
         self.tensor = tensor
 
     def prefetch(self) -> None:
@@ -214,6 +222,7 @@ class _Kept(Handle):
 
 class _Pinned(Handle):
     def __init__(self, pinned: Tensor, device: torch.device, stream: torch.cuda.Stream) -> None:
+        super().__init__()
         self.pinned, self.device, self.stream = pinned, device, stream
         self._coming: tuple[Tensor, torch.cuda.Event] | None = None
 
@@ -326,6 +335,7 @@ class _InFile(Handle):
     def __init__(
         self, store: FileStore, start: int, tensor: Tensor, written: "Future[None]"
     ) -> None:
+        super().__init__()
         self.store, self.start, self.nbytes = store, start, tensor.nbytes
         self.written = written
         self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
@@ -341,21 +351,6 @@ class _InFile(Handle):
         self.written.result()
         content, self._coming = self._coming.result(), None
         return content.view(self.dtype).view(self.shape).to(self.device, non_blocking=True)
-
-
-def available_memory() -> int:
-    """Bytes that this process can still use, by what the kernel and its control group say."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            used = int((group / "memory.current").read_text())
-            available = min(available, int(limit) - used)
-    except OSError:
-        pass
-    return available
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -1,15 +1,14 @@
 """What the segments of a row hand on to later ones, and the gradients that come back.
 
-Each segment is a graph of its own. What it takes from an earlier one is a leaf of its graph, whose
-gradient is kept here; what it hands on gets that gradient while the segment itself goes backward,
-in the middle of the layer that made it. So a layer's weights are there when they are needed, and
-its activations may be recomputed.
+Each segment is a graph of its own, which ends where it takes something from an earlier one. The
+gradient that arrives there is kept here; what a segment hands on gets it while the segment itself
+goes backward, in the middle of the layer that made it. So a layer's weights are there when they are
+needed, and its activations may be recomputed.
 """
 
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +28,6 @@ class SegmentMemory:
         lanes: the memory beyond the rows; None where there is none.
         rows: of the batch, which this microbatch has.
         store: where what is handed on waits; None leaves it on the device.
-        is_kept: whether what segments hand on is kept; otherwise it has been kept before.
     """
 
     def __init__(
@@ -43,7 +41,6 @@ class SegmentMemory:
         self.reach = reach or segments
         self.lanes, self.rows = lanes, rows or slice(None)
         self.store: Store | None = None
-        self.is_kept = True
         self._handed: defaultdict[str, Handed] = defaultdict(Handed)
 
     def receive(
@@ -63,16 +60,17 @@ class SegmentMemory:
             assert self.lanes is not None
             return self.lanes.values[name][self.rows]
         handed = self._handed[name]
-        leaf = handed.value(source)
-        if torch.is_grad_enabled() and source // self.reach == segment // self.reach:
-            leaf.requires_grad_()
-            leaf.register_post_accumulate_grad_hook(partial(handed.take, source, complete))
-        return leaf
+        if not torch.is_grad_enabled() or source // self.reach != segment // self.reach:
+            return handed.value(source)
+        result: Tensor = _Receive.apply(_end_of_graph(), handed, source, complete)
+        return result
 
     def hand_on(self, name: str, segment: int, out: Tensor, value: Tensor) -> Tensor:
-        """Keep `value`, and return `out`, whose backward also goes through `value`."""
+        """Keep `value`, unless an earlier pass has, and return `out`, whose backward also goes
+        through `value`.
+        """
         handed = self._handed[name]
-        if self.is_kept:
+        if segment not in handed.values:
             handed.keep(segment, self.segments, value.detach(), self.store)
         if not torch.is_grad_enabled():
             return out
@@ -120,15 +118,43 @@ class Handed:
         self.block.data[segment].copy_(value)
         self.values[segment] = None
 
-    def take(self, segment: int, complete: Callable[[Tensor], Tensor] | None, leaf: Tensor) -> None:
+    def take(self, segment: int, gradient: Tensor) -> None:
         """Add the gradient that a later segment has found; float32 or wider, as many may."""
-        gradient, leaf.grad = leaf.grad, None
-        assert gradient is not None
-        if complete is not None:
-            gradient = complete(gradient)
-        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        known = self.gradients.get(segment)
-        self.gradients[segment] = gradient if known is None else known.add_(gradient)
+        if segment in self.gradients:
+            self.gradients[segment] += gradient
+            return
+        # Of its own, not a view of that of all that the segment has seen.
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        own = gradient.new_empty(gradient.shape, dtype=dtype)
+        self.gradients[segment] = own.copy_(gradient)
+
+
+class _Receive(torch.autograd.Function):
+    """What a segment has handed on. The graph does not hold it, as a leaf would: layers that
+    recompute ask for it again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        end: Tensor,
+        handed: Handed,
+        source: int,
+        complete: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
+        ctx.handed, ctx.source, ctx.complete = handed, source, complete
+        return handed.value(source)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[None, ...]:
+        found = grad[0] if ctx.complete is None else ctx.complete(grad[0])
+        ctx.handed.take(ctx.source, found)
+        return None, None, None, None
+
+
+def _end_of_graph() -> Tensor:
+    """What makes autograd go as far as a segment's `_Receive`."""
+    return torch.empty(0, requires_grad=True)
 
 
 class _HandOn(torch.autograd.Function):

@@ -75,8 +75,6 @@ class SegmentedStage:
         return torch.cat(list(rows))
 
     def _train(self, group: Sequence[tuple[Tensor, Tensor, SegmentDocuments]]) -> None:
-        memory = group[0][2].memory
-        memory.is_kept = True
         with torch.no_grad():
             for tokens, _, segment in group[:-1]:
                 self.stage(tokens, None, segment)
@@ -85,8 +83,6 @@ class SegmentedStage:
             # FSDP reduces the gradient after each segment: kept until the last, it would be whole.
             self.stage(tokens, labels, segment).backward()
             self.trained.append(segment.number)
-            # The group's last has now left what the next group begins with.
-            memory.is_kept = False
             segment.forget_plans()
 
 

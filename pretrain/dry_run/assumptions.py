@@ -102,6 +102,7 @@ class Elsewhere(Store):
 
 class _Away(Handle):
     def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
+        super().__init__()
         self.shape, self.dtype = shape, dtype
         self._coming: Tensor | None = None
 

@@ -78,19 +78,37 @@ def test_a_killed_process_leaves_nothing_on_the_disk(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_who_gets_a_tensor_has_the_one_before_it_fetched(
+def test_a_backward_pass_has_what_it_wants_next_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = FileStore(tmp_path)
-    handles = [store.put(torch.full((8,), float(n))) for n in range(4)]
     reads: list[int] = []
     read = store.read
     monkeypatch.setattr(
-        store, "read", lambda start, *more: (reads.append(start // 32), read(start, *more))[1]
+        store, "read", lambda start, *more: (reads.append(start // 4096), read(start, *more))[1]
     )
-    for number in (3, 2, 1):
-        assert float(handles[number].get()[0]) == number
-        assert reads == list(range(3, number - 2, -1))
+    results = [torch.ones(KIB, requires_grad=True)]
+    with store.keeping_saved_tensors():
+        for _ in range(4):
+            results.append(results[-1].sin())
+    fetched: list[int] = []
+    for result in results[:-1]:
+        result.register_hook(lambda _: fetched.append(len(reads)))
+    results[-1].sum().backward()
+    assert reads == [3, 2, 1, 0]
+    assert fetched == [2, 3, 4, 4]
+
+
+def test_what_is_put_away_by_itself_comes_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FileStore(tmp_path)
+    first, second = (store.put(torch.full((8,), float(n))) for n in range(2))
+    read, reads = store.read, []
+    monkeypatch.setattr(store, "read", lambda *where: (reads.append(where), read(*where))[1])
+    assert float(second.get()[0]) == 1
+    assert len(reads) == 1
+    assert float(first.get()[0]) == 0
 
 
 def test_a_gpu_has_copied_a_tensor_before_it_is_read(

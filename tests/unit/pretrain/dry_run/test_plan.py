@@ -76,6 +76,21 @@ def test_few_segments_tell_what_many_need(gradient: str) -> None:
     assert few.memory.peak == sum(few.memory.parts.values())
 
 
+def plan_of_offload(where: str) -> Plan:
+    settings = ["model.n_layers=2", "model.layer_pattern=[softmax]", "parallel.recompute=full"]
+    settings += ["data.seq_len=4096", "context.segments=8", f"parallel.offload={where}"]
+    settings += ["train.global_batch=1", "train.microbatch=1"]
+    return plan_rank(load_config("tiny-hybrid-moe", settings), 1, rank=0)
+
+
+def test_what_segments_hand_on_waits_elsewhere_until_a_layer_computes_with_it() -> None:
+    here, elsewhere = apart(plan_of_offload, "none", "host")
+    attention = load_config("tiny-hybrid-moe").model.attention
+    keys_and_values = 2 * 4096 * attention.n_kv_heads * attention.head_dim * 4
+    # Of both layers, from all segments but the last.
+    assert here.memory.peak - elsewhere.memory.peak >= 2 * keys_and_values * 7 / 8
+
+
 def plan_sharded(ranks: int) -> Plan:
     """With weights that are larger than what a forward pass keeps."""
     settings = ["model.n_layers=1", "model.layer_pattern=[linear]", "parallel.recompute=full"]
