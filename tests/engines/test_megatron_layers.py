@@ -81,6 +81,18 @@ def test_attention_refuses_masks_and_foreign_documents() -> None:
         attend(attention, packed=of_other_rows)
 
 
+def test_attention_refuses_to_decode_with_a_cache_of_keys() -> None:
+    from megatron.core.transformer.enums import AttnMaskType
+
+    attention = ring_attention()
+    q, k, v = torch.randn(3, 8, 1, 2, 16)
+    with pytest.raises(UserError, match="8 keys for 1 queries"):
+        attention(q[-1:], k, v, None, attn_mask_type=AttnMaskType.no_mask)
+    with pytest.raises(UserError, match=r"no_mask.*export the model"):
+        attention(q, k, v, None, attn_mask_type=AttnMaskType.no_mask)
+    attention(q, k, v, None, attn_mask_type=AttnMaskType.causal)
+
+
 def test_balanced_rows_want_our_rotation() -> None:
     from pretrain.engines.megatron import Rope, shard_batch
 

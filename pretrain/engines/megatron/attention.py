@@ -98,6 +98,12 @@ class RingAttention(nn.Module):
         """q [t, B, H, D], k and v [t, B, Hkv, D], of this rank's tokens -> [t, B, H * D]."""
         if attention_bias is not None:
             raise UserError("attention_bias: farspan's attention has none; pass None")
+        if len(k) != len(q) or attn_mask_type not in (None, AttnMaskType.causal):
+            raise UserError(
+                f"{len(k)} keys for {len(q)} queries, attn_mask_type = {attn_mask_type}: farspan's "
+                "attention is for training, and reads no cache of keys; export the model to infer "
+                "with"
+            )
         tokens, batch = q.shape[:2]
         documents = documents_of(
             packed_seq_params, attention_mask, batch, tokens, self.group, q.device
