@@ -1,4 +1,4 @@
-"""The models of docs/megatron.md, on ranks that share rows and on ranks that do not."""
+"""The models of docs/megatron.md, on ranks that share rows or heads, and on ranks that do not."""
 
 import re
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor, nn
 
 from pretrain.config import Config
+from pretrain.engines.megatron import GatedDeltaNet
 from pretrain.engines.megatron.cpu import on_any_device
 from pretrain.model.kernels.documents import Documents
 from tests.oracle.cases import run_cases
@@ -30,7 +31,7 @@ def documented() -> dict[str, Any]:
     return names
 
 
-def theirs(ranks: int) -> TransformerConfig:
+def theirs(ranks: int, tp: int = 1) -> TransformerConfig:
     return TransformerConfig(
         num_layers=4,
         hidden_size=32,
@@ -44,6 +45,8 @@ def theirs(ranks: int) -> TransformerConfig:
         hidden_dropout=0,
         attention_dropout=0,
         context_parallel_size=ranks,
+        tensor_model_parallel_size=tp,
+        sequence_parallel=tp > 1,
         use_cpu_initialization=True,
         linear_num_key_heads=2,
         linear_num_value_heads=4,
@@ -71,7 +74,24 @@ def documents_of(batch: dict[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], 
             yield {name: x[mine] for name, x in batch.items()}, torch.arange(length)[None]
 
 
+def first_weights() -> dict[str, Any]:
+    """Of a gated delta net whose heads two ranks share, on each of them."""
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    torch.manual_seed(1)
+    layer = GatedDeltaNet(theirs(1, tp=2), layer_number=1)
+    mine: dict[str, Any] = dict(layer.named_parameters())
+    of_ranks: list[Any] = [None] * 2
+    torch.distributed.all_gather_object(of_ranks, mine)
+    parallel_state.destroy_model_parallel()
+    # A generator that differs among the ranks would spoil the layers after it.
+    draws: list[Any] = [None] * 2
+    torch.distributed.all_gather_object(draws, torch.rand(3))
+    return {"of_ranks": of_ranks, "draws_afterwards": draws}
+
+
 def run_case(name: str, _: Config, __: torch.device) -> dict[str, Any]:
+    if name == "first-weights":
+        return first_weights()
     ranks = 2 if "cp2" in name else 1
     parallel_state.initialize_model_parallel(context_parallel_size=ranks)
     docs = documented()

@@ -1,5 +1,7 @@
 """The gated delta net as the `self_attention` of megatron-core's layers."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -114,7 +116,8 @@ class GatedDeltaNet(MegatronModule):
 
     def _initialize(self, config: TransformerConfig) -> None:
         """Decay, step size, norm and convolutions as farspan's, projections as megatron-core's."""
-        with get_cuda_rng_tracker().fork():
+        on_cpu = config.use_cpu_initialization
+        with _fork_on_cpu(self.tp_group.rank()) if on_cpu else get_cuda_rng_tracker().fork():
             # On a GPU the tracker's generator is the device's.
             seed = int(torch.randint(SEED_LIMIT, (), device=self.gated_delta.A_log.device))
             share = _share_of_rank(config, self.tp_group.size())
@@ -135,6 +138,18 @@ class GatedDeltaNet(MegatronModule):
             set_tensor_model_parallel_attributes(weight, is_share, dim, 1)
             # A copy sees this rank's heads only: its gradient is a part, to be summed.
             weight.sequence_parallel = config.sequence_parallel and not is_share
+
+
+@contextmanager
+def _fork_on_cpu(rank: int) -> Iterator[None]:
+    """Draw other numbers on each rank of tp inside, and the same ones afterwards: what the tracker
+    does, which forks the generators of GPUs alone.
+    """
+    seed = int(torch.randint(SEED_LIMIT, ()))
+    with torch.random.fork_rng(devices=[]):
+        # `torch.manual_seed` would seed the GPUs, too.
+        torch.default_generator.manual_seed(seed + rank)
+        yield
 
 
 def _share_of_rank(config: TransformerConfig, ranks: int) -> ModelConfig:
