@@ -44,6 +44,13 @@ def _run_problems(config: Config, layout: Layout) -> Iterator[str]:
     parallel, pipeline = config.parallel, config.parallel.pipeline
     if layout.pp > 1 and pipeline.schedule not in ("1f1b", "interleaved"):
         yield f"parallel.pipeline.schedule = {pipeline.schedule}: it has 1f1b and interleaved"
+    microbatches = config.train.global_batch // (layout.data_ranks * config.train.microbatch)
+    if layout.pp > 1 and pipeline.schedule == "interleaved" and microbatches % layout.pp:
+        yield (
+            f"parallel.pipeline.schedule = interleaved with {microbatches} microbatches on each "
+            f"rank: it takes a multiple of parallel.pp = {layout.pp}; another train.global_batch, "
+            "or 1f1b"
+        )
     stages = layout.pp * stages_of_rank(config, layout)
     if config.model.n_layers % stages:
         yield f"{stages} stages do not divide model.n_layers = {config.model.n_layers}"

@@ -40,6 +40,15 @@ def test_what_it_can_do_passes(overrides: list[str]) -> None:
             "model.linear.n_key_heads = 2",
         ),
         (["parallel.pp=2", "parallel.pipeline.schedule=zbv"], "schedule = zbv"),
+        (
+            [
+                "parallel.pp=2",
+                "parallel.pipeline.schedule=interleaved",
+                "train.global_batch=6",
+                "train.microbatch=1",
+            ],
+            "interleaved with 3 microbatches on each rank: it takes a multiple of parallel.pp = 2",
+        ),
         (["parallel.pp=4", "model.n_layers=6"], "4 stages do not divide model.n_layers = 6"),
         (["parallel.pp=2", "parallel.pipeline.layers_per_stage=[1,3]"], "layers_per_stage"),
         (["parallel.cp=2", "parallel.ulysses=2"], "parallel.ulysses = 2"),
