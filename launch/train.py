@@ -8,7 +8,7 @@ from pathlib import Path
 from launch.local import StopSignals
 from launch.report import write_report_of
 from pretrain.config import Config, load_config
-from pretrain.engines.choice import check_engines
+from pretrain.engines.choice import check_engines, check_installed
 from pretrain.errors import TrainingError, UserError
 from pretrain.run_dir import RunDirectory
 
@@ -29,6 +29,7 @@ def prepare(
 
     config = load_config(recipe, overrides)
     layouts = dict.fromkeys(map(str, check_engines(config, nproc)))
+    check_installed(config)
     run = prepare_run(config, directory_of(config, recipe, run_dir), allowed)
     print(
         f"{recipe} on {nproc} ranks ({', then '.join(layouts)}), run directory {run.root}",

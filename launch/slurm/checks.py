@@ -14,7 +14,7 @@ from launch.slurm.file_systems import require_shared
 from launch.slurm.profile import Profile, seconds_of
 from pretrain.config import Config
 from pretrain.data_config import SAMPLE_SHARDS
-from pretrain.engines.choice import check_engines
+from pretrain.engines.choice import check_engines, check_installed
 from pretrain.errors import UserError
 
 # How early Slurm may send a signal that it was told to send before a time limit.
@@ -70,6 +70,7 @@ def check_job(
         problem_of_time(partition, profile, time),
         *problems_of_access(partition, profile),
         *problems_of_container(profile),
+        problem_of_engine(config, profile),
     )
     checks.problems += [problem for problem in found if problem]
     usable = sum(node.is_usable for node in _with_features(members, profile.constraint))
@@ -261,6 +262,16 @@ def problems_of_container(profile: Profile) -> list[str]:
     if is_file:
         problems.append(f"container.image = {container.image}: no such file")
     return problems
+
+
+def problem_of_engine(config: Config, profile: Profile) -> str | None:
+    """What an engine needs is in the image of a container, and there out of sight."""
+    if profile.container.runtime == "none":
+        try:
+            check_installed(config)
+        except UserError as error:
+            return str(error)
+    return None
 
 
 def layout_of(config: Config, nodes: int, ranks_per_node: int | str) -> str:

@@ -27,15 +27,18 @@ def check_engines(config: Config, world_size: int) -> list[Layout]:
     """The layout of each phase of a run, each of them one that its engine can train.
 
     Raises:
-        UserError: as `resolve_layouts`, or as `check_engine`; or what the engine needs is not
-            installed.
+        UserError: as `resolve_layouts`, or as `check_engine`.
     """
     layouts = resolve_layouts(config, world_size)
-    if (engine := config.train.engine) in TESTED:
-        check_extra(engine, TESTED[engine])
     for phase, layout in zip(phases_of(config), layouts, strict=True):
         check_engine(phase.config, layout)
     return layouts
+
+
+def check_installed(config: Config) -> None:
+    """Raise UserError where this machine has not what `train.engine` needs."""
+    if (engine := config.train.engine) in TESTED:
+        check_extra(engine, TESTED[engine])
 
 
 def check_is_native(config: Config, what: str) -> None:

@@ -1,6 +1,7 @@
 """What is refused before it is submitted, and what a person is told to do instead."""
 
 import re
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from launch.slurm.file_systems import file_system_of, require_shared
 from launch.slurm.profile import Profile
 from launch.slurm.submit import dependency_of, name_of
 from pretrain.config import load_config
+from pretrain.engines import extra
 from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory
 
@@ -201,6 +203,20 @@ def test_a_folder_that_only_this_machine_sees() -> None:
         require_shared("the run directory", Path("/tmp/x"), Profile(), MOUNTS)
     assert require_shared("it", Path("/home/me"), Profile(), MOUNTS) == "nfs4"
     assert require_shared("it", Path("/tmp/x"), Profile(shared_paths=("/tmp",)), MOUNTS) == "ext4"
+
+
+def test_an_engine_has_to_be_installed_where_no_container_brings_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def version(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(extra, "version", version)
+    config = load_config("tiny-hybrid-moe", ["train.engine=megatron"])
+    bare, boxed = Profile(), Profile.model_validate({"container": {"runtime": "pyxis"}})
+    assert "megatron-core is not installed" in (checks.problem_of_engine(config, bare) or "")
+    assert checks.problem_of_engine(config, boxed) is None
+    assert checks.layout_of(config, 2, 2).startswith("layout on 4 ranks")
 
 
 def test_a_layout_that_does_not_fit_the_nodes() -> None:
