@@ -290,3 +290,33 @@ def test_what_is_no_checkpoint_of_the_model_is_refused(
 
     with pytest.raises(UserError, match=reason):
         import_checkpoint(folder / "checkpoints" / path, model_of(overrides))
+
+
+def test_half_of_a_checkpoint_says_what_is_missing(tmp_path: Path) -> None:
+    from pretrain.engines.deepspeed.checkpoint import import_checkpoint
+
+    def refused(folder: Path) -> str:
+        with pytest.raises(UserError) as told:
+            import_checkpoint(folder, model_of(SMALL))
+        return str(told.value)
+
+    (tmp_path / "latest").write_text("global_step3")
+    assert "latest names global_step3, where neither" in refused(tmp_path)
+    step = tmp_path / "global_step3"
+    step.mkdir()
+    for content in (b"", b"PK", b"text"):
+        (step / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(content)
+        assert "copy the files of all ranks" in refused(tmp_path)
+
+    universal = tmp_path / "universal"
+    for name, weight in Transformer(model_of(SMALL)).state_dict().items():
+        (universal / "zero" / name).mkdir(parents=True)
+        torch.save({"param": weight}, universal / "zero" / name / "fp32.pt")
+    assert "no *model_states.pt" in refused(universal)
+    whole = (universal / "zero" / name / "fp32.pt").read_bytes()
+    for content in (b"", whole[: len(whole) // 2]):
+        (universal / "zero" / name / "fp32.pt").write_bytes(content)
+        assert f"{name}/fp32.pt cannot be read" in refused(universal)
+    (universal / "zero" / name / "fp32.pt").unlink()
+    torch.save({}, universal / "mp_rank_00_model_states.pt")
+    assert "weights are missing" in refused(universal)

@@ -5,6 +5,7 @@ They are pickles, which run whatever code they hold: read those of people you tr
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from pretrain.model.config import ModelConfig
 from pretrain.model.transformer import Transformer
 
 SHOWN = 3
+# What `torch.load` and DeepSpeed raise of files that are missing, cut off, or not known to them.
+UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, UnpicklingError)
 # By which the weights of a model are known.
 OURS, HUGGING_FACE = "embedding.weight", "model.embed_tokens.weight"
 
@@ -73,13 +76,18 @@ def step_folder(directory: Path) -> Path:
     """
     latest = directory / "latest"
     step = directory / latest.read_text().strip() if latest.is_file() else directory
-    if not is_universal(step) and not list(step.glob("*_optim_states.pt")):
+    if is_universal(step) or any(step.glob("*_optim_states.pt")):
+        return step
+    if step != directory:
         raise UserError(
-            f"{directory}: neither a file `latest`, nor *_optim_states.pt or a folder `zero`; "
-            "name the folder that DeepSpeed's save_checkpoint was given, or the output of "
-            "ds_to_universal"
+            f"{latest} names {step.name}, where neither *_optim_states.pt nor a folder `zero` is; "
+            "copy all of it, or name the folder of another step"
         )
-    return step
+    raise UserError(
+        f"{directory}: neither a file `latest`, nor *_optim_states.pt or a folder `zero`; "
+        "name the folder that DeepSpeed's save_checkpoint was given, or the output of "
+        "ds_to_universal"
+    )
 
 
 def is_universal(step: Path) -> bool:
@@ -96,7 +104,7 @@ def check_same_ranks(step: Path, ranks: int, stage: int) -> None:
         raise UserError(
             f"{step}: saved by {saved_by} ranks with ZeRO {saved}, and here are {ranks} with stage "
             f"{stage}; go on with that stage, on other ranks from what ds_to_universal makes of "
-            "it, or take over the weights alone with import_checkpoint and load_weights"
+            "it, or begin a run with its weights alone: `farspan import`"
         )
 
 
@@ -105,12 +113,13 @@ def _of_ranks(step: Path) -> dict[str, Tensor]:
         state: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(
             str(step.parent), tag=step.name
         )
-    except ValueError as error:
+    except UNREADABLE as error:
         # What ZeRO 1 saves in bf16, among others.
         raise UserError(
-            f"{step}: DeepSpeed cannot put the weights of its ranks together: {error}; take what "
-            f"`python -m deepspeed.checkpoint.ds_to_universal --input_folder {step} "
-            "--output_folder OUT` makes of it"
+            f"{step}: DeepSpeed cannot put the weights of its ranks together: {error}; copy the "
+            "files of all ranks, or if they are there, take what `python -m "
+            f"deepspeed.checkpoint.ds_to_universal --input_folder {step} --output_folder OUT` "
+            "makes of it"
         ) from None
     return state
 
@@ -118,8 +127,15 @@ def _of_ranks(step: Path) -> dict[str, Tensor]:
 def _universal(step: Path) -> dict[str, Tensor]:
     """Where they come from stage 3 they are flat."""
     files = {file.parent.name: file for file in sorted((step / "zero").glob("*/fp32.pt"))}
-    saved: dict[str, Any] = {name: torch.load(file) for name, file in files.items()}
+    saved: dict[str, Any] = {name: _load(file) for name, file in files.items()}
     return {name: x["param"] if isinstance(x, dict) else x for name, x in saved.items()}
+
+
+def _load(file: Path, *, weights_only: bool = True) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=weights_only)
+    except UNREADABLE as error:
+        raise UserError(f"{file} cannot be read: {error}; copy it again") from None
 
 
 def _prefix_of(known: str, names: Iterable[str]) -> str | None:
@@ -136,7 +152,8 @@ def _in_shape(
     for problem, names in (("are missing", like.keys() - found.keys()), ("are unknown", extra)):
         if names:
             raise UserError(
-                f"{step}: weights {problem}: {_some(names)}; it is a checkpoint of another model"
+                f"{step}: weights {problem}: {_some(names)}; it is a checkpoint of another model, "
+                "or not all of one"
             )
     for name, tensor in like.items():
         if found[name].numel() != tensor.numel():
@@ -148,8 +165,10 @@ def _in_shape(
 
 
 def _selection_bias(step: Path) -> Tensor | None:
-    file = min(step.glob("*model_states.pt"))
-    routers = torch.load(file, map_location="cpu", weights_only=False).get("routers")
+    file = min(step.glob("*model_states.pt"), default=None)
+    if file is None:
+        raise UserError(f"{step}: no *model_states.pt, where the routers' part is; copy it, too")
+    routers = _load(file, weights_only=False).get("routers")
     # A user may have saved something else of that name.
     bias = routers.get("selection_bias") if isinstance(routers, dict) else None
     return bias if isinstance(bias, Tensor) else None
