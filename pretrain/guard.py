@@ -87,8 +87,12 @@ class Guard:
     side, and goes back to a checkpoint from before them.
     """
 
-    def __init__(self, config: GuardConfig, past: Past) -> None:
-        self._config = config
+    def __init__(self, config: GuardConfig, past: Past, *, can_replay: bool = True) -> None:
+        """
+        Args:
+            can_replay: whether `farspan replay` knows the engine, so that it is worth naming.
+        """
+        self._config, self._can_replay = config, can_replay
         self._recent: deque[tuple[float, float]] = deque(maxlen=config.window)
         self._skipped = [Place(*place) for place in past.skipped]
         self._skips_in_a_row = 0
@@ -129,8 +133,8 @@ class Guard:
             raise TrainingError(
                 f"{reason} at step {step}, and so it was for the {self._config.max_skips} batches "
                 "before (guard.max_skips): the weights are no longer any good, or the precision is "
-                f"too low. `farspan replay RUN --step {step}` names the first layer whose output "
-                "is not finite; the checkpoints are from before"
+                f"too low. {self._replay(step, 'names the first layer whose output is not finite')}"
+                "The checkpoints are from before"
             )
 
     def roll_back(self, step: int, place: Place, reason: str) -> Rollback:
@@ -146,7 +150,7 @@ class Guard:
             raise TrainingError(
                 f"{reason} at step {step}, after {self._config.max_rollbacks} rollbacks nearby "
                 "(guard.max_rollbacks): it is not the data. A lower optim.lr or optim.clip may "
-                f"help (--allow-change); `farspan replay RUN --step {step}` shows the step again. "
+                f"help (--allow-change). {self._replay(step, 'shows the step again')}"
                 "The checkpoints are from before"
             )
         width = 2 ** (self._rollbacks - 1)
@@ -164,6 +168,9 @@ class Guard:
     def load_state(self, state: Iterable[tuple[float, float]]) -> None:
         self._recent.clear()
         self._recent.extend((loss, norm) for loss, norm in state)
+
+    def _replay(self, step: int, shows: str) -> str:
+        return f"`farspan replay RUN --step {step}` {shows}. " if self._can_replay else ""
 
     def _scores(self, loss: float, grad_norm: float) -> Iterable[tuple[str, float, float]]:
         losses, norms = zip(*self._recent, strict=True)

@@ -29,7 +29,6 @@ from parallel.lost_rank import RankMonitor
 from parallel.mesh import join_ranks
 from pretrain.answer import answer
 from pretrain.config import Config, read_run_config
-from pretrain.engines.choice import check_is_native
 from pretrain.engines.native import NativeEngine
 from pretrain.errors import UserError
 from pretrain.guard import Past
@@ -122,7 +121,6 @@ def _stand_before(
     for warning in plan.warnings:
         _say(f"warning: {warning}")
     phase, past = plan.phase, Past(plan.skipped)
-    check_is_native(phase.config, "a replay")
     stand_at = partial(Trainer, phase.config, run, device, None, past, first_step=phase.first)
     trainer = None
     try:

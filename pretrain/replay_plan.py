@@ -12,6 +12,7 @@ from pretrain.checkpoint.store import checkpoint_in, saved_steps
 from pretrain.checkpoint.trained import checkpoints_of
 from pretrain.config import Config, phases_of
 from pretrain.curriculum import Phase, phase_at
+from pretrain.engines.choice import check_is_native
 from pretrain.errors import UserError
 from pretrain.ledger import (
     AttemptBegun,
@@ -182,8 +183,10 @@ def plan_replay(config: Config, run: RunDirectory, attempt: int, first_token: in
         first_token: how many tokens the stream had delivered before it.
 
     Raises:
-        UserError: there is no such batch, or too little is known of the attempt.
+        UserError: there is no such batch, too little is known of the attempt, or it trained under
+            another engine than the native one.
     """
+    check_is_native(config, "a replay")
     records = list(read_outcomes(run))
     found = [
         batch

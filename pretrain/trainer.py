@@ -110,7 +110,7 @@ class Trainer:
             partial(run.check_attempt, attempt or 0),
         )
         past = past or Past()
-        self.guard = Guard(config.guard, past)
+        self.guard = Guard(config.guard, past, can_replay=config.train.engine == "native")
         self._run, self._is_owner = run, attempt is not None
         self._first_step = first_step
         self._beginning = self.stream.state_dict()

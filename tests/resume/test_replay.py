@@ -142,6 +142,17 @@ def test_more_ranks_than_the_machine_has_room_for_are_refused(run: RunDirectory)
     assert "srun" in told
 
 
+def test_a_step_of_another_engine_is_refused_before_any_rank_is_started(run: RunDirectory) -> None:
+    for path in run.root.rglob("config.yaml"):
+        tree = yaml.safe_load(path.read_text())
+        tree["train"]["engine"] = "megatron"
+        path.write_text(yaml.safe_dump(tree))
+    told = "train.engine = megatron: a replay knows the native engine alone"
+    assert told in refusal("replay", str(run.root), "--step", "6")
+    with pytest.raises(UserError, match=told):
+        plan_of(run, 6)
+
+
 def test_a_step_is_replayed_from_before_a_damaged_checkpoint(run: RunDirectory) -> None:
     damage(run, 4, "*-rank-00001.safetensors")
     done = farspan("replay", str(run.root), "--step", "5")

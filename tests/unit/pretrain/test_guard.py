@@ -134,3 +134,12 @@ def test_the_run_ends_when_nothing_is_finite_any_more() -> None:
     guard.skip(1, place(1), "the loss is nan")
     with pytest.raises(TrainingError, match="the loss is nan at step 1, and so it was for the 2"):
         guard.skip(1, place(2), "the loss is nan")
+
+
+@pytest.mark.parametrize("can_replay", [True, False])
+def test_a_replay_is_named_for_the_engine_that_has_one(can_replay: bool) -> None:
+    guard = Guard(GuardConfig(max_skips=0, max_rollbacks=0), Past(), can_replay=can_replay)
+    for ends in (guard.skip, guard.roll_back):
+        with pytest.raises(TrainingError, match="The checkpoints are from before") as ended:
+            ends(7, place(6), "the loss is nan")
+        assert ("farspan replay RUN --step 7" in str(ended.value)) == can_replay
