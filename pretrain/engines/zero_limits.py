@@ -28,6 +28,12 @@ def _zero_problems(zero: ZeroConfig) -> Iterator[str]:
             f"parallel.zero.offload_parameters with parallel.zero.stage = {zero.stage}: weights "
             "are whole there; parallel.zero.stage=3"
         )
+    default = ZeroConfig().persistence_threshold
+    if zero.persistence_threshold != default and zero.stage != 3:
+        yield (
+            f"parallel.zero.persistence_threshold with parallel.zero.stage = {zero.stage}: every "
+            f"weight is whole there; parallel.zero.stage=3, or leave it at {default}"
+        )
 
 
 def _layout_problems(layout: Layout) -> Iterator[str]:

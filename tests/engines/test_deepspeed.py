@@ -32,25 +32,26 @@ MODELS = {
     "dense": f"{SMALL},model.moe.n_experts=0",
     "dropping": f"{SMALL},model.moe.balance=sequence,model.moe.capacity_factor=1",
 }
+ZERO = "train.engine=deepspeed,parallel.zero.stage="
 # By default all weights of a small model would stay whole on every rank.
-ZERO = "train.engine=deepspeed,parallel.zero.persistence_threshold=0,parallel.zero.stage="
+ZERO3 = f"{ZERO}3,parallel.zero.persistence_threshold=0"
 OFFLOAD = ",parallel.zero.offload_optimizer=true"
 CASES = {
     "zero1": ("hybrid", f"{ZERO}1"),
     "zero2-offload": ("dense", f"{ZERO}2{OFFLOAD}"),
     "zero3-offload": (
         "softmax",
-        f"{ZERO}3{OFFLOAD},parallel.zero.offload_parameters=true,parallel.recompute=full,"
+        f"{ZERO3}{OFFLOAD},parallel.zero.offload_parameters=true,parallel.recompute=full,"
         "parallel.feed_forward_tile=16",
     ),
-    "zero3": ("hybrid", f"{ZERO}3"),
+    "zero3": ("hybrid", ZERO3),
     "zero2-ulysses": ("softmax", f"{ZERO}2,parallel.cp=2,parallel.ulysses=2"),
-    "zero3-cp": ("dropping", f"{ZERO}3,parallel.cp=2,parallel.recompute=selective"),
+    "zero3-cp": ("dropping", f"{ZERO3},parallel.cp=2,parallel.recompute=selective"),
 }
 BF16 = {
     "zero1-bf16": ("hybrid", f"{ZERO}1,train.dtype=bfloat16"),
     "zero2-offload-bf16": ("hybrid", f"{ZERO}2{OFFLOAD},train.dtype=bfloat16"),
-    "zero3-bf16": ("hybrid", f"{ZERO}3,train.dtype=bfloat16"),
+    "zero3-bf16": ("hybrid", f"{ZERO3},train.dtype=bfloat16"),
 }
 # Engine, model and checkpoint that it goes on from, on two ranks.
 SAME = {f"{name}-from-{name}": CASES[name] for name in ("zero1", "zero2-offload", "zero3")} | {

@@ -21,6 +21,7 @@ def check(*overrides: str) -> None:
         [],
         ["parallel.cp=4", "model.moe.balance=sequence", "model.moe.capacity_factor=1.5"],
         [SOFTMAX, "parallel.cp=2", "parallel.ulysses=2", "model.moe.balance=bias"],
+        ["parallel.zero.persistence_threshold=0"],
         ["parallel.recompute=selective", "parallel.feed_forward_tile=64", "train.dtype=bfloat16"],
     ],
 )
@@ -54,6 +55,10 @@ def test_what_it_can_do_passes(overrides: list[str]) -> None:
         (
             ["parallel.zero.stage=2", "parallel.zero.offload_parameters=true"],
             "parallel.zero.offload_parameters with parallel.zero.stage = 2",
+        ),
+        (
+            ["parallel.zero.stage=1", "parallel.zero.persistence_threshold=0"],
+            "parallel.zero.persistence_threshold with parallel.zero.stage = 1",
         ),
     ],
 )
