@@ -88,6 +88,7 @@ def _rows(config: Config, kept: Mapping[str, int]) -> Iterator[tuple[str, str, l
     yield tracker.UPDATE, "the norm of the gradient, and the optimizer", [tracker.UPDATE]
     yield MORE_MICROBATCHES, "of the pipeline, than were planned", [MORE_MICROBATCHES]
     yield MORE_SEGMENTS, "what they hand on, and its gradient", [MORE_SEGMENTS]
+    yield tracker.LANES, "what rows go on with in the next step", [tracker.LANES]
     yield tracker.OTHER, "tokens", [tracker.OTHER]
 
 

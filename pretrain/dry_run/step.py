@@ -14,6 +14,7 @@ from parallel.gradients import clip_gradients
 from parallel.mesh import Mesh
 from parallel.pipeline.plan import peak_stored, problem_of_schedule
 from parallel.pipeline.schedule import Pipeline
+from parallel.segments.lanes import LaneMemory
 from pretrain.config import Config
 from pretrain.dry_run.tracker import (
     BACKWARD,
@@ -21,6 +22,7 @@ from pretrain.dry_run.tracker import (
     EMBEDDING,
     GATHERED,
     GRADIENTS,
+    LANES,
     LOSS,
     OPTIMIZER,
     OTHER,
@@ -43,6 +45,7 @@ class Step:
     Attributes:
         microbatches: of this rank in a step of the configuration.
         segments: of a row of the configuration.
+        lanes: what rows hand on to those of the next step; None where they begin anew.
         activations: stage -> bytes that a forward pass leaves for its backward pass.
         kept: layer -> bytes that its forward pass leaves for its backward pass.
     """
@@ -67,6 +70,8 @@ class Step:
         )
         self.segments = config.context.segments
         self.segment_tokens = config.data.seq_len // self.segments
+        rows = self.microbatches * config.train.microbatch
+        self.lanes = LaneMemory(rows) if config.context.lane_rows > 1 else None
         self.activations: dict[int, int] = {}
         for stage in parallelised.stages:
             stage.register_forward_pre_hook(self._before_forward)
@@ -93,8 +98,8 @@ class Step:
         return tuple(int(number) for stage in stages for number in stage.model.layers)
 
     def warm_up(self) -> None:
-        """Make what the first step makes and later ones find: the optimizer's state, and the
-        memory that FSDP gathers weights in, which shows what that is.
+        """Make what the first step makes and later ones find: the optimizer's state, what rows go
+        on with, and the memory that FSDP gathers weights in, which shows what that is.
         """
         self.tracker.part = GATHERED
         for stage in self.parallelised.stages:
@@ -107,6 +112,19 @@ class Step:
         self.tracker.part = OPTIMIZER
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.lanes is not None:
+            self._fill(self.lanes)
+
+    def _fill(self, lanes: LaneMemory) -> None:
+        """Let rows go on with what one segment of a microbatch has left."""
+        segments, rows = self.segments, len(lanes.earlier)
+        self.take_segments(1)
+        self.backward(1)
+        self.optimizer.zero_grad()
+        self.take_segments(segments)
+        for value in lanes.values.values():
+            self.tracker.attribute(value, LANES)
+        lanes.end([[self.config.data.seq_len]] * rows, [True] * rows)
 
     def telling_segments(self) -> list[int]:
         """One or three numbers of segments, evenly apart, that tell what the asked number does.
@@ -136,9 +154,12 @@ class Step:
         tokens, labels = (
             torch.randint(self.config.model.vocab_size, shape, device=self.device) for _ in range(2)
         )
-        whole = Documents.whole_rows(self.config.train.microbatch, length)
-        rank = self.mesh.cp.get_local_rank()
-        shares = [share_of_rank(self.config, whole, rank) for _ in range(microbatches)]
+        size, rank = self.config.train.microbatch, self.mesh.cp.get_local_rank()
+        whole = Documents.whole_rows(size, length)
+        shares = [
+            share_of_rank(self.config, whole, rank, self.lanes, slice(first, first + size))
+            for first in range(0, rows, size)
+        ]
         documents = [share.documents_on(self.device) for share in shares]
         self.parallelised.forward_backward(tokens, labels, documents, rows * length)
 

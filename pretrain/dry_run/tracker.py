@@ -27,6 +27,7 @@ EMBEDDING = "embedding"
 LOSS = "loss"
 BACKWARD = "backward pass"
 UPDATE = "update"
+LANES = "lanes"
 OTHER = "other"
 LASTING = {WEIGHTS, OPTIMIZER, GRADIENTS, GATHERED}
 # The axes along which weights are gathered and gradients reduced.

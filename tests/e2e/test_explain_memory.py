@@ -11,6 +11,13 @@ from tests.apart import apart
 from tests.e2e.test_cli import farspan
 
 SIZES = ("data.seq_len=512", "train.microbatch=1", "model.n_layers=2", "schedule.name=constant")
+LANES = (
+    "train.global_batch=16",
+    "context.lane_rows=2",
+    "context.segments=2",
+    "model.layer_pattern=[linear, sliding]",
+    "model.attention.window=256",
+)
 EVERY_TOOL = (
     "train.global_batch=2",
     "parallel.ep=2",
@@ -25,6 +32,7 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "one rank": (1, ("train.global_batch=2",)),
     "every tool": (2, EVERY_TOOL),
     "segments": (1, ("train.global_batch=1", "context.segments=4", "parallel.recompute=full")),
+    "lanes": (1, LANES),
 }
 
 

@@ -25,13 +25,14 @@ STEPS = 4
 
 
 def whole_rows(trainer: Trainer) -> Batch:
-    """Random tokens; every row is one document."""
+    """Random tokens; every row is one document, or with lanes a part of one that goes on."""
     train, model, data = trainer.config.train, trainer.config.model, trainer.config.data
     shape = (train.global_batch // trainer.engine.mesh.data_ranks, data.seq_len)
     draw = np.random.default_rng(trainer.engine.mesh.data_rank)
     tokens, labels = draw.integers(0, model.vocab_size, (2, *shape))
     position = np.broadcast_to(np.arange(data.seq_len), shape).copy()
-    return Batch(tokens, labels, position, np.zeros_like(tokens))
+    goes_on = np.ones(shape[0], bool)
+    return Batch(tokens, labels, position, np.zeros_like(tokens), goes_on, goes_on)
 
 
 def sent_by_communicators(trainer: Trainer) -> dict[tuple[str, str], int]:

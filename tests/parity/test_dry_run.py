@@ -21,6 +21,9 @@ CASES = {
     "ep-tp": f"{TWO_LAYERS} parallel.ep=4 parallel.tp=2",
     "ep-tiles": f"{TWO_LAYERS} parallel.ep=2 parallel.feed_forward_tile=100",
     "ep-segments": "model.n_layers=2 model.layer_pattern=[linear] parallel.ep=2 context.segments=2",
+    # 128 rows of a rank, which remember more than one of them needs to be computed.
+    "lanes": "model.n_layers=2 model.layer_pattern=[linear,sliding] model.attention.window=64 "
+    "data.seq_len=64 train.microbatch=8 train.global_batch=512 context.lane_rows=4",
     "cp": f"{TWO_LAYERS} parallel.cp=4 parallel.recompute=selective train.global_batch=4",
     "ulysses": f"{TWO_LAYERS} parallel.cp=2 parallel.ulysses=2 parallel.tp=2 train.global_batch=4",
     "pp-ep": f"{TWO_LAYERS} parallel.pp=2 parallel.ep=2 train.global_batch=24",
