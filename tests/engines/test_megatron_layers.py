@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pretrain.config import load_config
+from pretrain.engines.choice import check_engines
 from pretrain.errors import UserError
 from pretrain.model.kernels.documents import Documents
 
@@ -183,6 +184,16 @@ def test_weights_of_transformer_engine_are_those_of_the_local_layers() -> None:
     assert found[: len(same)] == found[len(same) :]
     assert found[2].names == ("layers.2.moe.experts.gate_up",)
     assert found[2].expert == 3
+
+
+def test_ranks_need_not_share_heads_that_no_layer_has() -> None:
+    from pretrain.engines.megatron.config import transformer_config
+
+    heads = ["model.attention.n_heads=2", "model.attention.n_kv_heads=2"]
+    layout = ["parallel.tp=4", "parallel.ep=4", "train.engine=megatron"]
+    config = load_config("tiny-hybrid-moe", ["model.layer_pattern=[linear]", *heads, *layout])
+    (resolved,) = check_engines(config, 4)
+    assert transformer_config(config, resolved).tensor_model_parallel_size == 4
 
 
 def test_a_router_needs_no_transformer_engine_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,17 +40,19 @@ def transformer_config(config: Config, layout: Layout) -> TransformerConfig:
         perform_initialization=False,
         deterministic_mode=config.train.deterministic,
         use_cpu_initialization=not torch.cuda.is_available(),
-        **_attention(model),
+        **_attention(model, layout),
         **(_experts(model, layout) if model.moe.n_experts else {}),
         **_parallel(config, layout),
     )
 
 
-def _attention(model: ModelConfig) -> dict[str, Any]:
+def _attention(model: ModelConfig, layout: Layout) -> dict[str, Any]:
     c, linear, kinds = model.attention, model.linear, model.layer_kinds()
+    # Of heads that no layer has, it asks nevertheless that the ranks of tp can share them.
+    has_heads = set(kinds) != {"linear"}
     fields: dict[str, Any] = {
-        "num_attention_heads": c.n_heads,
-        "num_query_groups": c.n_kv_heads,
+        "num_attention_heads": c.n_heads if has_heads else layout.tp,
+        "num_query_groups": c.n_kv_heads if has_heads else layout.tp,
         "kv_channels": c.head_dim,
         "qk_layernorm": True,
         "attention_output_gate": c.output_gate,
