@@ -3,10 +3,12 @@
 import warnings
 
 import torch
+import torch.distributed as dist
 
 from pretrain.config import Config
 from pretrain.engines.choice import check_engine
 from pretrain.engines.engine import Engine
+from pretrain.engines.limits import note_of_megatron
 from pretrain.layouts import Layout
 
 
@@ -27,6 +29,8 @@ def build_engine(config: Config, layout: Layout, device: torch.device) -> Engine
         case "megatron":
             from pretrain.engines.megatron.engine import MegatronEngine
 
+            if (note := note_of_megatron(config, layout)) and dist.get_rank() == 0:
+                print(f"note: {note}", flush=True)
             return MegatronEngine(config, layout, device)
         case "deepspeed":
             from pretrain.engines.deepspeed.engine import DeepSpeedEngine

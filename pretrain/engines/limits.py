@@ -77,6 +77,18 @@ def _run_problems(config: Config, layout: Layout) -> Iterator[str]:
         yield "optim.in_backward and optim.state_dtype: its AdamW has neither; false and float32"
 
 
+def note_of_megatron(config: Config, layout: Layout) -> str | None:
+    """What megatron-core takes no notice of, though results are the same."""
+    train = config.train
+    tokens = train.microbatch * config.data.seq_len // layout.cp
+    if tokens <= train.loss_chunk:
+        return None
+    return (
+        f"train.loss_chunk = {train.loss_chunk} has no effect: megatron-core computes the logits "
+        f"of all {tokens} tokens of a microbatch at once"
+    )
+
+
 def stages_of_rank(config: Config, layout: Layout) -> int:
     """Pipeline stages of each rank; 1 without a pipeline."""
     return stages_per_rank(config) if layout.pp > 1 else 1

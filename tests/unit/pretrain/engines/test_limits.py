@@ -3,7 +3,7 @@
 import pytest
 
 from pretrain.config import load_config
-from pretrain.engines.limits import check_megatron
+from pretrain.engines.limits import check_megatron, note_of_megatron
 from pretrain.errors import UserError
 from pretrain.layouts import resolve_layout
 
@@ -72,3 +72,13 @@ def test_all_is_told_at_once() -> None:
     with pytest.raises(UserError) as refused:
         check("parallel.cp=2", "parallel.ulysses=2", "model.moe.balance=bias")
     assert str(refused.value).count("\n- ") == 2
+
+
+@pytest.mark.parametrize(("settings", "tokens"), [([], 1024), (["parallel.cp=2"], None)])
+def test_logits_that_are_not_computed_in_chunks_are_told(
+    settings: list[str], tokens: int | None
+) -> None:
+    rows = ["data.seq_len=512", "train.microbatch=2", "train.loss_chunk=512"]
+    config = load_config("tiny-hybrid-moe", [*rows, *settings])
+    note = note_of_megatron(config, resolve_layout(config, 4))
+    assert note is None if tokens is None else f"all {tokens} tokens" in str(note)
