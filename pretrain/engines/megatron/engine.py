@@ -114,13 +114,9 @@ class MegatronEngine:
         fill(self.pieces, lambda piece: weights[piece.name][piece.region])
 
     @on_any_device()
-    def weights(
-        self, tensor: Callable[[nn.Parameter], Tensor] = stored_weight
-    ) -> dict[str, Tensor]:
-        """Whole weights under our names, or what `tensor` makes of each, on every rank.
-        Collective.
-        """
-        return whole(self.pieces, self.models[0].pg_collection, tensor)
+    def weights(self) -> dict[str, Tensor]:
+        """Whole weights under our names, on every rank. Collective."""
+        return whole(self.pieces, self.models[0].pg_collection)
 
     @on_any_device()
     def backward(self, batch: Batch, lr: float, numbers: Sequence[float] = ()) -> Measured:
