@@ -1,6 +1,6 @@
 """What a rank holds of a tensor that is no DTensor."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,10 +21,19 @@ class Region:
         local: what this rank has.
         shape: of the whole tensor.
         offsets: where the region begins, per dimension.
+        make: to save only: makes `local`, which is then one on the device "meta". Of what several
+            ranks hold, only the one that writes it is asked.
     """
 
-    def __init__(self, local: Tensor, shape: Sequence[int], offsets: Sequence[int]) -> None:
+    def __init__(
+        self,
+        local: Tensor,
+        shape: Sequence[int],
+        offsets: Sequence[int],
+        make: Callable[[], Tensor] | None = None,
+    ) -> None:
         assert len(shape) == len(offsets) == local.dim()
+        self.make = make
         self.local, self.shape, self.offsets = local, torch.Size(shape), torch.Size(offsets)
 
     def numel(self) -> int:
@@ -41,7 +50,7 @@ class Region:
 
 
 def held(tensor: Tensor | Region) -> Tensor:
-    """What this rank has of a tensor, in the same memory."""
+    """What this rank has of a tensor, in the same memory unless it is made."""
     if isinstance(tensor, Region):
-        return tensor.local
+        return tensor.make() if tensor.make else tensor.local
     return local_tensor(tensor.detach())

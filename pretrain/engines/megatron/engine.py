@@ -214,13 +214,14 @@ class MegatronEngine:
     def tensors(self) -> dict[str, Tensor | Region]:
         """This rank's part of weights, moments and routers' state under our names, see `Engine`.
 
-        What lies in one piece here is no copy; of the rest there is one in host memory.
+        What does not lie in one piece here is copied to host memory, by the rank that saves it.
         """
         self.moments.begin()
         named: dict[str, Tensor | Region] = dict(of_routers(self.routers.state_dict()))
         for piece in self.pieces:
             for name, of in self._kept_of(piece):
-                named[name] = Region(piece.take(of), piece.shape, piece.offsets)
+                like = torch.empty(piece.sizes, device="meta")
+                named[name] = Region(like, piece.shape, piece.offsets, partial(piece.take, of))
             named[_step_of(piece)] = self.moments.step(stored_weight(piece.weights[0]))
         return named
 
@@ -237,12 +238,14 @@ class MegatronEngine:
         """Room for the same, of a checkpoint that any engine has written; where that has nothing of
         an optimizer, as before the first step.
         """
-        self._to_fill = self.tensors()
+        room = self.tensors()
         if not any(name.startswith(OPTIMIZER) for name in index.by_name):
             self.moments.forget()
-            self._to_fill = {
-                name: x for name, x in self._to_fill.items() if not name.startswith(OPTIMIZER)
-            }
+            room = {name: x for name, x in room.items() if not name.startswith(OPTIMIZER)}
+        self._to_fill = {
+            name: Region(held(x), x.shape, x.offsets) if isinstance(x, Region) else x
+            for name, x in room.items()
+        }
         return self._to_fill
 
     @on_any_device()

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from parallel.mesh import join_ranks
 from pretrain.checkpoint import store
 from pretrain.checkpoint.manifest import MANIFEST
+from pretrain.checkpoint.region import Region
+from pretrain.checkpoint.staging import Staging
 from pretrain.checkpoint.store import checkpoint_in
 from pretrain.checkpoint.target import Target
 from tests.unit.pretrain.checkpoint.conftest import Saved
@@ -57,6 +59,19 @@ def error_of(saved: Saved) -> str:
     return ""
 
 
+def times_made() -> int:
+    """How often this rank makes a region that both ranks have."""
+    made = []
+
+    def make() -> torch.Tensor:
+        made.append(torch.zeros(2, 3))
+        return made[-1]
+
+    region = Region(torch.empty(2, 3, device="meta"), (2, 3), (0, 0), make)
+    Staging({"x": region}, attempt=1).copy({"x": region})
+    return len(made)
+
+
 def cases(saved: Saved) -> Iterator[tuple[str, object]]:
     saved.train()
     saved.save(1)
@@ -70,6 +85,8 @@ def cases(saved: Saved) -> Iterator[tuple[str, object]]:
     newest = Path(str(checkpoint_in(saved.target, 2)))
     mine, others = sorted(newest.glob("*.safetensors"))
     yield "written", [mine.stat().st_size, others.stat().st_size]
+
+    yield "made", times_made()
 
     # Rank 1 looks at that file.
     with asked(refused=others.name):

@@ -32,6 +32,10 @@ def test_ranks_share_the_bytes_that_both_hold(results: list[dict[str, Any]]) -> 
     assert max(first, second) < 1.5 * min(first, second)
 
 
+def test_what_both_hold_is_made_by_the_one_that_saves_it(results: list[dict[str, Any]]) -> None:
+    assert sorted(of_rank["made"] for of_rank in results) == [0, 1]
+
+
 def test_what_one_rank_cannot_read_is_told_on_all(results: list[dict[str, Any]]) -> None:
     for of_rank in results:
         assert of_rank["cannot be read"].startswith("AttemptError: ")
