@@ -207,8 +207,8 @@ class CheckpointStore:
         checkpoint = checkpoint_in(self.target, step)
         index = Index.from_bytes(on_rank_0(lambda: read_index(checkpoint, manifest)))
         into = to_fill(index)
-        _together(lambda: refuse_another_model(checkpoint, index, into))
-        _together(lambda: read_tensors(checkpoint, index, into))
+        together(lambda: refuse_another_model(checkpoint, index, into))
+        together(lambda: read_tensors(checkpoint, index, into))
         return Progress(**manifest.progress)
 
     def go_on_from(self, step: int) -> None:
@@ -386,7 +386,7 @@ def newest_whole(
 def check_together(checkpoint: Target) -> Manifest:
     """`check_alone`; rank 0 reads the manifest, the ranks share the files. Raises on all alike."""
     manifest = on_rank_0(lambda: Manifest.read(checkpoint))
-    _together(lambda: check_files(checkpoint, manifest, dist.get_rank(), dist.get_world_size()))
+    together(lambda: check_files(checkpoint, manifest, dist.get_rank(), dist.get_world_size()))
     return manifest
 
 
@@ -442,7 +442,7 @@ def on_rank_0(work: Callable[[], T]) -> T:
     return result
 
 
-def _together(work: Callable[[], None]) -> None:
+def together(work: Callable[[], None]) -> None:
     """What each rank does; fails on all ranks if it fails on one. Collective."""
     error: Exception | None = None
     try:

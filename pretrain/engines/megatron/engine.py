@@ -24,6 +24,7 @@ from pretrain.balancing import RouterState
 from pretrain.checkpoint.contents import MODEL, OPTIMIZER, of_routers
 from pretrain.checkpoint.index import Index
 from pretrain.checkpoint.region import Region, held
+from pretrain.checkpoint.store import together
 from pretrain.config import Config
 from pretrain.engines.engine import GradientNorms, Measured
 from pretrain.engines.limits import check_megatron, stages_of_rank
@@ -250,20 +251,24 @@ class MegatronEngine:
 
     @on_any_device()
     def take_over(self) -> None:
-        """Go on with what `tensors_to_fill` gave, now that it is filled."""
+        """Go on with what `tensors_to_fill` gave, now that it is filled.
+
+        Raises:
+            UserError: on all ranks; one counts weights together that took different numbers of
+                steps.
+        """
         filled, self._to_fill = self._to_fill, {}
         for piece in self.pieces:
             for name, of in self._kept_of(piece):
                 if name in filled:
                     piece.put(held(filled[name]), of)
-        self.moments.set_steps(
-            {
-                stored_weight(weight): held(filled[_step_of(piece)])
-                for piece in self.pieces
-                if _step_of(piece) in filled
-                for weight in piece.weights
-            }
-        )
+        steps = {
+            stored_weight(weight): held(filled[_step_of(piece)])
+            for piece in self.pieces
+            if _step_of(piece) in filled
+            for weight in piece.weights
+        }
+        together(lambda: self.moments.set_steps(steps))
         follow_stored(self.pieces)
         self._refresh()
         self.discard()
