@@ -237,7 +237,7 @@ def _parse(tree: Mapping[str, Any]) -> Config:
     _check_model(config.model)
     check_context(config)
     _check_optimizer(config.optim, config.parallel)
-    check_offload(config.parallel)
+    check_offload(config.parallel, config.context.segments)
     guard = config.guard
     if guard.spike_sigmas is not None and guard.history > guard.window:
         raise UserError(

@@ -70,8 +70,8 @@ class ParallelConfig(Section):
     )
     offload: Literal["none", "host", "disk"] = Field(
         "none",
-        description="Where what layers with recompute keep waits for the backward pass: on the "
-        "device, in host memory, or in a file.",
+        description="Where what layers with recompute keep, and what segments of rows hand on, "
+        "waits until it is used: on the device, in host memory, or in a file.",
     )
     offload_dir: str | None = Field(
         None, description="Folder of that file, on a disk of each machine."
@@ -85,15 +85,19 @@ class ParallelConfig(Section):
     zero: ZeroConfig = Field(ZeroConfig(), description="Of train.engine=deepspeed.")
 
 
-def check_offload(asked: ParallelConfig) -> None:
-    """Raise UserError where nothing would be offloaded, or nobody said where to."""
+def check_offload(asked: ParallelConfig, segments: int) -> None:
+    """Raise UserError where nothing would be offloaded, or nobody said where to.
+
+    Args:
+        segments: of a row.
+    """
     if asked.offload == "none":
         return
-    if asked.recompute == "none" or set(asked.recompute) == {"none"}:
+    if segments == 1 and (asked.recompute == "none" or set(asked.recompute) == {"none"}):
         raise UserError(
             f"parallel.offload = {asked.offload} with parallel.recompute = {asked.recompute}: what "
-            "waits elsewhere are the inputs of layers that recompute the rest; set "
-            "parallel.recompute=full"
+            "waits elsewhere are the inputs of layers that recompute the rest, and what segments "
+            "of rows hand on; set parallel.recompute=full, or context.segments to more than 1"
         )
     if (asked.offload == "disk") != (asked.offload_dir is not None):
         wish = "a folder on a disk of each machine" if asked.offload == "disk" else "null"
