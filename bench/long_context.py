@@ -1,10 +1,10 @@
-"""Rows far longer than what is computed at a time: memory, time, and the gradient of all of it.
+"""Steps on rows far longer than what is computed at a time: their memory and their time.
 
     python -m bench.long_context [--softmax] [--longest]
 
 Steps of the recipe million-cpu on two processes that share each segment, at several lengths of the
-row; `--longest` goes on to 4M tokens. `--softmax` also takes the same model with full attention in
-place of its window, as far as patience goes. Times are CPU seconds of the slower process, of the
+row up to 1M tokens; `--longest` goes on to 4M. `--softmax` also takes the same model with full
+attention in place of its window, up to 128k. Times are CPU seconds of the slower process, of the
 second step, or the first where a step has more than 2^17 tokens; beside them seconds by the clock.
 Memory is the resident peak of both processes together. Exit code 1: a requirement is missed.
 """
