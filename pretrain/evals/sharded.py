@@ -10,7 +10,7 @@ from torch import Tensor
 
 from parallel.stage import Objective
 from pretrain.balancing import RouterState
-from pretrain.build import build_mesh, build_model
+from pretrain.build import build_mesh, build_model, open_store
 from pretrain.checkpoint.trained import load_sharded
 from pretrain.config import Config
 from pretrain.evals.forward import ForwardPass
@@ -55,8 +55,8 @@ class ShardedModel:
         self.layout = resolve_layout(config, dist.get_world_size())
         self.mesh = build_mesh(config, self.layout, device)
         self._recorder = _Recorder(config.train.loss_chunk)
-        objective = Objective(self._recorder, _nothing, _nothing)
-        parallelised = build_model(config, self.layout, self.mesh, device, objective)
+        objective, store = Objective(self._recorder, _nothing, _nothing), open_store(config)
+        parallelised = build_model(config, self.layout, self.mesh, device, objective, store)
         for stage in parallelised.stages:
             stage.to_empty(device=device)
             stage.eval()
@@ -65,7 +65,7 @@ class ShardedModel:
         parallelised.replicas.refresh()
         for stage in parallelised.stages:
             routers.copy_to(stage.model.layers)
-        self._pass = ForwardPass(config, self.layout, self.mesh, parallelised.stages, device)
+        self._pass = ForwardPass(config, self.layout, self.mesh, parallelised.stages, device, store)
 
     def rows_at_a_time(self, length: int) -> int:
         """Rows of `length` tokens that have as many tokens as training has in a forward pass."""

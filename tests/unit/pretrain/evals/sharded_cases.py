@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.mesh import join_ranks
+from parallel.offload import OffloadError
 from pretrain.checkpoint.trained import load_trained, newest_config, newest_trained
 from pretrain.evals.by_position import loss_by_position
 from pretrain.evals.forms import TokenForm
@@ -93,7 +94,10 @@ def main() -> None:
         found["one process"] = save(run, device)
         layouts = layouts[1:]
     for layout in layouts:
-        found[layout] = answers(run, layout.split(), device)
+        try:
+            found[layout] = answers(run, layout.split(), device)
+        except OffloadError as error:
+            found[layout] = {"error": str(error)}
     if dist.get_rank() == 0:
         torch.save(found, results)
     dist.destroy_process_group()

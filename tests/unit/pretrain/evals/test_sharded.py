@@ -1,6 +1,7 @@
 """What a model predicts is the same in every layout: that of the whole model in one process."""
 
 import shutil
+import tempfile
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,10 @@ MODEL = [
     "train.microbatch=2",
 ]
 RESET = "context.segments=2 context.carry=false"
+OFFLOAD = f"context.segments=2 parallel.offload=disk parallel.offload_dir={tempfile.gettempdir()}"
+NO_ROOM = f"{OFFLOAD} parallel.offload_gib=1e-6"
 LAYOUTS = {
-    1: ["", "context.segments=2", RESET],
+    1: ["", "context.segments=2", RESET, OFFLOAD],
     2: [
         "parallel.cp=2 parallel.ep=2",
         "parallel.cp=2 parallel.ep=2 context.segments=2",
@@ -56,7 +59,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     results: Found = {}
     for ranks, layouts in LAYOUTS.items():
         found, first = folder / f"{ranks}.pt", ["save"] if ranks == 1 else []
-        run_on_ranks(ranks, SCRIPT, str(run), str(found), *first, *layouts)
+        no_room = [NO_ROOM] if ranks == 1 else []
+        run_on_ranks(ranks, SCRIPT, str(run), str(found), *first, *layouts, *no_room)
         results |= torch.load(found, weights_only=False)
     return results
 
@@ -97,3 +101,7 @@ def test_loss_by_position_is_that_of_one_rank(found: Found) -> None:
         for bucket, wanted in zip(found[layout]["buckets"], expected, strict=True):
             assert (bucket.first, bucket.tokens) == (wanted.first, wanted.tokens), layout
             assert bucket.loss == pytest.approx(wanted.loss, rel=1e-4), layout
+
+
+def test_what_segments_hand_on_waits_where_the_run_says(found: Found) -> None:
+    assert "no room to offload" in found[NO_ROOM]["error"]
