@@ -141,8 +141,26 @@ class Trainer:
         if self._is_owner:
             self.store.go_on_from(self.progress.step)
         self.stream.load_state_dict(self.progress.stream)
+        self._begin_rows_anew_where_attention_changed()
         own_steps = max(0, self.progress.step - self._first_step)
         self.guard.load_state(self.progress.recent[max(0, len(self.progress.recent) - own_steps) :])
+
+    def _begin_rows_anew_where_attention_changed(self) -> None:
+        """Keys that `sliding` layers kept for another window are too few or too many, those of
+        another base are turned by another angle, and a layer of another kind has kept none.
+        """
+        model, now = self.config.model_dump(mode="json")["model"], {}
+        if "sliding" in self.config.model.layer_kinds():
+            now = model["attention"] | {"layer_pattern": model["layer_pattern"]}
+        before, self.progress.carried = self.progress.carried, now
+        differ = ", ".join(name for name in now if before.get(name) != now[name])
+        if differ and "lanes" in self.progress.stream:
+            if dist.get_rank() == 0:
+                print(
+                    f"warning: attention has changed within lanes ({differ}); rows begin anew",
+                    flush=True,
+                )
+            self.engine.begin_rows_anew()
 
     def step(
         self, stop_requested: bool, beat: Callable[[str], None] = lambda phase: None

@@ -29,8 +29,9 @@ class LaneMemory:
             self.earlier[row] *= goes_on
 
     def keep(self, name: str, rows: slice, value: Tensor) -> None:
-        """What some rows hand on."""
-        if name not in self.values:
+        """What some rows hand on; of another shape than before, all rows do."""
+        known = self.values.get(name)
+        if known is None or known.shape[1:] != value.shape[1:]:
             self.values[name] = value.new_zeros(len(self.earlier), *value.shape[1:])
         self.values[name][rows] = value
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -44,6 +44,7 @@ class Progress:
         stream: the data stream's state, a few integers per source.
         loss: mean over the steps since the checkpoint before; None before the first.
         recent: (loss, gradient norm) of the last steps, which the guard compares new ones with.
+        carried: settings that decide what rows of lanes have left for the next ones.
     """
 
     step: int
@@ -51,6 +52,7 @@ class Progress:
     stream: dict[str, Any]
     loss: float | None = None
     recent: Sequence[tuple[float, float]] = ()
+    carried: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

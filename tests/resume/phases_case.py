@@ -3,7 +3,7 @@
 Arguments: the run directory, and one of: nothing; `saving N`, to be killed when step N is about to
 be saved; `switching N`, when it has been saved, and the next phase is about to begin; `spikes`, and
 the batches, by their number in the stream, whose gradient is much too large; `forgetting`, for rows
-that begin anew.
+that begin anew, perhaps with the steps in which they do.
 """
 
 import os
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from parallel.segments.lanes import LaneMemory
 from pretrain import train as training
 from pretrain.config import read_run_config
 from pretrain.run_dir import RunDirectory
@@ -43,6 +42,18 @@ def die_switching(step: int, run: RunDirectory) -> None:
     training.release_groups = release_groups  # type: ignore[assignment]
 
 
+def forget(steps: set[int]) -> None:
+    """Args: steps: none are all."""
+    real_backward = Trainer.backward
+
+    def backward(self: Trainer, *arguments: Any) -> Any:
+        if not steps or self.progress.step + 1 in steps:
+            self.engine.begin_rows_anew()
+        return real_backward(self, *arguments)
+
+    Trainer.backward = backward  # type: ignore[method-assign]
+
+
 def main() -> None:
     directory, *how = sys.argv[1:]
     run = RunDirectory(Path(directory))
@@ -50,8 +61,8 @@ def main() -> None:
         die_saving(int(how[1]))
     elif how[:1] == ["switching"]:
         die_switching(int(how[1]), run)
-    elif how == ["forgetting"]:
-        LaneMemory.begin = lambda self, continues: self.drop()  # type: ignore[method-assign]
+    elif how[:1] == ["forgetting"]:
+        forget(set(map(int, how[1:])))
     elif how:
         spoil(set(), numbers(how[1]))
     code = training.train(read_run_config(run), run)

@@ -1,6 +1,7 @@
 """What rows remember beyond their step is saved, and goes on wherever the run does."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,19 @@ SETTINGS = (
 )
 
 
-def start(directory: Path, shards: Path, *overrides: str) -> RunDirectory:
+# What sliding layers keep is too many keys, within lanes; too few, where lanes end; and turned by
+# another angle.
+CHANGES = (
+    "phases=[{from_step: 3, model.attention.window: 16}, {from_step: 4, model.attention.window: 24}"
+    ", {from_step: 6, model.attention.rope_base: 5e4}]"
+)
+
+
+def start(
+    directory: Path, shards: Path, *overrides: str, allowed: Sequence[str] = ()
+) -> RunDirectory:
     settings = [f"data.shards={shards}", *SETTINGS, *overrides]
-    return prepare("tiny-hybrid-moe", settings, 2, directory)
+    return prepare("tiny-hybrid-moe", settings, 2, directory, allowed)
 
 
 def trained(run: RunDirectory) -> list[tuple[Any, ...]]:
@@ -85,6 +96,23 @@ def test_heads_that_lie_elsewhere_let_rows_begin_anew(
     assert losses(other)[:3] == losses(whole)[:3]
     assert losses(other)[3] != pytest.approx(losses(whole)[3], rel=1e-5)
     assert not audit_run(other).problems
+
+
+def test_keys_of_another_attention_are_forgotten(
+    killed: RunDirectory, shards: Path, tmp_path: Path
+) -> None:
+    changing = start(tmp_path / "changing", shards, CHANGES)
+    run_on_ranks(2, SCRIPT, str(changing.root))
+    forgetful = start(tmp_path / "forgetful", shards, CHANGES)
+    run_on_ranks(2, SCRIPT, str(forgetful.root), "forgetting", "4", "7")
+    assert trained(changing) == trained(forgetful)
+    assert not audit_run(changing).problems
+
+    copy, window = tmp_path / "resumed", "model.attention.window"
+    shutil.copytree(killed.root, copy)
+    resumed = start(copy, shards, f"{window}=16", "train.steps=4", allowed=[window])
+    run_on_ranks(2, SCRIPT, str(resumed.root))
+    assert losses(resumed) == losses(changing)[:4]
 
 
 def test_a_kill_within_lanes_changes_nothing_on_any_layout(
