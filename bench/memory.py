@@ -2,14 +2,16 @@
 
     python -m bench.memory
 
-A training step of a small hybrid with experts on one rank, in float32: the most bytes of tensors at
-a time, as `farspan train --explain-memory` counts them; those of them that last (weights, gathered
-weights, gradients, optimizer state); what the forward pass keeps for the backward pass;
-and the CPU seconds of a step, without counting, with one thread.
+A training step of a small hybrid with experts on one rank, in float32, of a short row and of a long
+one in segments: the most bytes of tensors at a time, as `farspan train --explain-memory` counts
+them; those of them that last (weights, gathered weights, gradients, optimizer state); what the
+forward pass keeps for the backward pass; and the CPU seconds of a step, without counting, with one
+thread.
 """
 
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -48,6 +50,18 @@ TOOLS = {
     "moments in bfloat16": ["optim.state_dtype=bfloat16"],
     "update in backward": ["optim.in_backward=true"],
 }
+# The same for a longer row.
+LONG = 2 * TOKENS
+OF_SEGMENTS = {
+    "8 segments, recompute full": [
+        f"data.seq_len={LONG}",
+        "model.layer_pattern=[softmax]",
+        "context.segments=8",
+        "train.loss_chunk=512",
+        "parallel.recompute=full",
+    ],
+    "offload to disk": ["parallel.offload=disk"],
+}
 LASTING = (WEIGHTS, OPTIMIZER, GRADIENTS, GATHERED)
 
 
@@ -67,13 +81,20 @@ def main() -> None:
     )
     torch.set_num_threads(1)
     print(f"{cpu_model()}; torch {torch.__version__}, one thread")
-    print(f"a step on a row of {TOKENS} tokens, each tool on top of those above\n")
+    compare(TOKENS, TOOLS)
+    compare(LONG, OF_SEGMENTS)
+    dist.destroy_process_group()
+
+
+def compare(tokens: int, tools: Mapping[str, Sequence[str]]) -> None:
+    """Measure and print."""
+    print(f"\na step on a row of {tokens} tokens, each tool on top of those above\n")
     columns = ("peak", "saved", "lasting", "kept", "elsewhere", "seconds")
     print(f"{'':30}" + "".join(f"{name:>13}" for name in columns))
     settings: list[str] = []
     before = None
     with tempfile.TemporaryDirectory() as folder:
-        for tool, added in TOOLS.items():
+        for tool, added in tools.items():
             settings += added
             disk = [f"parallel.offload_dir={folder}"] if "parallel.offload=disk" in settings else []
             row = run(load_config("tiny-hybrid-moe", [*MODEL, *settings, *disk]))
@@ -85,7 +106,6 @@ def main() -> None:
                 flush=True,
             )
             before = row.peak
-    dist.destroy_process_group()
 
 
 def run(config: Config) -> Row:
