@@ -102,9 +102,10 @@ SEGMENTS = [
 EVERYTHING = [
     Setting(model, data, layout, options)
     for turn, (layout, options), data in zip(
-        count(), layouts(4), cycle(["packed", "whole", "packed"])
+        count(), layouts(4), cycle(["packed", "whole", "packed", "packed"])
     )
-    for model in list(MODELS)[turn % 2 :: 2]
+    # A third of the models for each, and all of them for three layouts in a row.
+    for model in list(MODELS)[turn % 3 :: 3]
     if model.endswith("moe") or "ep=" not in layout
 ]
 ALL = ONE_AXIS + TWO_AXES + THREE_AXES + CONTEXT + OPTIONS + SEGMENTS
