@@ -1,7 +1,8 @@
 """The weights of our Transformer and of megatron-core's GPTModel, each from the other.
 
 A rank of megatron-core holds a part of the model, under names of its own. It is made of `Piece`s,
-each a box out of one of our weights; what the optimizer keeps is mapped as weights are.
+each a box out of one of our weights; gradients and what the optimizer keeps are mapped as weights
+are.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -207,16 +208,17 @@ def follow_stored(mine: Iterable[Piece]) -> None:
         weight.detach().copy_(stored_weight(weight))
 
 
-def whole(mine: Iterable[Piece], groups: Any) -> Weights:
+def whole(mine: Iterable[Piece], groups: Any, of: TensorOf = stored_weight) -> Weights:
     """Our whole weights, on every rank. Collective.
 
     Args:
         mine: of all stages of this rank.
         groups: the `pg_collection` of a stage.
+        of: what of each weight; a gradient, for example.
     """
     weights: Weights = {}
     for piece in mine:
-        box = piece.take(stored_weight).to(piece.weights[0].device)
+        box = piece.take(of).to(piece.weights[0].device)
         if piece.is_stacked:
             box = torch.cat(_gather(box, groups.ep))
         elif piece.dim is not None:
