@@ -14,6 +14,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+from yaml import YAMLError
 
 from launch.data_state import DataState, is_data_run, read_data_state
 from launch.data_status import line_of, render_data_runs
@@ -48,22 +49,27 @@ def print_status(runs: Sequence[Path], watch: bool, as_json: bool) -> None:
         with suppress(KeyboardInterrupt):
             _watch(console, runs, slurm_here())
         return
+    told: set[Path] = set()
     try:
-        states = read_states(runs, slurm_here())
+        states = read_states(runs, slurm_here(), told)
     except SlurmError as error:
-        print(
-            f"warning: Slurm does not answer ({error}); this is what the run directories say alone",
-            file=sys.stderr,
-        )
-        states = read_states(runs, None)
+        _warn_without(error)
+        states = read_states(runs, None, told)
     if as_json:
         print(json.dumps([to_json(state) for state in states], indent=1))
     else:
         console.print(render(states))
 
 
-def read_states(runs: Sequence[Path], slurm: Slurm | None) -> list[State]:
-    """The states of runs, or of all that are found. Raises UserError: there are none."""
+def read_states(runs: Sequence[Path], slurm: Slurm | None, told: set[Path]) -> list[State]:
+    """The states of runs, or of all that are found but those that cannot be read.
+
+    Args:
+        told: of which it was said that they are left out; more are added.
+
+    Raises:
+        UserError: there are none, or one that was named cannot be read.
+    """
     if runs:
         return [_read(run.resolve(), slurm) for run in runs]
     found = list(dict.fromkeys((*_runs_here(), *_runs_of_jobs(slurm))))
@@ -73,7 +79,26 @@ def read_states(runs: Sequence[Path], slurm: Slurm | None) -> list[State]:
             + (", and no jobs of yours that train one" if slurm else "")
             + ": name a run directory, as in `farspan launch status RUN`"
         )
-    return [_read(run, slurm) for run in found]
+    states = []
+    for run in found:
+        try:
+            states.append(_read(run, slurm))
+        except (UserError, YAMLError) as error:
+            # A folder of another program, or of another version: not worth all the others.
+            if run not in told:
+                print(f"warning: {_name(run)} is left out: {error}", file=sys.stderr, flush=True)
+            told.add(run)
+    if not states:
+        raise UserError(f"none of the {len(found)} runs that were found can be read")
+    return states
+
+
+def _warn_without(error: SlurmError) -> None:
+    print(
+        f"warning: Slurm does not answer ({error}); this is what the run directories say alone",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _read(run: Path, slurm: Slurm | None) -> State:
@@ -196,13 +221,18 @@ def _line(state: State) -> str:
 
 def _until_ended(runs: Sequence[Path], slurm: Slurm | None) -> Iterator[list[State]]:
     states: list[State] = []
+    told: set[Path] = set()
+    has_answered = False
     while True:
         try:
-            states = read_states(runs, slurm)
-        except SlurmError:
-            # A controller that is busy or restarted comes back.
-            if not states:
-                raise
+            states = read_states(runs, slurm, told)
+            has_answered = True
+        except SlurmError as error:
+            # A controller that is busy or restarted comes back; one that never was there does not.
+            if not has_answered:
+                if not states:
+                    _warn_without(error)
+                states = read_states(runs, None, told)
         yield states
         if not any(state.is_live for state in states):
             return

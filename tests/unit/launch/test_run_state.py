@@ -261,15 +261,42 @@ def test_without_names_runs_under_runs_and_of_jobs_are_found(
         print_status([], watch=False, as_json=False)
 
 
+def test_a_folder_that_is_no_run_of_ours_does_not_hide_the_others(
+    run: RunDirectory,
+    slurm: FakeSlurm,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    train(run, range(1, 4))
+    run.mark_done(400, 1)
+    for name, content in {"hydra": "lr: 1", "tagged": "!!python/tuple [1]"}.items():
+        (run.root.parent / name).mkdir()
+        (run.root.parent / name / "config.yaml").write_text(content)
+    monkeypatch.chdir(tmp_path)
+    for watch in (False, True):
+        print_status([], watch=watch, as_json=False)
+        told = capsys.readouterr()
+        assert "done" in told.out
+        assert "warning: runs/hydra is left out: lr is not a setting" in told.err
+        assert "warning: runs/tagged is left out: could not determine a constructor" in told.err
+    with pytest.raises(UserError, match="lr is not a setting"):
+        print_status([run.root.parent / "hydra"], watch=False, as_json=False)
+    run.config.unlink()
+    with pytest.raises(UserError, match="none of the 2 runs that were found can be read"):
+        print_status([], watch=False, as_json=False)
+
+
 def test_where_slurm_does_not_answer_the_run_directory_has_to(
     run: RunDirectory, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
     submit(run, "12")
     (slurm.path / "scontrol").write_text("#!/bin/bash\necho no such cluster >&2; exit 1\n")
-    print_status([run.root], watch=False, as_json=False)
-    told = capsys.readouterr()
-    assert "warning: Slurm does not answer (scontrol: no such cluster" in told.err
-    assert "prepared" in told.out
+    for watch in (False, True):
+        print_status([run.root], watch=watch, as_json=False)
+        told = capsys.readouterr()
+        assert told.err.count("warning: Slurm does not answer (scontrol: no such cluster") == 1
+        assert "prepared" in told.out
 
 
 def test_watching_ends_with_the_run_and_prints_what_has_changed(
