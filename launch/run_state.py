@@ -100,7 +100,8 @@ def read_state(run: RunDirectory, slurm: Slurm | None) -> RunState:
     saved, saved_age_s = _marker(run.saved), _age_s(run.saved)
     # Steps of other phases have other lengths.
     phases, steps = phases_of(config), config.train.steps
-    tokens_left = tokens_until(phases, steps) - tokens_until(phases, step)
+    # None are left of a run that has logged more steps than it is to have by now.
+    tokens_left = max(0, tokens_until(phases, steps) - tokens_until(phases, step))
     return RunState(
         run=run,
         state=state,

@@ -125,6 +125,9 @@ def test_a_run_that_trains_tells_how_fast_and_how_long(
     assert (state.attempt, state.step, state.checkpoint) == (1, 100, 90)
     assert (state.tokens_per_s, state.eta_s) == (1000, 300 * 8 * 256 / 1000)
     assert state.checkpoint_age_s is not None
+    # It was started again with fewer steps than it has had.
+    run.config.write_text(load_config("tiny", ["train.steps=50"]).to_yaml())
+    assert read_state(run, None).eta_s == 0
     launcher.kill()
     launcher.wait()
     # The file says still who held it.
