@@ -17,6 +17,7 @@ PLAN = "plan.json"
 OUTPUTS = (
     "audit",
     "funnel.json",
+    "held-out",
     "manifest.json",
     "metrics.jsonl",
     "shards",

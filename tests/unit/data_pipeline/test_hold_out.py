@@ -1,5 +1,6 @@
 """A folder of shards is divided: each document is on one side, whole, and always on the same."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,17 @@ def test_a_folder_of_another_share_is_refused(shards: Path) -> None:
     hold_out(shards, shards.with_name("out"), share=0.2)
     with pytest.raises(DataError, match=r"share: 0\.2 -> 0\.3"):
         hold_out(shards, shards.with_name("out"), share=0.3)
+
+
+@pytest.mark.parametrize("is_source", [True, False])
+def test_shards_that_lie_where_it_writes_are_not_replaced(shards: Path, is_source: bool) -> None:
+    """As when --out is the folder that has them, not a new one in it."""
+    out = shards.with_name("runs")
+    out.mkdir()
+    there = shards.rename(out / "held-out")
+    if not is_source:
+        shards = shutil.copytree(there, shards)
+    before = contents(out)
+    with pytest.raises(DataError, match=r"runs: holds held-out but no plan\.json"):
+        hold_out(there if is_source else shards, out, share=0.2)
+    assert contents(out) == before
