@@ -72,13 +72,14 @@ def names_of(files: Sequence[Path]) -> dict[str, Path]:
     Raises:
         DataError: a file is named twice.
     """
-    paths = sorted(file.resolve() for file in files)
-    for first, second in pairwise(paths):
+    for first, second in pairwise(sorted(file.resolve() for file in files)):
         if first == second:
             raise DataError(
                 f"{first}: is named twice; name it once, and give its shards a larger weight in "
                 "data.shards to train on them more often"
             )
+    # Of a link its own name counts: what it leads to, in a cache, may be called by a hash.
+    paths = sorted(file.parent.resolve() / file.name for file in files)
     parent = os.path.commonpath([path.parent for path in paths]) if paths else ""
     return {str(path.relative_to(parent)): path for path in paths}
 

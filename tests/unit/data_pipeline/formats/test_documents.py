@@ -107,6 +107,24 @@ def test_a_document_without_an_id_is_called_by_its_file_and_row(
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "again")
 
 
+def test_a_link_is_read_as_what_it_is_called(tmp_path: Path, source: Path, tokenizer: Path) -> None:
+    """In the cache of the Hugging Face Hub every file is a link to one that a hash names."""
+    cached = tmp_path / "cache"
+    cached.mkdir()
+    pq.write_table(pa.table({"text": ["four"]}), tmp_path / "texts.parquet")
+    (tmp_path / "texts.jsonl.gz").write_bytes(gzip.compress(b'{"text": "two"}'))
+    links = []
+    for number, name in enumerate(("texts.jsonl.gz", "texts.parquet")):
+        (tmp_path / name).rename(cached / f"{number}d5b")
+        links.append(tmp_path / name)
+        links[-1].symlink_to(cached / f"{number}d5b")
+    tokenize_files(links, tokenizer, tmp_path / "out")
+    assert ids_of(tmp_path / "out") == ["texts.jsonl.gz:0", "texts.parquet:0"]
+    (tmp_path / "same.jsonl").symlink_to(source)
+    with pytest.raises(DataError, match=r"texts\.jsonl: is named twice"):
+        tokenize_files([source, tmp_path / "same.jsonl"], tokenizer, tmp_path / "twice")
+
+
 def test_a_killed_run_is_repeated_to_the_same_bytes(
     tmp_path: Path, source: Path, tokenizer: Path
 ) -> None:

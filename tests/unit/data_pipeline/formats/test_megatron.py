@@ -54,6 +54,17 @@ def write_dataset(
     return prefix
 
 
+def test_links_to_files_of_other_names_are_read(
+    tmp_path: Path, shards: Path, dataset: Path, tokenizer: Path
+) -> None:
+    for suffix in ("bin", "idx"):
+        file = dataset.with_name(f"{dataset.name}.{suffix}")
+        file.rename(tmp_path / f"d5b-{suffix}")
+        file.symlink_to(tmp_path / f"d5b-{suffix}")
+    import_megatron([dataset], tokenizer, tmp_path / "back")
+    assert tokens_of(tmp_path / "back") == tokens_of(shards)
+
+
 @pytest.mark.parametrize("suffix", ["", ".bin", ".idx"])
 def test_exported_shards_come_back(
     tmp_path: Path, shards: Path, dataset: Path, tokenizer: Path, suffix: str
