@@ -26,6 +26,7 @@ from launch.local import PORTS, is_free
 from launch.slurm.client import PATIENCE_OF_JOBS_S, Slurm, SlurmError
 from launch.slurm.container import in_container, options_of_srun
 from launch.slurm.excludes import avoidable, excluded_now, learn
+from launch.slurm.file_systems import folders_of
 from launch.slurm.job import read_job
 from launch.slurm.profile import Profile
 from launch.slurm.requeue import MAX_RESTARTS, requeue_elsewhere
@@ -229,10 +230,9 @@ def scratch_of(profile: Profile, start: Start) -> str | None:
 
 def _folders(run: RunDirectory, config: Config) -> list[str]:
     """What the ranks read and write, besides what the image has."""
-    folders = [source.path for source in config.data.sources()]
-    folders += [config.checkpoint.dir] if config.checkpoint.dir else []
-    folders += [config.data.cache_dir] if config.data.cache_dir else []
-    return [str(run.root), *(folder for folder in folders if "://" not in folder)]
+    folders = [run.root, *folders_of(config).values()]
+    folders += [Path(config.data.cache_dir)] if config.data.cache_dir else []
+    return list(map(str, folders))
 
 
 def write_words(path: Path, words: Iterable[str]) -> None:

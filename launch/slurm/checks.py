@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launch.sample import cache_folder
 from launch.slurm.client import NodeInfo, PartitionInfo, Slurm
-from launch.slurm.file_systems import require_shared
+from launch.slurm.file_systems import folders_of, require_shared
 from launch.slurm.profile import Profile, seconds_of
 from pretrain.config import Config
 from pretrain.data_config import SAMPLE_SHARDS
@@ -286,14 +286,9 @@ def layout_of(config: Config, nodes: int, ranks_per_node: int | str) -> str:
 
 def _folders(config: Config, directory: Path, profile: Profile) -> str:
     """All that the nodes read and write has to be where they see it."""
-    folders = {"the run directory": directory}
-    if config.checkpoint.dir and "://" not in config.checkpoint.dir:
-        folders["checkpoint.dir"] = Path(config.checkpoint.dir)
-    for source in config.data.sources():
-        if source.path == SAMPLE_SHARDS:
-            folders["the sample's folder, FARSPAN_CACHE"] = cache_folder()
-        elif "://" not in source.path:
-            folders[f"data.shards = {source.path}"] = Path(source.path)
+    folders = {"the run directory": directory, **folders_of(config)}
+    if SAMPLE_SHARDS in (source.path for source in config.data.sources()):
+        folders["the sample's folder, FARSPAN_CACHE"] = cache_folder()
     kinds = {require_shared(what, path, profile) for what, path in folders.items()}
     refuse_mounts(folders, profile)
     return f"{', '.join(folders)} on {', '.join(sorted(kinds))}"

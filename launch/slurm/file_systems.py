@@ -1,9 +1,13 @@
-"""Whether other machines see a path: by the kind of file system that it is on."""
+"""Which folders a run needs on its nodes, and whether other machines see a path: by the kind of
+file system that it is on.
+"""
 
 import re
 from pathlib import Path
 
 from launch.slurm.profile import Profile
+from pretrain.config import Config
+from pretrain.data_config import SAMPLE_SHARDS
 from pretrain.errors import UserError
 
 # Of one machine alone. What is not known is taken for one of many: there are dozens of those.
@@ -11,6 +15,23 @@ LOCAL = (
     *("bcachefs", "btrfs", "devtmpfs", "exfat", "ext2", "ext3", "ext4", "f2fs", "jfs", "ntfs"),
     *("overlay", "ramfs", "reiserfs", "rootfs", "squashfs", "tmpfs", "vfat", "xfs", "zfs"),
 )
+
+
+def folders_of(config: Config) -> dict[str, Path]:
+    """What ranks read and write besides their run directory, by what names it.
+
+    Neither what lies in an object store, nor the sample.
+    """
+    asked = config.eval.sources if config.eval.every else None
+    held_out = [asked] if isinstance(asked, str) else [source.path for source in asked or ()]
+    named = {f"data.shards = {source.path}": source.path for source in config.data.sources()}
+    named |= {f"eval.sources = {path}": path for path in held_out}
+    named |= {"checkpoint.dir": config.checkpoint.dir} if config.checkpoint.dir else {}
+    return {
+        what: Path(path)
+        for what, path in named.items()
+        if "://" not in path and path != SAMPLE_SHARDS
+    }
 
 
 def require_shared(what: str, path: Path, profile: Profile, mounts: str | None = None) -> str:

@@ -62,8 +62,9 @@ def test_no_field_is_evaluated(tmp_path: Path) -> None:
     programs.mkdir()
     run = RunDirectory(tmp_path / f"{HOSTILE}\n")
     run.root.mkdir()
-    shards = f"{tmp_path}/shards {HOSTILE}"
-    run.config.write_text(load_config("tiny", [f'data.shards="{_escaped(shards)}"']).to_yaml())
+    shards, held_out = (f"{tmp_path}/{name} {HOSTILE}" for name in ("shards", "held out"))
+    settings = [f'data.shards="{_escaped(shards)}"', f'eval.sources="{_escaped(held_out)}"']
+    run.config.write_text(load_config("tiny", [*settings, "eval.every=5"]).to_yaml())
     profile = Profile(
         ranks_per_node=1,
         cpus_per_rank=1,
@@ -94,7 +95,7 @@ def test_no_field_is_evaluated(tmp_path: Path) -> None:
     rank = ["-P", "-m", "launch.rank", str(run.root), "0", "0", f"{HOSTILE}\n"]
     assert told(programs, "rank") == rank
     assert told(programs, "module") == ["load", HOSTILE]
-    folders = [str(run.root), shards, f"/{HOSTILE}"]
+    folders = [str(run.root), shards, held_out, f"/{HOSTILE}"]
     binds = [f"--bind={folder}:{folder}" for folder in folders]
     assert told(programs, "apptainer")[: len(binds) + 2] == ["exec", *binds, HOSTILE]
     assert not list(tmp_path.rglob("pwned"))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launch.slurm import checks
+from launch.slurm import checks, file_systems
 from launch.slurm.client import NodeInfo, PartitionInfo
 from launch.slurm.file_systems import file_system_of, require_shared
 from launch.slurm.profile import Profile
@@ -224,3 +224,15 @@ def test_a_layout_that_does_not_fit_the_nodes() -> None:
     assert checks.layout_of(config, 2, 2).startswith("layout on 4 ranks: pp=1")
     with pytest.raises(UserError, match=r"3 nodes x 2 ranks: layout refused.* works on 6 ranks"):
         checks.layout_of(config, 3, 2)
+
+
+def test_nodes_need_all_that_a_run_reads_and_writes() -> None:
+    settings = ["data.shards=/shards", "checkpoint.dir=/saved", "eval.sources=/held-out"]
+    folders = file_systems.folders_of(load_config("tiny", [*settings, "eval.every=5"]))
+    assert [str(path) for path in folders.values()] == ["/shards", "/held-out", "/saved"]
+    # What is not evaluated is not read, and object stores and the sample are no folders.
+    settings[1:2] = ["checkpoint.dir=s3://saved"]
+    assert list(file_systems.folders_of(load_config("tiny", settings))) == ["data.shards = /shards"]
+    settings = ["eval.sources=[{path: s3://a}, {path: /b}]", "eval.every=5"]
+    folders = file_systems.folders_of(load_config("tiny", settings))
+    assert list(folders) == ["eval.sources = /b"]
