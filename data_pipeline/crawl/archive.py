@@ -15,6 +15,8 @@ DOCUMENTS = frozenset({"response", "resource", "conversion", "revisit"})
 TEXTUAL_TYPES = frozenset({"text/html", "application/xhtml+xml", "text/plain"})
 MAX_BODY_BYTES = 16 << 20
 READ_BYTES = 1 << 20
+# Of a Content-Length; a file has fewer than 2^63 bytes.
+MOST_DIGITS = 19
 
 
 @dataclass(frozen=True)
@@ -176,8 +178,8 @@ class Archive:
         """Read one record to its end."""
         kind = str(record.record_type)
         self.records[kind] += 1
-        declared = _header(record, "Content-Length")
-        id = (declared.isdecimal() and _header(record, self.id_header)) or self._fallback_id()
+        content_length = _content_length(record)
+        id = (content_length >= 0 and _header(record, self.id_header)) or self._fallback_id()
         url = _header(record, "WARC-Target-URI").strip("<>")
         try:
             record.parse_http(quirks_mode=True)
@@ -204,7 +206,6 @@ class Archive:
                 date=_date(record),
             )
             outcome = self._judge(page, record, kind, length, is_http_readable)
-        content_length = int(declared) if declared.isdecimal() else -1
         is_whole = content_length >= 0 and length == expected
         return _Record(id, url, record.stream_pos, content_length, is_whole, outcome)
 
@@ -254,12 +255,18 @@ def _content_type(record: WarcRecord, kind: str) -> str | None:
     return _header(record, "Content-Type").split(";")[0].strip().lower() or None
 
 
+def _content_length(record: WarcRecord) -> int:
+    """As the record has it; -1 where that is no number of bytes."""
+    declared = _header(record, "Content-Length")
+    return int(declared) if declared.isdecimal() and len(declared) <= MOST_DIGITS else -1
+
+
 def _date(record: WarcRecord) -> datetime | None:
     try:
         date = datetime.fromisoformat(_header(record, "WARC-Date"))
-    except ValueError:
+        return date.replace(tzinfo=UTC) if date.tzinfo is None else date.astimezone(UTC)
+    except (ValueError, OverflowError):  # the latter of what is beyond the years 1 to 9999 in UTC
         return None
-    return date.replace(tzinfo=UTC) if date.tzinfo is None else date.astimezone(UTC)
 
 
 def _header(record: WarcRecord, name: str) -> str:

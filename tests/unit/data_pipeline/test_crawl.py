@@ -126,6 +126,23 @@ def test_a_lying_content_length_costs_one_record(tmp_path: Path, by: int, compre
     assert f"crawl.warc.gz, byte {len(first)}:" in reject.detail
 
 
+@pytest.mark.parametrize("date", ["0001-01-01T00:00:00+01:00", "9999-12-31T23:59:59-01:00"])
+def test_a_date_that_is_none_in_utc_is_no_date(tmp_path: Path, date: str) -> None:
+    first, second = (record(number, compressed=False) for number in (1, 2))
+    pages = read(tmp_path, first.replace(b"2026-01-01T00:00:00Z", date.encode()) + second)
+    assert outcomes(pages) == ids(1, 2)
+    assert [page.date is None for page in pages if isinstance(page, Page)] == [True, False]
+
+
+def test_a_content_length_beyond_all_numbers_costs_one_record(tmp_path: Path) -> None:
+    first, second = (record(number, compressed=False) for number in (1, 2))
+    length = b"Content-Length: "
+    start = first.rindex(length, 0, first.index(b"\r\n\r\n")) + len(length)
+    documents = read(tmp_path, first[:start] + b"9" * 5000 + first[start:] + second)
+    assert [reason for _, reason in outcomes(documents)] == ["content-length", "page"]
+    assert outcomes(documents)[1:] == ids(2)
+
+
 def test_a_cut_anywhere_keeps_what_precedes_it_and_is_told(tmp_path: Path) -> None:
     whole, last = record(1) + record(2), record(3)
     for length in range(1, len(last) - 8, 7):
