@@ -126,17 +126,18 @@ def last_failures(run: RunDirectory, chain: str) -> list[Failure]:
     return failures[::-1]
 
 
-def judge(run: RunDirectory, chain: str, at_most: int) -> Verdict:
+def judge(run: RunDirectory, chain: str, at_most: int, job: str | None = None) -> Verdict:
     """Whether to start another attempt, when the newest one has ended and its failure is noted.
 
     Args:
         chain: as in the `Failure`; another chain begins to count anew.
         at_most: starts in a row after failures without progress.
+        job: by which it may have been cancelled; None: the chain.
     """
     if run.done.exists():
         return Verdict(False, "done")
     cancelled = read_cancelled(run)
-    if cancelled and cancelled.holds_for([chain]):
+    if cancelled and cancelled.holds_for([job or chain]):
         return Verdict(False, f"cancelled by {cancelled.by}; `{_resubmit(run)}` goes on from here")
     failures = last_failures(run, chain)
     if not failures:

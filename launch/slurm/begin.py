@@ -55,7 +55,7 @@ def begin(run: RunDirectory, words: Path, slurm: Slurm) -> int:
     config, start, job = read_run_config(run), Start.of_this_job(slurm), read_job(run)
     profile = job.profile if job else Profile()
     catch_up(run, start, slurm, profile)
-    verdict = judge(run, start.job, MAX_RESTARTS)
+    verdict = judge(run, start.chain, MAX_RESTARTS, start.job)
     if not verdict.goes_on:
         print(f"not started: {verdict.text}", flush=True)
         return 0 if run.done.exists() else 1
@@ -96,8 +96,8 @@ def _try_elsewhere(
     run: RunDirectory, slurm: Slurm, start: Start, profile: Profile, attempt: int, error: str
 ) -> int:
     """The first node does not do what others may: note that, and let another start try."""
-    failure = note_failure(run, attempt, start.job, Cause("error", None, start.nodes[0], error))
-    verdict = judge(run, start.job, MAX_RESTARTS)
+    failure = note_failure(run, attempt, start.chain, Cause("error", None, start.nodes[0], error))
+    verdict = judge(run, start.chain, MAX_RESTARTS, start.job)
     print(f"attempt {attempt} has failed: {failure}\n{verdict.text}", file=sys.stderr, flush=True)
     if not verdict.goes_on:
         return 1
@@ -109,12 +109,12 @@ def catch_up(run: RunDirectory, start: Start, slurm: Slurm, profile: Profile) ->
     """Note why the start before this one ended, if it could not: its node may be gone."""
     attempts = run.all_attempts()
     before = start_of(run, attempts[-1]) if attempts else None
-    if before is None or before.job != start.job:
+    if before is None or before.chain != start.chain:
         return
     if read_failure(run, attempts[-1]) or has_stopped(run, attempts[-1]):
         return
     if limit := limit_of(run, attempts[-1]):
-        note_failure(run, attempts[-1], start.job, Cause("killed", None, "", limit))
+        note_failure(run, attempts[-1], start.chain, Cause("killed", None, "", limit))
         return
     # Of all: a node that its site has removed is an error to ask for.
     for node in slurm.nodes():
@@ -125,14 +125,14 @@ def catch_up(run: RunDirectory, start: Start, slurm: Slurm, profile: Profile) ->
         if node.has_failed or any(moment > began for moment in comings_back):
             why = node.reason or (node.state if node.has_failed else "it was started again")
             cause = Cause("node", None, node.name, f"the node has failed: {why}")
-            learn(run, note_failure(run, attempts[-1], start.job, cause), profile.exclude_for_s)
+            learn(run, note_failure(run, attempts[-1], start.chain, cause), profile.exclude_for_s)
 
 
 def take_from_start_before(run: RunDirectory, start: Start) -> None:
     """Slurm has ended it, but cannot see to that on a node which it does not reach."""
     attempts = run.all_attempts()
     before = start_of(run, attempts[-1]) if attempts else None
-    if before and before.job == start.job and (holder := run.take_from(attempts[-1])):
+    if before and before.chain == start.chain and (holder := run.take_from(attempts[-1])):
         print(f"{holder} is out of reach and may live on: it is fenced off", flush=True)
 
 
@@ -201,7 +201,7 @@ def _in_vain(run: RunDirectory, start: Start) -> bool:
     """Whether Slurm has given the job such nodes again and again, whatever it was told."""
     attempts = run.all_attempts()
     before = start_of(run, attempts[-1]) if attempts else None
-    since = before.restart if before and before.job == start.job else -1
+    since = before.restart if before and before.chain == start.chain else -1
     return start.restart - since > AVOIDED_TIMES
 
 

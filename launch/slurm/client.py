@@ -36,6 +36,8 @@ FREE_TEXT = (
     *("JobName", "Command", "WorkDir", "StdErr", "StdIn", "StdOut", "Reason", "OS", "Extra"),
     *("Comment", "AdminComment", "SystemComment", "MailUser"),
 )
+# Of a job that farspan has submitted: a word that no other has, over all its requeues.
+SUBMISSION = "FARSPAN_SUBMISSION"
 OVER = (
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL"),
     *("DEADLINE", "OUT_OF_MEMORY", "REVOKED"),
@@ -196,7 +198,7 @@ class Slurm:
         # By it a job is found that was taken although the answer was lost.
         token = f"farspan-{uuid4().hex}"
         command = ["sbatch", "--parsable", "--export=ALL", f"--comment={token}", *options]
-        added = dict(environment or {})
+        added = {SUBMISSION: token, **(environment or {})}
         for wait in (*self._patience_s, None):
             try:
                 answer = self._call([*command, str(script), *arguments], added, patience_s=())

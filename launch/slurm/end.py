@@ -79,7 +79,7 @@ def end(run: RunDirectory, code: int, slurm: Slurm, why: str | None = None) -> i
         print(f"requeued: {how.value}", flush=True)
         return 0
     if why is not None and (attempt := attempt_of(run, start)):
-        note_failure(run, attempt, start.job, Cause("error", None, start.nodes[0], why))
+        note_failure(run, attempt, start.chain, Cause("error", None, start.nodes[0], why))
     failure = note_end(run, start, code, how)
     if failure:
         print(f"attempt {failure.attempt} has failed: {failure}", flush=True)
@@ -89,7 +89,7 @@ def end(run: RunDirectory, code: int, slurm: Slurm, why: str | None = None) -> i
             mark_cancelled(run, f"scancel, of job {start.job}", [start.job])
         print(f"not started again, {how.value}: `farspan launch resubmit {run.root}` goes on")
         return 1
-    verdict = judge(run, start.job, MAX_RESTARTS)
+    verdict = judge(run, start.chain, MAX_RESTARTS, start.job)
     if not verdict.goes_on:
         print(verdict.text, file=sys.stderr, flush=True)
         try_to_report(run)
@@ -132,7 +132,7 @@ def note_end(run: RunDirectory, start: Start, code: int, how: End) -> Failure | 
         if cause.rank is not None:
             # A host may call itself otherwise than Slurm does.
             cause = replace(cause, node=nodes[cause.rank])
-    return note_failure(run, attempt, start.job, cause)
+    return note_failure(run, attempt, start.chain, cause)
 
 
 def codes_of_ranks(attempt: Path) -> dict[int, int | None]:

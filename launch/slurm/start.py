@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Self
 
-from launch.slurm.client import Slurm
+from launch.slurm.client import SUBMISSION, Slurm
 from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory, write_atomically
 
@@ -29,6 +29,8 @@ class Start:
         tasks: how many ranks each node has.
         began: in UTC.
         folder: where its batch script works.
+        submission: what no other job of the same number has, be it on another cluster or on one
+            that counts from 1 again; of a job that was submitted by hand only its cluster.
     """
 
     job: str
@@ -38,6 +40,7 @@ class Start:
     tasks: tuple[int, ...]
     began: str
     folder: str = ""
+    submission: str = ""
 
     @classmethod
     def of_this_job(cls, slurm: Slurm, environment: Mapping[str, str] = os.environ) -> Self:
@@ -56,7 +59,13 @@ class Start:
             tasks_per_node(environment["SLURM_TASKS_PER_NODE"]),
             datetime.now(UTC).isoformat(timespec="seconds"),
             os.getcwd(),
+            environment.get(SUBMISSION) or environment.get("SLURM_CLUSTER_NAME", ""),
         )
+
+    @property
+    def chain(self) -> str:
+        """What the starts of a job have in common, and no other job has."""
+        return " of ".join(filter(None, (self.job, self.submission)))
 
     @property
     def ranks(self) -> int:
@@ -91,7 +100,7 @@ def attempt_of(run: RunDirectory, start: Start) -> int | None:
     """The attempt that a start of a job has made; None before it has."""
     for attempt in reversed(run.all_attempts()):
         other = start_of(run, attempt)
-        if other and (other.job, other.restart) == (start.job, start.restart):
+        if other and (other.chain, other.restart) == (start.chain, start.restart):
             return attempt
     return None
 

@@ -324,6 +324,36 @@ def test_what_has_been_given_up_is_not_started(run: RunDirectory, tmp_path: Path
 
 
 @pytest.mark.usefixtures("on_n1_and_n2")
+@pytest.mark.parametrize(
+    ("variable", "before", "now"),
+    [("FARSPAN_SUBMISSION", "farspan-1", "farspan-2"), ("SLURM_CLUSTER_NAME", "old", "new")],
+)
+def test_a_job_of_the_same_number_elsewhere_is_another_one(
+    run: RunDirectory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    before: str,
+    now: str,
+) -> None:
+    """On another cluster, or on one that was set up anew, as that of a laptop is."""
+    monkeypatch.setenv(variable, before)
+    slurm = Nodes(three_nodes(), job(state="RUNNING"))
+    assert begin.begin(run, tmp_path, slurm) == 0
+    (run.folder_of(1) / "rank-0.exit").write_text("2\n")
+    assert end(run, 252, slurm) == 2
+    assert begin.begin(run, tmp_path, slurm) == 1
+    monkeypatch.setenv(variable, now)
+    assert begin.begin(run, tmp_path, slurm) == 0
+    assert run.all_attempts() == [1, 2]
+    # No node is to blame for what the other one was doing, and no file is taken away from it.
+    monkeypatch.setenv(variable, before)
+    dead = [NodeInfo(name="n1", state="DOWN"), *three_nodes()[1:]]
+    begin.begin(run, tmp_path, Nodes(dead, job(state="RUNNING")))
+    assert read_failure(run, 2) is None
+
+
+@pytest.mark.usefixtures("on_n1_and_n2")
 def test_a_script_that_slurm_has_killed_at_the_limit_is_counted_by_the_next_start(
     run: RunDirectory, tmp_path: Path
 ) -> None:

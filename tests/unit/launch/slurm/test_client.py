@@ -137,10 +137,13 @@ def test_a_job_that_was_taken_although_the_answer_was_lost_is_not_submitted_twic
     commands: Path,
 ) -> None:
     lost = "echo 'sbatch: error: Batch job submission failed: Socket timed out' >&2; exit 1"
-    write(commands, "sbatch", f'echo "$3" >>submitted; {lost}')
+    write(commands, "sbatch", f'echo "$FARSPAN_SUBMISSION" >>words; echo "$3" >>submitted; {lost}')
     write(commands, "squeue", 'printf "6 else\\n7 %s\\n" "$(sed s/--comment=// submitted)"')
     assert client(commands).submit(Path("script"), []) == "7"
     assert len((commands / "submitted").read_text().splitlines()) == 1
+    # The job itself knows by which word.
+    words, comments = ((commands / name).read_text() for name in ("words", "submitted"))
+    assert f"--comment={words}" == comments
 
 
 def test_a_refusal_is_told_in_slurms_words(commands: Path) -> None:
