@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_pipeline import ledger
-from data_pipeline.clean import judge
+from data_pipeline.clean import CRASHED, TOO_SLOW, judge
 from data_pipeline.crawl import Reject, read_document
 from data_pipeline.errors import DataError
 from data_pipeline.examples import source_of
@@ -32,7 +32,7 @@ class Look:
 
     Attributes:
         text: what the decision was about: the text that was kept or dropped, the source of a page
-            without text, nothing of a record that is no page.
+            without text or that no parser bears, nothing of a record that is no page.
         problem: why the archive does not give it any more.
     """
 
@@ -137,6 +137,8 @@ class Audit:
             return Look(problem=f"{row['file']} has no document at byte {row['offset']} any more")
         if isinstance(document, Reject):
             return Look()
+        if row["reason"] in (TOO_SLOW, CRASHED):
+            return Look(source_of(document))
         try:
             text = extract_text(document, self._recipe.extract.mode)
         except ExtractError as error:

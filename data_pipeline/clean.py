@@ -44,6 +44,8 @@ ROWS_PER_WRITE = 1000
 CHARACTERS_PER_WRITE = 1 << 24
 TRIES = 2  # of a document: what ended the first one may have been no fault of its own
 OUT_OF_TIME = "SIGPROF"
+# Reasons of documents that must not be judged again in a process that is to live on.
+TOO_SLOW, CRASHED = "too slow", "crashed"
 
 # A page that the rules of the shipped recipes pass, and a text that both models of languages read.
 READYING = (
@@ -255,10 +257,10 @@ def judge_apart(document: Document, recipe: Recipe) -> Outcome:
             if ended_by == OUT_OF_TIME:
                 limit = recipe.extract.max_seconds
                 detail = f"over {limit:g} seconds of CPU"
-                return _dropped(_row(document), "extract", "too slow", detail)
+                return _dropped(_row(document), "extract", TOO_SLOW, detail)
         else:
             return outcome
-    return _dropped(_row(document), "extract", "crashed", f"ended by {ended_by}, {TRIES} times")
+    return _dropped(_row(document), "extract", CRASHED, f"ended by {ended_by}, {TRIES} times")
 
 
 def _row(document: Document) -> dict[str, Any]:

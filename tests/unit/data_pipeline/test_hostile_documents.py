@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline import clean
+from data_pipeline import audit, clean
 from data_pipeline.crawl import Page
 from data_pipeline.extract import Mode, extract_text, text
 from data_pipeline.recipe import Recipe, load_recipe
@@ -69,6 +69,22 @@ def test_they_are_dropped_and_named(
     assert (crashed["stage"], crashed["reason"]) == ("extract", "crashed")
     assert crashed["detail"] == "ended by SIGSEGV, 2 times"
     assert 0 < slow["offset"] < crashed["offset"]
+
+
+def test_the_audit_shows_their_source_and_lives_on(
+    archive: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clean, "extract_text", _hostile)
+    _run(archive, recipe, tmp_path / "out")
+
+    def refuse(page: Page, mode: Mode) -> str:
+        raise AssertionError(f"{page.id} is extracted again")
+
+    monkeypatch.setattr(audit, "extract_text", refuse)
+    run_audit = audit.Audit(tmp_path / "out")
+    for number in (ENDLESS, DEADLY):
+        (row,) = run_audit.document(f"doc-{number}")
+        assert f"<p>Page {number} of the lot.</p>" in run_audit.look(row).text
 
 
 def test_a_worker_that_is_killed_once_changes_no_byte(
