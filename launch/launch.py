@@ -147,7 +147,8 @@ def status(
     Of `farspan data run`: the stage, how many of its parts are done, running, queued or failed,
     archives, documents, their rate, and until when the stage is done.
 
-    Of one run also which nodes are excluded and why, and what its last attempts died of. It needs
+    Of one run also which nodes are excluded and why, and what its last attempts died of. A job that
+    waits gets back the nodes whose time is over, which Slurm would not do by itself. It needs
     neither Slurm's accounting nor its JSON, and without Slurm it goes by the run directory alone.
 
     States: prepared (no attempt yet), queued, running, cancelling (it saves), ending, stopped (on

@@ -22,7 +22,8 @@ from launch.durations import duration_text
 from launch.failures import Failure
 from launch.run_state import RunState, read_state
 from launch.slurm.client import Slurm, SlurmError
-from launch.starters import slurm_here
+from launch.slurm.requeue import let_back
+from launch.starters import jobs_of, slurm_here
 from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory
 
@@ -102,8 +103,16 @@ def _warn_without(error: SlurmError) -> None:
 
 
 def _read(run: Path, slurm: Slurm | None) -> State:
-    is_data = not RunDirectory(run).config.exists() and is_data_run(run)
-    return read_data_state(run, slurm) if is_data else read_state(RunDirectory(run), slurm)
+    directory = RunDirectory(run)
+    if not directory.config.exists() and is_data_run(run):
+        return read_data_state(run, slurm)
+    state = read_state(directory, slurm)
+    if slurm and state.state == "queued":
+        # While a job waits nobody else is there to do so.
+        for job, nodes in let_back(directory, slurm, jobs_of(directory, slurm)).items():
+            listed = ", ".join(nodes)
+            print(f"job {job} may run on {listed} again", file=sys.stderr, flush=True)
+    return state
 
 
 def to_json(state: State) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Put a job back into the queue, away from the nodes that its run avoids."""
+"""Put a job back into the queue, away from the nodes that its run avoids for a while."""
 
 import signal
+from collections.abc import Iterable
 
-from launch.slurm.client import Slurm, SlurmError
+from launch.slurm.client import JobInfo, Slurm, SlurmError
 from launch.slurm.excludes import avoidable, excluded_now, nodes_to_avoid, read_excluded
 from launch.slurm.profile import Profile
 from launch.slurm.start import Start
@@ -42,3 +43,24 @@ def avoid_excluded(run: RunDirectory, slurm: Slurm, start: Start, profile: Profi
         return
     for entry in entries:
         print(f"avoided until {entry.until}: {entry.node}, {entry.why}", flush=True)
+
+
+def let_back(run: RunDirectory, slurm: Slurm, jobs: Iterable[JobInfo]) -> dict[str, list[str]]:
+    """Let jobs that wait have nodes again whose time is over: Slurm itself would never do so.
+
+    Returns:
+        Those nodes, by job.
+    """
+    over = {entry.node for entry in read_excluded(run) if entry.is_over}
+    found = {}
+    for job in jobs if over else ():
+        nodes = [node for node in job.excluded if node in over]
+        if not nodes or job.state != "PENDING":
+            continue
+        try:
+            slurm.avoid(job.id, [node for node in job.excluded if node not in over])
+        except SlurmError:
+            # It has been started meanwhile, or is somebody else's.
+            continue
+        found[job.id] = nodes
+    return found

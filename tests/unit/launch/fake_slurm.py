@@ -11,6 +11,7 @@ case "$1 $2" in
     exit 1
     ;;
   "show hostnames") echo node1; echo node2 ;;
+  "update JobId="*) sed -i "s/ExcNodeList=.*/$3/" "JOBS/${2#*=}" ;;
   *) exit 1 ;;
 esac
 """
@@ -30,6 +31,7 @@ JobId={number} JobName=farspan
    SubmitTime=2026-11-27T10:00:00 EligibleTime=2026-11-27T10:00:00
    StartTime={start} EndTime=Unknown Deadline=N/A
    Partition=main AllocNode:Sid=login:1
+   ReqNodeList=(null) ExcNodeList={excluded}
    NodeList={nodes}
    NumNodes=2 NumCPUs=2 NumTasks=2 CPUs/Task=1 ReqB:S:C:T=0:0:*:*
 """
@@ -50,11 +52,18 @@ class FakeSlurm:
         self._write("sbatch", "exit 1")
         self._write("sacct", "exit 1")
 
-    def add(self, number: str, state: str, reason: str = "None", start: str = "Unknown") -> None:
+    def add(
+        self,
+        number: str,
+        state: str,
+        reason: str = "None",
+        start: str = "Unknown",
+        excluded: str = "(null)",
+    ) -> None:
         """Let Slurm know a job, in that state."""
         nodes = "node[1-2]" if state == "RUNNING" else "(null)"
-        job = JOB.format(number=number, state=state, reason=reason, start=start, nodes=nodes)
-        (self._jobs / number).write_text(job)
+        fields = {"state": state, "reason": reason, "start": start, "excluded": excluded}
+        (self._jobs / number).write_text(JOB.format(number=number, nodes=nodes, **fields))
 
     def work_in(self, *folders: Path) -> None:
         """Let this user's jobs have these working directories."""

@@ -290,6 +290,30 @@ def test_a_folder_that_is_no_run_of_ours_does_not_hide_the_others(
         print_status([], watch=False, as_json=False)
 
 
+def test_a_job_that_waits_gets_nodes_back_whose_time_is_over(
+    run: RunDirectory, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And none else: not what its owner excludes, not what is broken still."""
+    submit(run, "12")
+    exclude(run, "n1", "it was broken", -1)
+    exclude(run, "n2", "it is broken", 3600)
+
+    def excluded() -> tuple[str, ...]:
+        here = slurm_here()
+        job = here.job("12") if here else None
+        return job.excluded if job else ()
+
+    slurm.add("12", "RUNNING", excluded="mine,n1,n2")
+    print_status([run.root], watch=False, as_json=False)
+    assert excluded() == ("mine", "n1", "n2")
+    slurm.add("12", "PENDING", excluded="mine,n1,n2")
+    print_status([run.root], watch=False, as_json=False)
+    assert excluded() == ("mine", "n2")
+    assert capsys.readouterr().err == "job 12 may run on n1 again\n"
+    print_status([run.root], watch=False, as_json=False)
+    assert capsys.readouterr().err == ""
+
+
 def test_where_slurm_does_not_answer_the_run_directory_has_to(
     run: RunDirectory, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
