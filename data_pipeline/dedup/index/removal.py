@@ -45,10 +45,12 @@ def remove_documents(
             clusters that are concerned, and the ids.
 
     Raises:
-        DataError: the index has no document of an id, it is damaged, or another process holds it;
-            it keeps what it had.
+        DataError: the index has no document of an id, it is damaged, another process holds it, or
+            `changes` cannot be written; it keeps what it had.
     """
     limits = limits_of(memory)
+    if changes.is_dir():
+        raise DataError(f"{changes}: is a folder; name the file to write")
     with held_index(folder) as index:
         segments, before, settings = index.segments, index.state, index.contents.settings
         removed = _numbers(segments, ids)
@@ -79,8 +81,9 @@ def remove_documents(
         tables = (documents_at(left, state, dumps, numbers) for numbers in changed_now)
         aside = changes.with_name(f".{changes.name}")
         count = write_tables(aside, tables, SCHEMA.names)
-        index.commit(left, state, dumps)
+        # First: a removal that is killed behind this is repeated, one that is done cannot be.
         aside.replace(changes)
+        index.commit(left, state, dumps)
     return RemovalReport(removed=len(removed), changed=count)
 
 

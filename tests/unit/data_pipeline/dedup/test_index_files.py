@@ -20,6 +20,7 @@ from data_pipeline.dedup.index import (
     remove_documents,
 )
 from data_pipeline.dedup.index.columns import Column, ColumnWriter
+from data_pipeline.dedup.index.folder import Index
 from data_pipeline.errors import DataError
 from tests.files import contents
 from tests.unit.data_pipeline.dedup.corpus import (
@@ -179,6 +180,25 @@ def test_unknown_ids_remove_nothing(tmp_path, corpus):
     with pytest.raises(DataError, match=r"id `n\d` \(and 1 more\): the index has no such document"):
         remove_documents(tmp_path / "ix", ["d1", "n1", "n2"], tmp_path / "c", memory=1 << 20)
     assert contents(tmp_path / "ix") == before
+
+
+def test_nothing_is_removed_without_a_file_that_tells_what_changed(tmp_path, corpus, monkeypatch):
+    add(tmp_path, corpus[:9])
+    before = contents(tmp_path / "ix")
+    with pytest.raises(DataError, match="out: is a folder; name the file to write"):
+        remove_documents(tmp_path / "ix", ["d1"], tmp_path / "out", memory=1 << 20)
+    assert contents(tmp_path / "ix") == before
+    commit = Index.commit
+
+    def die_behind(self, segments, state, dumps):
+        commit(self, segments, state, dumps)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Index, "commit", die_behind)
+    with pytest.raises(KeyboardInterrupt):
+        remove_documents(tmp_path / "ix", ["d1"], tmp_path / "changes.parquet", memory=1 << 20)
+    assert contents(tmp_path / "ix") != before
+    assert (tmp_path / "changes.parquet").exists()
 
 
 def test_memory_is_written_with_its_unit():
