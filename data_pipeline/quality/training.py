@@ -5,6 +5,7 @@ import heapq
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -32,7 +33,7 @@ Example = tuple[int, Features]
 
 @dataclass(frozen=True)
 class Training:
-    """A model, and what it says of the tenth of the documents that it has not seen.
+    """A model, and what it says of the tenth of each kind that it has not seen.
 
     Attributes:
         documents: how many curated and crawled ones were used.
@@ -69,8 +70,12 @@ def train_classifier(
         key=lambda example: example[:2],
     )
     labelled = [(label, features) for _, label, features in examples]
-    held_out = labelled[::HELD_OUT]
-    seen = [example for place, example in enumerate(labelled) if place % HELD_OUT]
+    # Of each kind by itself: of a few there might be none among all that are held out.
+    places = count(), count()
+    seen: list[Example] = []
+    held_out: list[Example] = []
+    for label, features in labelled:
+        (seen if next(places[label]) % HELD_OUT else held_out).append((label, features))
     about = {"seed": seed, "positive": len(kinds[1]), "negative": len(kinds[0])}
     model = _fit(seen, about)
     scores = [

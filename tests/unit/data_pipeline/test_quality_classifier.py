@@ -109,6 +109,13 @@ def test_the_same_texts_give_the_same_bytes(files: tuple[Path, Path], tmp_path: 
     assert (tmp_path / "one").read_bytes() != (tmp_path / "other").read_bytes()
 
 
+def test_the_fewest_texts_that_are_allowed_are_enough(tmp_path: Path) -> None:
+    few = write_jsonl(tmp_path / "curated.jsonl", make_texts(CURATED, 20, 1))
+    many = write_jsonl(tmp_path / "crawl.jsonl", make_texts(CRAWLED, 100, 2))
+    for seed in range(30):
+        assert 0.5 <= train_classifier([few], [many], 1000, seed).accuracy <= 1
+
+
 def test_a_saved_model_scores_as_the_trained_one(
     files: tuple[Path, Path], model_file: Path
 ) -> None:
