@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from data_pipeline.compiled import compiled
+from data_pipeline.dedup.inputs import open_parquet
 from data_pipeline.dedup.jsonl import read_jsonl
 from data_pipeline.errors import DataError, file_errors
 from data_pipeline.quality.gpt3 import PARETO_ALPHA, keep_probability
@@ -148,13 +148,10 @@ def _texts_of(path: Path) -> Iterator[str]:
 
 def _parquet(path: Path) -> Iterator[pa.RecordBatch]:
     try:
-        file = pq.ParquetFile(path)
-        if "text" not in file.schema_arrow.names:
-            names = ", ".join(file.schema_arrow.names)
-            raise DataError(f"{path}: no column `text` among {names}")
-        yield from file.iter_batches(columns=["text"])
+        with open_parquet(path, ["text"]) as file:
+            yield from file.iter_batches(columns=["text"])
     except pa.ArrowException as error:
-        raise DataError(f"{path}: damaged or not Parquet ({error})") from error
+        raise DataError(f"{path}: damaged ({error})") from error
 
 
 def _fit(examples: Sequence[Example], about: dict[str, Any]) -> LinearModel:

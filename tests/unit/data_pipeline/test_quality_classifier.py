@@ -156,6 +156,12 @@ def test_a_column_of_another_name_is_named(files: tuple[Path, Path], tmp_path: P
         train_classifier([tmp_path / "a.parquet"], [files[1]], 1000, 1)
 
 
+def test_a_column_of_another_type_is_named(files: tuple[Path, Path], tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": [b"a"]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: column `text` is binary, it must be string"):
+        train_classifier([tmp_path / "a.parquet"], [files[1]], 1000, 1)
+
+
 def test_pareto_rule_is_numpys() -> None:
     draw = np.random.default_rng(1)
     for score in (0.0, 0.5, 0.9, 1.0):
