@@ -9,7 +9,7 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline.dedup.inputs import Part
+from data_pipeline.dedup.inputs import Part, without_views
 from data_pipeline.errors import DataError
 
 BYTES_PER_BATCH = 8 << 20
@@ -105,7 +105,8 @@ def read_part(
                 rows = _rows_per_batch(file.metadata.row_group(group))
                 for records in file.iter_batches(rows, [group], names, use_threads=False):
                     records.validate(full=True)
-                    yield records
+                    schema = without_views(records.schema)
+                    yield records if schema == records.schema else records.cast(schema)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{part.source}: damaged, its documents cannot be read: {error}") from error
 

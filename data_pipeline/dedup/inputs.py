@@ -16,6 +16,8 @@ from data_pipeline.errors import DataError
 
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 REQUIRED = ("id", "text")
+# pyarrow neither takes nor filters rows of views.
+WITHOUT_VIEWS = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,12 @@ def _locate(parts: Sequence[Part], row: int) -> str:
             return part.locate(row)
         row -= part.rows
     raise IndexError(row)
+
+
+def without_views(schema: pa.Schema) -> pa.Schema:
+    """A schema whose columns can be worked with, of the same values."""
+    fields = [field.with_type(WITHOUT_VIEWS.get(field.type, field.type)) for field in schema]
+    return pa.schema(fields, schema.metadata)
 
 
 def open_parquet(

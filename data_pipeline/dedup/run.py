@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.dedup.batches import read_batches
 from data_pipeline.dedup.clusters import Clusters, find_clusters
-from data_pipeline.dedup.inputs import Part, parquet_parts, read_ids
+from data_pipeline.dedup.inputs import Part, parquet_parts, read_ids, without_views
 from data_pipeline.dedup.outputs import CLUSTERS, DOCUMENTS, staged_results
 from data_pipeline.dedup.repeated_units import RepeatedUnits, has_words
 from data_pipeline.dedup.settings import (
@@ -211,7 +211,7 @@ def write_kept(
         return kept, removed
 
     def write_part(number: int) -> None:
-        schema = pq.read_schema(parts[number].path)
+        schema = without_views(pq.read_schema(parts[number].path))
         with pq.ParquetWriter(files[number], schema) as writer:
             for batch in read_batches([parts[number]]):
                 start = first_rows[number] + batch.row
@@ -236,7 +236,7 @@ def write_flagged(part: Part, flags: bytes, file: Path) -> None:
     """
     is_kept = np.unpackbits(np.frombuffer(flags, np.uint8), count=part.rows).astype(np.bool_)
     aside = file.parents[1] / uuid4().hex
-    with pq.ParquetWriter(aside, pq.read_schema(part.path)) as writer:
+    with pq.ParquetWriter(aside, without_views(pq.read_schema(part.path))) as writer:
         for batch in read_batches([part]):
             flagged = is_kept[batch.row : batch.row + len(batch.records)]
             if flagged.any():

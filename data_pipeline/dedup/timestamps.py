@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from data_pipeline.dedup.batches import Batch
-from data_pipeline.dedup.inputs import Part
+from data_pipeline.dedup.inputs import Part, without_views
 from data_pipeline.errors import DataError
 
 TIMESTAMP = "timestamp"
@@ -20,7 +20,7 @@ ALLOWED = "a timestamp or a string as in 2024-03-01T00:00:00Z, which is how WARC
 def require_timestamps(parts: Sequence[Part]) -> None:
     """Raise a DataError that names the first input without a column of timestamps."""
     for part in parts:
-        schema = pq.read_schema(part.path)
+        schema = without_views(pq.read_schema(part.path))
         if TIMESTAMP in schema.names:
             kind = schema.field(TIMESTAMP).type
             if not (pa.types.is_timestamp(kind) or _is_string(kind)):

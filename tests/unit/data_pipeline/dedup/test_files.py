@@ -9,6 +9,7 @@ import pytest
 import zstandard
 
 from data_pipeline.dedup import deduplicate
+from data_pipeline.engine import Native
 from data_pipeline.errors import DataError
 from tests.unit.data_pipeline.dedup.corpus import (
     clusters_of,
@@ -26,6 +27,23 @@ def test_columns_of_parquet_are_carried_as_they_are(tmp_path):
     pq.write_table(pa.Table.from_pylist(corpus), tmp_path / "in.parquet")
     deduplicate([tmp_path / "in.parquet"], tmp_path / "out")
     assert documents_of(tmp_path / "out") == corpus
+
+
+@pytest.mark.parametrize("options", [{}, {"memory": 1 << 20}, {"exact": "line"}, {"engine": True}])
+def test_columns_of_views_are_read_as_others(tmp_path, options):
+    rows = [("1", "a b", "2020-01-01T00:00:00Z", b"x"), ("2", "a b", "2021-01-01T00:00:00Z", b"y")]
+    columns = dict(zip(("id", "text", "timestamp", "raw"), zip(*rows, strict=True), strict=True))
+    for view in (True, False):
+        kinds = (pa.string_view(), pa.binary_view()) if view else (pa.string(), pa.binary())
+        types = dict.fromkeys(columns, kinds[0]) | {"raw": kinds[1]}
+        arrays = {name: pa.array(values, types[name]) for name, values in columns.items()}
+        pq.write_table(pa.table(arrays), tmp_path / f"{view}.parquet")
+        engine = {"engine": Native(1)} if "engine" in options else {}
+        deduplicate(
+            [tmp_path / f"{view}.parquet"], tmp_path / f"{view}", keep="newest", **options | engine
+        )
+    assert documents_of(tmp_path / "True") == documents_of(tmp_path / "False")
+    assert [row["id"] for row in documents_of(tmp_path / "True")] == ["2"]
 
 
 @pytest.mark.parametrize(
