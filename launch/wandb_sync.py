@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -26,6 +26,7 @@ from launch.wandb_rows import MirroredRow, mirrored_rows
 from pretrain.config import Config, read_run_config
 from pretrain.errors import TrainingError, UserError
 from pretrain.metrics.samples import NAME as SAMPLES
+from pretrain.metrics.samples import Sample
 from pretrain.metrics.sinks import last_step, to_json
 from pretrain.metrics.wandb_sink import Mirror, has_key, scalars, start_wandb, wandb_id
 from pretrain.run_dir import RunDirectory
@@ -46,12 +47,13 @@ class Arrival:
 
     Attributes:
         rows: of metrics.jsonl.
-        missing: the steps whose row W&B does not have, or has with other values.
+        missing: the steps whose row W&B has not, or not as it is, and the names of what it lacks of
+            it; None: all.
         undone: steps that W&B has and metrics.jsonl has not: a rollback or a kill undid them.
     """
 
     rows: int
-    missing: tuple[int, ...]
+    missing: Mapping[int, frozenset[str] | None]
     undone: int
 
 
@@ -70,6 +72,14 @@ class WandbHistory:
     def latest(self) -> dict[int, int]:
         """The digest of the last row of each step."""
         return {int(row["train/step"]): digest(row) for row in self._rows() if "train/step" in row}
+
+    def values(self, steps: Collection[int]) -> dict[int, dict[str, Any]]:
+        """What W&B shows of some steps: of each name the value that came last."""
+        shown: dict[int, dict[str, Any]] = {}
+        for row in self._rows() if steps else ():
+            if "train/step" in row and (step := int(row["train/step"])) in steps:
+                shown.setdefault(step, {}).update(row)
+        return shown
 
     def attempt(self) -> int | None:
         """The number of the attempt that W&B's configuration of the run is of."""
@@ -202,15 +212,16 @@ def sync_run(directory: Path, wait_s: float) -> bool:
             send_fragment(fragment)
     found = compare(run, last, history, wait_s)
     if found.missing:
-        print(f"W&B lacks {len(found.missing)} of {found.rows:,} rows: {steps_text(found.missing)}")
+        steps = steps_text(tuple(found.missing))
+        print(f"W&B lacks {len(found.missing)} of {found.rows:,} rows: {steps}")
     # A fragment that is sent late describes the attempt that it is of.
     if found.missing or history.attempt() != run.current_attempt():
-        send_rows(run, config, last, set(found.missing))
+        send_rows(run, config, last, found.missing)
         found = compare(run, last, history, wait_s)
     if found.undone:
         print(f"W&B also has {found.undone} steps that were undone by a kill or a rollback")
     if found.missing:
-        print(f"still missing, say it again later: {steps_text(found.missing)}")
+        print(f"still missing, say it again later: {steps_text(tuple(found.missing))}")
         return False
     print(f"all {found.rows:,} rows of metrics.jsonl up to step {last} are at {history.url()}")
     return True
@@ -277,16 +288,36 @@ def compare(run: RunDirectory, last: int, history: WandbHistory, wait_s: float) 
 def compare_now(run: RunDirectory, last: int, history: WandbHistory) -> Arrival:
     rows = [(row.step, digest_of(row)) for row in mirrored_rows(run, last)]
     latest = history.latest()
-    missing = tuple(step for step, of_row in rows if latest.get(step) != of_row)
+    differ = {step for step, of_row in rows if latest.get(step) != of_row}
+    # Of a row that was added to, the last that W&B has is what was added.
+    shown = history.values(differ & latest.keys())
+    missing: dict[int, frozenset[str] | None] = {}
+    for row in mirrored_rows(run, last) if differ else ():
+        if row.step in differ:
+            lacks = lacking(row, shown[row.step]) if row.step in shown else None
+            if lacks is None or lacks:
+                missing[row.step] = lacks
     return Arrival(len(rows), missing, len(latest.keys() - {step for step, _ in rows}))
+
+
+def lacking(row: MirroredRow, shown: Mapping[str, Any]) -> frozenset[str]:
+    """What W&B does not show of a row, or shows with another value."""
+    numbers = scalars(row.values).items()
+    lacks = {name for name, value in numbers if to_json(value) != to_json(shown.get(name))}
+    lacks |= {SAMPLES} if row.samples and SAMPLES not in shown else set()
+    return frozenset(lacks)
 
 
 def digest_of(row: MirroredRow) -> int:
     return digest(scalars(row.values) | dict.fromkeys([SAMPLES] * bool(row.samples)))
 
 
-def send_rows(run: RunDirectory, config: Config, last: int, steps: set[int]) -> None:
-    """Send the rows of some steps, and the description of the run as it is now.
+def send_rows(
+    run: RunDirectory, config: Config, last: int, missing: Mapping[int, frozenset[str] | None]
+) -> None:
+    """Send what is missing, and the description of the run as it is now.
+
+    Of a row that W&B has in part, that part is not sent again: it would be shown twice.
 
     Raises TrainingError: W&B does not let the run go on.
     """
@@ -294,12 +325,22 @@ def send_rows(run: RunDirectory, config: Config, last: int, steps: set[int]) -> 
 
     try:
         mirror = Mirror(run, start_wandb(run, config, "online", x_disable_stats=True))
-        for row in mirrored_rows(run, last) if steps else ():
-            if row.step in steps:
-                mirror.log(row.values, row.samples)
+        for row in mirrored_rows(run, last) if missing else ():
+            if row.step in missing:
+                mirror.log(*part_of(row, missing[row.step]))
         mirror.finish()
     except (wandb.errors.Error, OSError) as error:
         raise TrainingError(f"W&B does not take rows: {error}") from error
+
+
+def part_of(
+    row: MirroredRow, names: frozenset[str] | None
+) -> tuple[Mapping[str, Any], Sequence[Sample]]:
+    """Those numbers of a row, and its samples if they are named; all of it if nothing is."""
+    if names is None:
+        return row.values, row.samples
+    numbers = {name: value for name, value in scalars(row.values).items() if name in names}
+    return {"train/step": row.step, **numbers}, row.samples if SAMPLES in names else ()
 
 
 def steps_text(steps: tuple[int, ...]) -> str:
