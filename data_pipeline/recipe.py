@@ -17,7 +17,7 @@ from data_pipeline.dedup.settings import (
     Settings,
     checked_settings,
 )
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, file_errors
 from data_pipeline.extract import Mode
 from data_pipeline.hygiene import Decontamination, Privacy, UrlBlocklist, WordBlocklist
 from data_pipeline.language import LANGUAGES
@@ -197,7 +197,8 @@ def load_recipe(name: str) -> Recipe:
         hint = _nearest(name, shipped_recipes())
         raise DataError(f"no recipe {name!r}{hint}; shipped: {known}; or give the path of a .yaml")
     try:
-        settings = yaml.safe_load(path.read_text())
+        with file_errors():
+            settings = yaml.safe_load(path.read_bytes())
     except yaml.YAMLError as error:
         raise DataError(f"{path}: not YAML: {error}") from error
     if not isinstance(settings, dict):

@@ -35,6 +35,13 @@ def test_a_recipe_with_an_impossible_setting_is_refused(
         load_recipe(str(mine))
 
 
+def test_a_recipe_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("description: für alle\n", encoding="latin-1")
+    with pytest.raises(DataError, match=r"mine\.yaml: not YAML: .* codec can't decode"):
+        load_recipe(str(mine))
+
+
 def test_limits_on_no_ngrams_drop_nothing(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     limits = re.compile(r"(_ngrams:) .*")
