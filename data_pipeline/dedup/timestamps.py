@@ -14,6 +14,7 @@ from data_pipeline.errors import DataError
 
 TIMESTAMP = "timestamp"
 EXTRA = "extra"  # the other fields of JSON Lines
+DECODER = json.JSONDecoder(parse_int=str)  # int refuses thousands of digits
 ALLOWED = "a timestamp or a string as in 2024-03-01T00:00:00Z, which is how WARC-Date is written"
 
 
@@ -45,8 +46,7 @@ def timestamps(batch: Batch) -> NDArray[np.int64]:
     if TIMESTAMP in batch.records.schema.names:
         values = batch.records[TIMESTAMP]
     else:
-        fields = [json.loads(extra or "{}") for extra in batch.records[EXTRA].to_pylist()]
-        found = [field.get(TIMESTAMP) for field in fields]
+        found = [_timestamp_in(extra or "{}") for extra in batch.records[EXTRA].to_pylist()]
         values = pa.array([None if time is None else str(time) for time in found], pa.string())
     if values.null_count:
         document = values.is_null().index(True).as_py()
@@ -57,6 +57,15 @@ def timestamps(batch: Batch) -> NDArray[np.int64]:
     if _is_string(values.type):
         values = _parse(values, batch)
     return values.cast(pa.timestamp("us"), safe=False).cast(pa.int64()).to_numpy()
+
+
+def _timestamp_in(extra: str) -> object:
+    """None if there is none, or if the column is of another kind that has the same name."""
+    try:
+        fields = DECODER.decode(extra)
+    except (ValueError, RecursionError):
+        return None
+    return fields.get(TIMESTAMP) if isinstance(fields, dict) else None
 
 
 def _parse(values: pa.Array, batch: Batch) -> pa.Array:

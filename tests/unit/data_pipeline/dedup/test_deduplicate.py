@@ -226,6 +226,20 @@ def test_documents_without_a_time_are_named(tmp_path, time, message):
     assert deduplicate([source], tmp_path / "out", threshold=0.5).kept == 1
 
 
+def test_a_number_of_any_length_stands_beside_a_time(tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text(f'{{"id": "1", "text": "a", "n": {"9" * 5000}, "timestamp": "{TIMES[0]}"}}')
+    assert deduplicate([source], tmp_path / "out", keep="newest").kept == 1
+
+
+@pytest.mark.parametrize("extra", ["a remark", "[1]", "{"])
+def test_another_column_of_the_name_of_other_fields_has_no_time(tmp_path, extra):
+    path = tmp_path / "in.parquet"
+    pq.write_table(pa.table({"id": ["1"], "text": ["a"], "extra": [extra]}), path)
+    with pytest.raises(DataError, match=r"document 0 .*in\.parquet has no `timestamp`"):
+        deduplicate([path], tmp_path / "out", keep="newest")
+
+
 def test_files_without_times_are_named_before_their_texts_are_read(tmp_path):
     path = tmp_path / "in.parquet"
     pq.write_table(pa.table({"id": ["1"], "text": ["a"], "date": ["2024"]}), path)
