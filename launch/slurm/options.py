@@ -7,6 +7,7 @@ from launch.slurm.profile import Profile
 
 # In the run directory. A path of the user's own could have a % in it, which Slurm replaces.
 LOG = "slurm-%j.log"
+EXCLUDE = "--exclude="
 
 
 def sbatch_options(
@@ -44,13 +45,18 @@ def sbatch_options(
         "mem": profile.memory,
         "signal": f"USR2@{profile.stop_before_s}",
         "dependency": dependency,
-        "exclude": ",".join(exclude) or None,
+        # Of two options sbatch takes the last.
+        "exclude": ",".join([*_excluded_by(profile), *exclude]) or None,
     }
     listed = [f"--{option}={value}" for option, value in options.items() if value is not None]
     listed += ["--exclusive"] if profile.exclusive else []
     # A job that waits for one that has failed would wait for ever.
     listed += ["--kill-on-invalid-dep=yes"] if dependency else []
-    return [*listed, *profile.options]
+    return [*listed, *(one for one in profile.options if not one.startswith(EXCLUDE))]
+
+
+def _excluded_by(profile: Profile) -> list[str]:
+    return [one.removeprefix(EXCLUDE) for one in profile.options if one.startswith(EXCLUDE)]
 
 
 def gpu_options(profile: Profile) -> dict[str, str]:

@@ -51,6 +51,16 @@ def test_a_profile_for_each_golden_file() -> None:
     assert sorted(path.stem for path in GOLDEN.iterdir()) == profile_names()
 
 
+def test_nodes_that_a_site_excludes_and_those_that_are_avoided() -> None:
+    profile = Profile(options=("--exclude=n[7-8]", "--switches=1"), ranks_per_node=8)
+    asked = {"name": "x", "nodes": 1, "folder": Path("/x")}
+    options = sbatch_options(profile, **asked, exclude=["n3"])  # type: ignore[arg-type]
+    assert [one for one in options if "exclude" in one] == ["--exclude=n[7-8],n3"]
+    assert "--switches=1" in options
+    options = sbatch_options(profile, **asked)  # type: ignore[arg-type]
+    assert [one for one in options if "exclude" in one] == ["--exclude=n[7-8]"]
+
+
 @pytest.mark.parametrize(
     "field", ["partition", "account", "qos", "constraint", "reservation", "gpu_type", "memory"]
 )
