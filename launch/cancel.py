@@ -60,6 +60,9 @@ def cancel(run: RunDirectory, at_once: bool) -> None:
     else:
         _cancel_processes(run, at_once)
     after = read_state(run, slurm)
+    if after.state == "done":
+        print(f"{run.root} has finished its last step meanwhile: it is done")
+        return
     saved = f"the newest checkpoint is that of step {after.checkpoint}"
     print(
         f"cancelled, {'no checkpoint yet' if after.checkpoint is None else saved}; `farspan launch "

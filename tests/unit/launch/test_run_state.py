@@ -386,6 +386,18 @@ def test_jobs_are_cancelled_those_that_run_after_they_have_saved(
     assert slurm.cancelled() == ["12", "--signal=USR2 12", "--signal=HUP 12", "12"]
 
 
+def test_a_run_that_finishes_before_it_is_cancelled_is_done(
+    run: RunDirectory, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attempt = train(run, range(1, 4))
+    submit(run, "12")
+    slurm.add("12", "RUNNING")
+    run.mark_done(400, attempt)
+    cancel(run, at_once=True)
+    assert "resubmit" not in (told := capsys.readouterr().out)
+    assert told.endswith(f"{run.root} has finished its last step meanwhile: it is done\n")
+
+
 def test_what_another_machine_trains_is_to_be_cancelled_there(run: RunDirectory) -> None:
     attempt = train(run, range(1, 4))
     (run.folder_of(attempt) / "heartbeats.json").write_text("[]")
