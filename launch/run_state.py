@@ -94,6 +94,8 @@ def read_state(run: RunDirectory, slurm: Slurm | None) -> RunState:
     config = read_run_config(run)
     attempts = run.all_attempts()
     state, detail, where = _state(run, attempts, jobs_of(run, slurm) if slurm else [])
+    if state == "prepared" and slurm:
+        detail = _end_of_newest_job(run, slurm)
     rows = _recent_rows(run)
     step = int(rows[-1]["train/step"]) if rows else 0
     tokens_per_s = median(row["perf/tokens_per_s"] for row in rows) if rows else None
@@ -162,6 +164,17 @@ def _state_of_job(run: RunDirectory, job: JobInfo) -> tuple[State, str, str]:
     if job.state == "COMPLETING":
         return "ending", "", where
     return "queued", f"Slurm says {job.state}", where
+
+
+def _end_of_newest_job(run: RunDirectory, slurm: Slurm) -> str:
+    """Of a run that has no attempt: another job that had to succeed first may have failed."""
+    numbers = newest_jobs(run)
+    job = slurm.job(numbers[-1]) if numbers else None
+    if job is None or not job.is_over or job.folder not in ("", str(run.root)):
+        return ""
+    # Others are what it has waited for, not why it has ended.
+    reason = f", {job.reason}" if job.reason.startswith("Dependency") else ""
+    return f"job {job.id} has ended before one: {job.state}{reason}"
 
 
 def _silence(run: RunDirectory, attempts: Sequence[int]) -> str:

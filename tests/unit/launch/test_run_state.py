@@ -181,7 +181,15 @@ def test_how_a_run_has_ended(run: RunDirectory) -> None:
         ({"state": "RUNNING"}, ("running", "", "job 12 on node1, node2")),
         ({"state": "COMPLETING"}, ("ending", "", "job 12")),
         ({"state": "SUSPENDED"}, ("queued", "Slurm says SUSPENDED", "job 12")),
-        ({"state": "FAILED"}, ("prepared", "", "")),
+        ({"state": "FAILED"}, ("prepared", "job 12 has ended before one: FAILED", "")),
+        (
+            {"state": "CANCELLED", "reason": "DependencyNeverSatisfied"},
+            ("prepared", "job 12 has ended before one: CANCELLED, DependencyNeverSatisfied", ""),
+        ),
+        (
+            {"state": "CANCELLED", "reason": "Priority"},
+            ("prepared", "job 12 has ended before one: CANCELLED", ""),
+        ),
     ],
 )
 def test_the_newest_job_of_a_run_says_where_it_is(
