@@ -159,7 +159,7 @@ class HostStore(Store):
     def __init__(self, limit: int | None = None) -> None:
         super().__init__(limit)
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        # Kept for tensors of the same size: to pin memory takes long.
+        # By their size, kept for other tensors: to pin memory takes long.
         self._free: dict[int, list[Tensor]] = defaultdict(list)
 
     def moves(self, tensor: Tensor) -> bool:
@@ -172,7 +172,7 @@ class HostStore(Store):
         pinned = self._pinned(tensor.nbytes)
         stream.wait_stream(torch.cuda.current_stream(tensor.device))
         with torch.cuda.stream(stream):
-            of_shape = pinned.view(tensor.dtype).view(tensor.shape)
+            of_shape = pinned[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             of_shape.copy_(tensor, non_blocking=True)
         # Its memory is not given to others before it has been copied.
         tensor.record_stream(stream)
@@ -187,18 +187,21 @@ class HostStore(Store):
         return self._streams[device]
 
     def _pinned(self, nbytes: int) -> Tensor:
-        self._take(nbytes)
-        if self._free[nbytes]:
-            return self._free[nbytes].pop()
+        """Memory for so many bytes."""
+        # torch pins powers of two, whatever it is asked for.
+        size = 1 << (nbytes - 1).bit_length()
+        self._take(size)
+        if self._free[size]:
+            return self._free[size].pop()
         available = available_memory()
         try:
-            if available < nbytes + RESERVED_BYTES:
+            if available < size + RESERVED_BYTES:
                 raise RuntimeError("what is left is for the machine itself")
-            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
         except RuntimeError as error:
-            self._give_back(nbytes)
+            self._give_back(size)
             raise OffloadError(
-                f"no host memory to offload {_size(nbytes)}: {_size(self.used)} are in use by this "
+                f"no host memory to offload {_size(size)}: {_size(self.used)} are in use by this "
                 f"rank, {_size(available)} available ({error}); offload fewer layers "
                 "(parallel.recompute), or to a disk (parallel.offload=disk)"
             ) from None

@@ -192,6 +192,14 @@ def test_pinned_memory_leaves_the_machine_some(monkeypatch: pytest.MonkeyPatch) 
     assert store.used == 0
 
 
+def test_a_bound_counts_what_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "available_memory", lambda: 4 * offload.RESERVED_BYTES)
+    store = HostStore(limit=127)
+    with pytest.raises(OffloadError, match=r"no room .*parallel.offload_gib"):
+        store._pinned(65)
+    assert store.used == 0
+
+
 def train(
     store: Store | None, mode: Recompute, tile: int | None
 ) -> tuple[dict[str, Tensor], int, Counter[object]]:
