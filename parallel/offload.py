@@ -31,6 +31,11 @@ WRITTEN_AT_A_TIME = 2
 # Left to the machine: pinned memory cannot be swapped out.
 RESERVED_BYTES = 1 << 30
 
+# torch 2.13 has a public name, 2.11 only the other.
+empty_host_cache: Callable[[], None] = (
+    getattr(torch.accelerator, "empty_host_cache", None) or torch._C._host_emptyCache
+)
+
 
 class OffloadError(RuntimeError):
     """There is no room for a tensor, or it cannot be read back. The step is not taken."""
@@ -196,6 +201,9 @@ class HostStore(Store):
         available = available_memory()
         try:
             if available < size + RESERVED_BYTES:
+                self._unpin()
+                available = available_memory()
+            if available < size + RESERVED_BYTES:
                 raise RuntimeError("what is left is for the machine itself")
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
         except RuntimeError as error:
@@ -205,6 +213,11 @@ class HostStore(Store):
                 f"rank, {_size(available)} available ({error}); offload fewer layers "
                 "(parallel.recompute), or to a disk (parallel.offload=disk)"
             ) from None
+
+    def _unpin(self) -> None:
+        """Give back what nobody uses: torch keeps what was pinned, also by stores that are gone."""
+        self._free.clear()
+        empty_host_cache()
 
     def _release(self, pinned: Tensor) -> None:
         self._free[pinned.nbytes].append(pinned)
