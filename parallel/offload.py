@@ -313,9 +313,12 @@ class FileStore(Store):
 
     def _write(self, tensor: Tensor, start: int, ready: torch.cuda.Event | None) -> None:
         if ready is not None:
-            with torch.cuda.stream(torch.cuda.Stream(tensor.device)):
-                torch.cuda.current_stream(tensor.device).wait_event(ready)
-                tensor = tensor.cpu()
+            # The thread's own device is the first, where it would open a context on its way back.
+            with torch.cuda.device(tensor.device):
+                stream = torch.cuda.Stream()
+                stream.wait_event(ready)
+                with torch.cuda.stream(stream):
+                    tensor = tensor.cpu()
         view = _bytes(tensor)
         with self._explaining("written"):
             while view:
