@@ -17,7 +17,7 @@ from pretrain.metrics.expert_load import DeadExperts
 from pretrain.metrics.goodput import Cause, Goodput
 from pretrain.metrics.registry import check_names
 from pretrain.metrics.samples import Beginnings
-from pretrain.metrics.sinks import JsonlSink, MetricsWriter, last_row, step_line
+from pretrain.metrics.sinks import JsonlSink, MetricsWriter, last_row, row_lacks, step_line
 from pretrain.metrics.wandb_sink import WandbSink
 from pretrain.numerics import numerics_of
 from pretrain.run_dir import RunDirectory, write_atomically
@@ -152,8 +152,7 @@ class Recorder:
 
     def lacks(self, step: int, name: str) -> bool:
         """Whether the newest row is that of `step`, and does not have this metric."""
-        row = last_row(self._rows.path)
-        return row.get("train/step") == step and name not in row
+        return row_lacks(self._rows.path, step, name)
 
     def amend(self, more: dict[str, Any]) -> None:
         """Add metrics to the newest row."""

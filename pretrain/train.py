@@ -20,7 +20,7 @@ from parallel.lost_rank import RankMonitor
 from parallel.mesh import join_ranks, release_groups
 from pretrain.attempt import begin_attempt, read_past
 from pretrain.config import Config, phases_of, read_run_config
-from pretrain.curriculum import Phase, phase_at
+from pretrain.curriculum import Phase, phase_at, phase_of_checkpoint
 from pretrain.errors import (
     CANNOT_GO_ON,
     LOST_RANK,
@@ -28,7 +28,7 @@ from pretrain.errors import (
     TrainingError,
     UserError,
 )
-from pretrain.evals.held_out import HeldOut, evaluate_late
+from pretrain.evals.held_out import HeldOut, evaluate_late, lacks_evaluation
 from pretrain.guard import Verdict
 from pretrain.metrics.step import Clock, metrics_row
 from pretrain.metrics.survey import is_survey_due, survey
@@ -48,15 +48,15 @@ def train(config: Config, run: RunDirectory) -> int:
     with monitor, run.exclusive() if dist.get_rank() == 0 else nullcontext():
         attempt = begin_attempt(run)
         monitor.folder = run.folder_of(attempt)
-        step = run_phases(config, run, device, attempt, stop, monitor)
-        is_first, is_done = dist.get_rank() == 0, step == config.train.steps
-        if is_first and is_done:
+        step, is_stopped = run_phases(config, run, device, attempt, stop, monitor)
+        is_first = dist.get_rank() == 0
+        if is_first and not is_stopped:
             run.mark_done(config.train.steps, attempt)
         elif is_first:
             run.mark_stopped(step, attempt, stop.reason)
         # Nobody leaves while rank 0 still writes: some launchers end the job with its first rank.
         dist.barrier()
-    return 0 if is_done else STOPPED_ON_REQUEST
+    return STOPPED_ON_REQUEST if is_stopped else 0
 
 
 def run_phases(
@@ -66,19 +66,21 @@ def run_phases(
     attempt: int,
     stop: StopRequest,
     monitor: RankMonitor,
-) -> int:
+) -> tuple[int, bool]:
     """Train one phase after the other. Collective.
 
     Each ends with a checkpoint, which the next one begins with, as another attempt would.
 
     Returns:
-        How many steps have been trained, fewer than `train.steps` after a request to stop.
+        How many steps have been trained, and whether it was stopped before all was done.
     """
     phases = phases_of(config)
     recorder = None
     step, past = read_past(config, run)
+    phase = phase_at(phases, step)
+    if lacks_evaluation(config, run, step):
+        phase = phase_of_checkpoint(phases, step)
     while True:
-        phase = phase_at(phases, step)
         trainer = Trainer(phase.config, run, device, attempt, past, first_step=phase.first)
         step = trainer.progress.step
         if step > config.train.steps:
@@ -86,7 +88,7 @@ def run_phases(
                 f"train.steps = {config.train.steps}, but {run.root} is at step {step} already: it "
                 "can only be raised"
             )
-        if phase.has(step) or step == config.train.steps:
+        if phase.has(step) or step in (phase.stop, config.train.steps):
             if dist.get_rank() == 0 and not recorder:
                 recorder = Recorder(run, attempt, trainer, config)
                 print(f"kernels: {numerics_of(config, device)['kernels']}", flush=True)
@@ -105,9 +107,10 @@ def run_phases(
         release_groups()
         monitor.forget()
         _, past = read_past(config, run)
+        phase = phase_at(phases, step)
     if recorder:
         recorder.close()
-    return step
+    return step, is_stopped
 
 
 def run_steps(
@@ -119,7 +122,7 @@ def run_steps(
     monitor: RankMonitor,
 ) -> bool:
     """Train until the end of a phase, a request to stop, or a rollback to before the phase; leave a
-    checkpoint of the end. Returns whether it was stopped.
+    checkpoint of the end. Returns whether it was stopped before all was done.
     """
     train, every = trainer.config.train, trainer.config.checkpoint.every
     until = train.steps if phase.stop is None else min(phase.stop, train.steps)
@@ -128,7 +131,9 @@ def run_steps(
     if recorder:
         recorder.spent_on("starting")
     beat = partial(monitor.beat, newest)
-    stopping = not evaluate_late(held_out, newest, recorder, beat, lambda: stop.requested)
+    stopping = is_missing = not evaluate_late(
+        held_out, newest, recorder, beat, lambda: stop.requested
+    )
     if recorder:
         recorder.spent_on("evaluation")
     while phase.first <= trainer.progress.step < until and not stopping:
@@ -148,6 +153,7 @@ def run_steps(
         if recorder and is_evaluated:
             recorder.spent_on("evaluation")
         stopping = stopping or evaluated is None
+        is_missing = held_out.is_due(step) and not evaluated
         is_last = step == until or stopping
         is_saved = is_last or (step % every == 0 and not result.verdict)
         # A run that goes on from a checkpoint finds its row: what it has spent until then.
@@ -167,7 +173,8 @@ def run_steps(
         if recorder:
             recorder.enter_checkpoint(trainer)
     monitor.beat(trainer.progress.step, "end", is_slow=True)
-    return stopping
+    # Of the last step as of any other, the next attempt adds the evaluation.
+    return stopping and (is_missing or trainer.progress.step < train.steps)
 
 
 def recover(trainer: Trainer, verdict: Verdict, recorder: Recorder | None) -> None:

@@ -12,13 +12,16 @@ from torch.distributed.fsdp import FSDPModule
 
 from data_pipeline.stream import Batch, OnceThrough
 from parallel.segments.runner import SegmentedStage
+from pretrain.checkpoint.store import on_rank_0
 from pretrain.config import Config
 from pretrain.engines.native import NativeEngine
 from pretrain.evals.forward import ForwardPass
 from pretrain.evals.held_out_data import open_held_out
+from pretrain.metrics.sinks import row_lacks
 from pretrain.metrics.step import Clock
 from pretrain.model.kernels.documents import Documents
 from pretrain.recorder import Recorder
+from pretrain.run_dir import RunDirectory
 from pretrain.trainer import Trainer
 
 LOSS = "eval/heldout_loss"
@@ -58,8 +61,7 @@ class HeldOut:
 
     def is_due(self, step: int) -> bool:
         """Whether the row of a step tells of it: at the end, and every so many steps."""
-        every = self._config.eval.every
-        return every > 0 and step > 0 and (step % every == 0 or step == self._config.train.steps)
+        return _is_due(self._config, step)
 
     def evaluate(
         self,
@@ -136,6 +138,13 @@ class HeldOut:
         )
 
 
+def lacks_evaluation(config: Config, run: RunDirectory, step: int) -> bool:
+    """Whether the attempt that trained a step was stopped before its evaluation, which is to be
+    made with the settings of that step. Collective.
+    """
+    return _is_due(config, step) and on_rank_0(lambda: row_lacks(run.metrics, step, LOSS))
+
+
 def evaluate_late(
     held_out: HeldOut,
     step: int,
@@ -158,6 +167,11 @@ def evaluate_late(
         if recorder:
             recorder.amend(evaluated)
     return True
+
+
+def _is_due(config: Config, step: int) -> bool:
+    every = config.eval.every
+    return every > 0 and step > 0 and (step % every == 0 or step == config.train.steps)
 
 
 def _any_rank(is_so: bool) -> bool:

@@ -164,6 +164,12 @@ def last_step(path: Path) -> int:
     return int(last_row(path).get("train/step", 0))
 
 
+def row_lacks(path: Path, step: int, name: str) -> bool:
+    """Whether the last row of metrics.jsonl is that of `step`, and does not have this metric."""
+    row = last_row(path) if path.exists() else {}
+    return row.get("train/step") == step and name not in row
+
+
 def _line_of(row: Row) -> str:
     try:
         line = json.dumps(row, allow_nan=False)

@@ -1,6 +1,7 @@
 """No evaluation on held-out text is lost or doubled, however a run is interrupted."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,19 @@ SETTINGS = (
 )
 
 
+# The weights of step 4 mean something else with the base of the steps after.
+PHASES = (
+    "phases=[{from_step: 4, data.seq_len: 128, train.global_batch: 1, train.microbatch: 1, "
+    "model.attention.rope_base: 4.0e+2}]"
+)
+
+
 def rows(run: RunDirectory) -> list[dict[str, Any]]:
     return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+
+
+def losses(run: RunDirectory) -> Mapping[int, Any]:
+    return {row["train/step"]: row.get("eval/heldout_loss") for row in rows(run)}
 
 
 def test_each_due_step_is_evaluated_once(shards: Path, tmp_path: Path) -> None:
@@ -36,7 +48,7 @@ def test_each_due_step_is_evaluated_once(shards: Path, tmp_path: Path) -> None:
     run_on_ranks(1, SCRIPT, str(whole.root))
     expected = rows(whole)
     assert [row["train/step"] for row in expected] == [2, 3, 4, 6, 7, 8], "7 has a checkpoint"
-    evaluated = {row["train/step"]: row.get("eval/heldout_loss") for row in expected}
+    evaluated = losses(whole)
     assert [step for step, found in evaluated.items() if found] == [2, 4, 6, 8]
     assert evaluated[8]["pages"] < evaluated[2]["pages"]
 
@@ -51,6 +63,31 @@ def test_each_due_step_is_evaluated_once(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="rank 0 of 1 failed"):
         run_on_ranks(1, SCRIPT, str(run.root), "kill", "7")
     run_on_ranks(1, SCRIPT, str(run.root))
-    found = rows(run)
-    assert {row["train/step"]: row.get("eval/heldout_loss") for row in found} == evaluated
-    assert len(found) == len(expected)
+    assert losses(run) == evaluated
+    assert len(rows(run)) == len(expected)
+
+
+def test_what_a_stop_has_left_is_evaluated_with_the_settings_of_its_step(
+    shards: Path, tmp_path: Path
+) -> None:
+    pages = tmp_path / "pages"
+    hold_out(shards, pages, share=0.2)
+
+    def start(name: str) -> RunDirectory:
+        settings = [f"data.shards={pages}", *SETTINGS, "train.microbatch=1", PHASES]
+        return prepare("tiny", settings, 1, tmp_path / name)
+
+    whole, run = start("whole"), start("interrupted")
+    run_on_ranks(1, SCRIPT, str(whole.root))
+    # Where a phase ends, and where the run does.
+    for step in (4, 8):
+        run_on_ranks(1, SCRIPT, str(run.root), "stop", str(step))
+        assert not losses(run)[step]
+        assert not run.done.exists()
+        assert json.loads(run.stopped.read_text())["step"] == step
+    # An evaluation is all that is left.
+    run_on_ranks(1, SCRIPT, str(run.root), "stop", "evaluating")
+    assert not run.done.exists()
+    run_on_ranks(1, SCRIPT, str(run.root))
+    assert run.done.exists()
+    assert losses(run) == losses(whole)
