@@ -63,7 +63,7 @@ def begin(run: RunDirectory, words: Path, slurm: Slurm) -> int:
         print(f"not started on {', '.join(avoided)}, which this run avoids", flush=True)
         requeue_elsewhere(run, slurm, start, profile)
         return 0
-    take_from_start_before(run, start)
+    take_from_start_before(run, start, slurm)
     attempt = run.new_attempt()
     start.note(run, attempt)
     try:
@@ -128,12 +128,24 @@ def catch_up(run: RunDirectory, start: Start, slurm: Slurm, profile: Profile) ->
             learn(run, note_failure(run, attempts[-1], start.chain, cause), profile.exclude_for_s)
 
 
-def take_from_start_before(run: RunDirectory, start: Start) -> None:
+def take_from_start_before(run: RunDirectory, start: Start, slurm: Slurm) -> None:
     """Slurm has ended it, but cannot see to that on a node which it does not reach."""
     attempts = run.all_attempts()
     before = start_of(run, attempts[-1]) if attempts else None
-    if before and before.chain == start.chain and (holder := run.take_from(attempts[-1])):
+    if before and _is_over(before, start, slurm) and (holder := run.take_from(attempts[-1])):
         print(f"{holder} is out of reach and may live on: it is fenced off", flush=True)
+
+
+def _is_over(before: Start, start: Start, slurm: Slurm) -> bool:
+    """Whether an earlier start has ended, as Slurm sees it: of this job, or of one on this cluster
+    that was cancelled, say, and submitted again.
+    """
+    if before.chain == start.chain:
+        return True
+    if before.cluster != start.cluster:
+        return False
+    job = slurm.job(before.job)
+    return job is None or job.is_over
 
 
 def rendezvous(start: Start, slurm: Slurm) -> tuple[str, int]:

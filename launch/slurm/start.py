@@ -29,8 +29,9 @@ class Start:
         tasks: how many ranks each node has.
         began: in UTC.
         folder: where its batch script works.
+        cluster: its name.
         submission: what no other job of the same number has, be it on another cluster or on one
-            that counts from 1 again; of a job that was submitted by hand only its cluster.
+            that counts from 1 again; "" of a job that was submitted by hand.
     """
 
     job: str
@@ -40,6 +41,7 @@ class Start:
     tasks: tuple[int, ...]
     began: str
     folder: str = ""
+    cluster: str = ""
     submission: str = ""
 
     @classmethod
@@ -59,13 +61,14 @@ class Start:
             tasks_per_node(environment["SLURM_TASKS_PER_NODE"]),
             datetime.now(UTC).isoformat(timespec="seconds"),
             os.getcwd(),
-            environment.get(SUBMISSION) or environment.get("SLURM_CLUSTER_NAME", ""),
+            environment.get("SLURM_CLUSTER_NAME", ""),
+            environment.get(SUBMISSION, ""),
         )
 
     @property
     def chain(self) -> str:
         """What the starts of a job have in common, and no other job has."""
-        return " of ".join(filter(None, (self.job, self.submission)))
+        return " of ".join(filter(None, (self.job, self.submission or self.cluster)))
 
     @property
     def ranks(self) -> int:

@@ -354,6 +354,35 @@ def test_a_job_of_the_same_number_elsewhere_is_another_one(
 
 
 @pytest.mark.usefixtures("on_n1_and_n2")
+@pytest.mark.parametrize(
+    ("before", "state", "is_taken"),
+    [
+        (START, "RUNNING", True),
+        (replace(START, job="6"), "CANCELLED", True),
+        (replace(START, job="6"), "RUNNING", False),
+        (replace(START, job="6", cluster="other"), "CANCELLED", False),
+    ],
+)
+def test_the_run_is_taken_from_a_start_that_slurm_has_ended(
+    run: RunDirectory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    before: Start,
+    state: str,
+    is_taken: bool,
+) -> None:
+    """Its rank 0 lives on, where Slurm does not reach it."""
+    monkeypatch.setenv("FARSPAN_ATTEMPT", str(begun(run, replace(before, restart=0))))
+    with run.exclusive():
+        begin.begin(run, tmp_path, Nodes(three_nodes(), job(state=state)))
+        assert ("is out of reach" in capsys.readouterr().out) == is_taken
+        if is_taken:
+            with run.exclusive():
+                pass
+
+
+@pytest.mark.usefixtures("on_n1_and_n2")
 def test_a_script_that_slurm_has_killed_at_the_limit_is_counted_by_the_next_start(
     run: RunDirectory, tmp_path: Path
 ) -> None:
