@@ -3,7 +3,12 @@
 import subprocess
 import sys
 
+import torch
+from torch import Tensor
+
+from bench.gpu_checks import Check, worst_error
 from bench.gpu_segments import HYBRID_1B, MILLION
+from bench.gpu_tools import Machine
 from pretrain.config import load_config
 from tests.ranks import ROOT, TIMEOUT_S
 
@@ -33,6 +38,15 @@ def test_smoke_runs_every_section() -> None:
     sections = [line for line in done.stdout.splitlines() if line.startswith("### ")]
     assert len(sections) == 8
     assert done.stdout.endswith("all sections ran, all checks passed\n")
+
+
+def test_a_gradient_that_is_not_a_number_is_wrong() -> None:
+    def kernel(inputs: list[Tensor], d_out: Tensor) -> list[Tensor]:
+        return [inputs[0].detach(), d_out * torch.nan]
+
+    check = Check("broken", kernel, lambda x: x.clone(), [torch.ones(3, dtype=torch.float64)])
+    machine = Machine(torch.device("cpu"), is_smoke=True)
+    assert not worst_error(check, torch.float32, machine) <= 1
 
 
 def test_a_section_that_fails_is_told_and_the_others_run() -> None:
