@@ -1,7 +1,5 @@
 """The newest checkpoint of a run in a format of others."""
 
-import os
-import shutil
 from pathlib import Path
 
 from pretrain.balancing import RouterState
@@ -12,6 +10,7 @@ from pretrain.checkpoint.trained import load_newest
 from pretrain.config import Config
 from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory
+from pretrain.scratch import scratch_folder
 
 
 def export_newest(run: RunDirectory, out: Path, write: Write = write_hf) -> tuple[int, Config]:
@@ -24,20 +23,16 @@ def export_newest(run: RunDirectory, out: Path, write: Write = write_hf) -> tupl
         Its step, and the configuration of the phase that it was trained in last.
 
     Raises:
-        UserError: not a run directory, no checkpoint yet, `out` is not empty, or the format does
-            not have the model.
+        UserError: not a run directory, no checkpoint yet, `out` is not empty, or the format
+            does not have the model.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} is there and not empty; name another folder, or remove it")
-    step, config, model = load_newest(run)
-    bias = RouterState.selection_bias_of(dict(model.layers))
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
-    aside.mkdir()
-    try:
+    step, config, model = load_newest(run)
+    bias = RouterState.selection_bias_of(dict(model.layers))
+    with scratch_folder(out) as aside:
         write(config, Weights(model.state_dict(), bias), run.tokenizer, aside)
         aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return step, config

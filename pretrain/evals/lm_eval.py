@@ -14,7 +14,6 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +25,7 @@ from pretrain.config import Config
 from pretrain.errors import UserError
 from pretrain.evals.request import longest_position
 from pretrain.run_dir import RunDirectory, write_atomically
+from pretrain.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from pretrain.evals.lm_eval_model import ExportedModel
@@ -155,12 +155,12 @@ def _load_export(run: RunDirectory, max_length: int) -> tuple[int, "ExportedMode
     from pretrain.evals.lm_eval_model import ExportedModel
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run.evaluations.mkdir(exist_ok=True)
     # Beside the checkpoints there is room for one more of them; in /tmp perhaps not.
-    with TemporaryDirectory(prefix=".export-", dir=run.evaluations) as folder:
-        step, config = export_newest(run, Path(folder))
+    run.evaluations.mkdir(exist_ok=True)
+    with scratch_folder(run.evaluations / "export") as folder:
+        step, config = export_newest(run, folder)
         model = ExportedModel(
-            Path(folder),
+            folder,
             max_length,
             config.train.microbatch * config.data.seq_len,
             device,

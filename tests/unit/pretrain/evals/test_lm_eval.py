@@ -245,7 +245,7 @@ def test_scores_have_chance_shots_and_versions_and_are_kept(
     kept = json.loads(run.evaluation("lm-eval", 7).read_text())["rows"]
     assert len(kept) == len(found.rows)
     assert {row["samples"] for row in kept if row["task"] == "example_copy"} == {4, 2}
-    assert not list(run.evaluations.glob(".export-*"))
+    assert not list(run.evaluations.glob(".*"))
 
     table = read_lm_eval(run)
     assert table is not None
