@@ -23,13 +23,19 @@ def export_newest(run: RunDirectory, out: Path, write: Write = write_hf) -> tupl
         Its step, and the configuration of the phase that it was trained in last.
 
     Raises:
-        UserError: not a run directory, no checkpoint yet, `out` is not empty, or the format
-            does not have the model.
+        UserError: not a run directory, no checkpoint yet, `out` is not empty or cannot be there,
+            or the format does not have the model.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} is there and not empty; name another folder, or remove it")
     out = out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--out {out}: {error.filename} cannot be made a folder ({error.strerror}); name "
+            "another place"
+        ) from None
     step, config, model = load_newest(run)
     bias = RouterState.selection_bias_of(dict(model.layers))
     with scratch_folder(out) as aside:
