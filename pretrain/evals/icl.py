@@ -21,6 +21,7 @@ from data_pipeline.stream import load_tokenizer
 from data_pipeline.synthetic import ICL_TASKS
 from parallel.mesh import join_ranks
 from pretrain.answer import answer
+from pretrain.checkpoint.store import on_rank_0
 from pretrain.checkpoint.trained import newest_trained
 from pretrain.evals.icl_request import (
     ExampleForm,
@@ -84,12 +85,12 @@ def evaluate(run: RunDirectory, request: IclRequest, overrides: Sequence[str]) -
     step, trained = newest_trained(run)
     form_name, form = example_form(request.form, load_tokenizer(run.tokenizer))
     config = fitted(trained, overrides, form, request, dist.get_world_size())
+    on_rank_0(run.make_evaluations)
     model = ShardedModel(config, run, step, device)
     cells = tuple(_cells(model, form, request))
     result = IclEvaluation(step, str(model.layout), form_name, request, cells)
     if dist.get_rank() == 0:
         path = run.evaluation("icl", step)
-        path.parent.mkdir(exist_ok=True)
         write_atomically(path, json.dumps(asdict(result), indent=1) + "\n")
     return result
 

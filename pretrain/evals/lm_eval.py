@@ -116,6 +116,7 @@ def evaluate(
     trained = newest_config(run)
     config_to_hf(trained.model)
     max_length = context_length(trained, request.context)
+    run.make_evaluations()
     from pretrain.evals.lm_eval_tasks import load_tasks
 
     # What the harness prints is not the result.
@@ -156,7 +157,6 @@ def _load_export(run: RunDirectory, max_length: int) -> tuple[int, "ExportedMode
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # Beside the checkpoints there is room for one more of them; in /tmp perhaps not.
-    run.evaluations.mkdir(exist_ok=True)
     with scratch_folder(run.evaluations / "export") as folder:
         step, config = export_newest(run, folder)
         model = ExportedModel(

@@ -19,6 +19,7 @@ from data_pipeline.stream import load_tokenizer
 from data_pipeline.synthetic import random_numbers
 from parallel.mesh import join_ranks
 from pretrain.answer import answer
+from pretrain.checkpoint.store import on_rank_0
 from pretrain.checkpoint.trained import newest_trained
 from pretrain.evals.by_position import Bucket, loss_by_position
 from pretrain.evals.forms import Form, form_of
@@ -79,6 +80,7 @@ def evaluate(run: RunDirectory, request: Request, overrides: list[str]) -> LongE
     for name in request.tasks:
         for length in request.lengths:
             form.check(request.task(name), length)
+    on_rank_0(run.make_evaluations)
     model = ShardedModel(config, run, step, device)
     # First, for it may find that the shards will not do.
     buckets = loss_by_position(model, run, request) if request.shards else ()
@@ -93,7 +95,6 @@ def evaluate(run: RunDirectory, request: Request, overrides: list[str]) -> LongE
     )
     if dist.get_rank() == 0:
         path = run.evaluation("long", step)
-        path.parent.mkdir(exist_ok=True)
         write_atomically(path, json.dumps(asdict(result), indent=1) + "\n")
     return result
 

@@ -60,6 +60,28 @@ def refused(run: RunDirectory) -> str:
     return "nothing"
 
 
+def refused_to_keep(run: RunDirectory) -> str:
+    """What is said where evaluations cannot be kept, before a model is loaded."""
+    real = long.ShardedModel
+    aside = run.root / "aside-evals"
+    if dist.get_rank() == 0:
+        run.evaluations.rename(aside)
+        run.evaluations.touch()
+    dist.barrier()
+    del long.ShardedModel  # type: ignore[attr-defined]
+    try:
+        evaluated(run)
+    except UserError as error:
+        return str(error)
+    finally:
+        long.ShardedModel = real  # type: ignore[misc]
+        dist.barrier()
+        if dist.get_rank() == 0:
+            run.evaluations.unlink()
+            aside.rename(run.evaluations)
+    return "nothing"
+
+
 def damage(run: RunDirectory) -> None:
     if dist.get_rank() == 0:
         (path, *_) = sorted((run.checkpoints / "step-00000002").glob("*.safetensors"))
@@ -88,6 +110,7 @@ def main() -> None:
         see_one_checkpoint_less()
     mine: dict[str, Any] = {"whole": evaluated(run)}
     content = {path: path.read_bytes() for path in (run.checkpoints / "step-00000002").iterdir()}
+    mine["unkept"] = refused_to_keep(run)
     mine["removed"] = refused(run)
     if dist.get_rank() == 0:
         next(iter(content)).parent.mkdir(exist_ok=True)

@@ -54,3 +54,11 @@ def test_another_checkpoint_than_the_one_that_was_found_is_refused(
     for of_rank in found:
         assert "checkpoint of step 2 in" in of_rank["removed"]
         assert "a run that goes on removes old ones" in of_rank["removed"]
+
+
+def test_what_could_not_be_kept_is_not_evaluated(found: list[dict[str, Any]]) -> None:
+    for of_rank in found:
+        assert (
+            "evals cannot be written, where evaluations are kept: File exists"
+            in (of_rank["unkept"])
+        )
