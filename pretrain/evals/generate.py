@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.errors import UserError
+from pretrain.errors import TrainingError, UserError
 from pretrain.model.transformer import Transformer
 
 
@@ -34,6 +34,7 @@ def generate(
 
     Raises:
         UserError: an empty prompt, a negative temperature, or top_k < 1.
+        TrainingError: the logits are not finite.
     """
     if not prompt_ids:
         raise UserError("the prompt has no tokens: give at least one")
@@ -59,10 +60,17 @@ def _last_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def _pick(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
+    if not logits.isfinite().all():
+        raise TrainingError(
+            "the model's logits are not finite, so that no token is likelier than another; "
+            "`farspan report RUN` shows since which step its weights or losses are not"
+        )
     if temperature == 0:
         return int(logits.argmax())
     if top_k is not None:
         lowest = logits.topk(min(top_k, len(logits))).values[-1]
         logits = logits.masked_fill(logits < lowest, -torch.inf)
-    probabilities = torch.softmax(logits / temperature, -1)
+    # However low the temperature, the likeliest stays finite.
+    scaled = (logits - logits.max()).double() / temperature
+    probabilities = torch.softmax(scaled.float(), -1)
     return int(torch.multinomial(probabilities, 1, generator=generator))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.errors import UserError
+from pretrain.errors import TrainingError, UserError
 from pretrain.evals.generate import generate
 
 VOCAB = 12
@@ -50,6 +50,20 @@ def test_sampling_follows_the_softmax_at_its_temperature():
     expected = torch.softmax(-0.25 * torch.arange(VOCAB), 0)
     share = torch.bincount(firsts, minlength=VOCAB) / draws
     assert (share - expected).abs().max() < 4 * (0.25 / draws) ** 0.5
+
+
+@pytest.mark.parametrize("temperature", [1e-9, 1e-45, 1e-320])
+def test_hardly_any_temperature_is_as_none(temperature):
+    greedy = generate(NextIsSum(), [1, 2], 5)
+    assert generate(NextIsSum(), [1, 2], 5, temperature=temperature) == greedy
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_has_diverged_is_told(temperature):
+    model = NextIsSum()
+    model.lm_head.data[3] = torch.nan
+    with pytest.raises(TrainingError, match="logits are not finite"):
+        generate(model, [1], 1, temperature=temperature)
 
 
 def test_top_k_samples_among_the_k_likeliest():
