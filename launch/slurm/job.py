@@ -16,11 +16,13 @@ class Submission(Section):
 
     Attributes:
         why: in words: submitted, resubmitted, or which nodes it avoids.
+        cluster: its name; "" where Slurm does not tell it.
     """
 
     id: str
     time: datetime
     why: str
+    cluster: str = ""
 
 
 class Job(Section):
@@ -50,9 +52,9 @@ class Job(Section):
     def ranks(self) -> int:
         return self.nodes * self.ranks_per_node
 
-    def submitted(self, number: str, why: str) -> "Job":
+    def submitted(self, number: str, why: str, cluster: str = "") -> "Job":
         """With one submission more."""
-        submission = Submission(id=number, time=datetime.now(UTC), why=why)
+        submission = Submission(id=number, time=datetime.now(UTC), why=why, cluster=cluster)
         return self.model_copy(update={"submissions": (*self.submissions, submission)})
 
 

@@ -162,18 +162,32 @@ def dependency_of(text: str | None) -> str | None:
 
 
 def _submit(run: RunDirectory, job: Job, slurm: Slurm, why: str) -> None:
-    exclude = _excluded(run, job, slurm)
+    exclude, cluster = _excluded(run, job, slurm), slurm.config().get("ClusterName", "")
+    _warn_of_another_cluster(job, cluster)
     # What the job reads when it starts is there before it can.
     write_job(run, job)
     variables = {"FARSPAN_PYTHON": job.python}
     number = slurm.submit(SCRIPT, options_of(run, job, exclude), [str(run.root)], variables)
-    write_job(run, job.submitted(number, why))
+    write_job(run, job.submitted(number, why, cluster))
     avoided = f", without {', '.join(exclude)}" if exclude else ""
     print(
         f"{why} job {number}, {job.name}: {job.nodes} nodes x {job.ranks_per_node} ranks{avoided}\n"
         f"its log: {run.root}/slurm-{number}.log\n"
         f"farspan launch status {shlex.quote(str(run.root))} --watch"
     )
+
+
+def _warn_of_another_cluster(job: Job, cluster: str) -> None:
+    """Nobody has asked there what became of the job before."""
+    before = job.submissions[-1] if job.submissions else None
+    if before and before.cluster and cluster and before.cluster != cluster:
+        print(
+            f"warning: job {before.id} of this run is one of the cluster {before.cluster}, and "
+            f"{cluster} does not tell whether that has ended: if it waits or runs, cancel it "
+            "there, or both will want the run",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _excluded(run: RunDirectory, job: Job, slurm: Slurm) -> list[str]:

@@ -18,6 +18,7 @@ PARTITION = "PartitionName=gpu\n   Default=YES MaxTime=1-00:00:00\n   Nodes=n1\n
 NODE = "NodeName={name} Arch=x\n   CPUTot=2\n   State=IDLE\n   Partitions=gpu\n"
 SCONTROL = f"""
 case "$2" in
+  config) echo "ClusterName = $CLUSTER" ;;
   partition) printf '{PARTITION}' ;;
   node) for name in n1 n2 n3; do printf "{NODE.format(name="$name")}"; done ;;
   job) echo "Invalid job id specified" >&2; exit 1 ;;
@@ -44,6 +45,7 @@ def submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], l
     told = tmp_path / "submitted"
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
     monkeypatch.setenv("SUBMITTED", str(told))
+    monkeypatch.setenv("CLUSTER", "here")
     return lambda: told.read_text().split("\0")[:-1] if told.exists() else []
 
 
@@ -88,6 +90,24 @@ def test_a_job_is_submitted_once_its_run_directory_is_there(
     exclude(run, "n3", "it is broken", 3600)
     resubmit(run)
     assert "--exclude=n3" in submitted()
+
+
+def test_a_job_before_on_another_cluster_is_pointed_out(
+    submitted: Callable[[], list[str]],
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    submit_run(request(shards, tmp_path))
+    resubmit(run := RunDirectory(tmp_path / "run"))
+    assert "warning" not in capsys.readouterr().err
+    monkeypatch.setenv("CLUSTER", "there")
+    resubmit(run)
+    told = capsys.readouterr().err
+    assert told.startswith("warning: job 42 of this run is one of the cluster here, and there does")
+    resubmit(run)
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_a_dry_run_shows_everything_and_changes_nothing(
