@@ -51,12 +51,7 @@ class Audit:
         self.folder = folder
         self._files = sorted((folder / "audit").glob("*.parquet"))
         if not (folder / "manifest.json").is_file() or not self._files:
-            state = (
-                "is not finished: the same command continues it"
-                if (folder / PLAN).is_file()
-                else ("holds no run; name the --out of `farspan data run`")
-            )
-            raise DataError(f"{folder} {state}")
+            raise DataError(f"{folder} {_why_no_audit(folder)}")
         self._plan = json.loads((folder / PLAN).read_text())
         # A plan holds no files, only their hashes: what was kept was not dropped by any of them.
         other = {"description": ""} | dict.fromkeys(NAME_FILES)
@@ -148,3 +143,11 @@ class Audit:
     def _rows(self, wanted: pc.Expression) -> Iterator[Row]:
         for file in self._files:
             yield from pq.read_table(file, filters=wanted).to_pylist()
+
+
+def _why_no_audit(folder: Path) -> str:
+    if (folder / "manifest.json").is_file():
+        return "has shards, and no audit, which `farspan data run` alone makes; name its --out"
+    if (folder / PLAN).is_file():
+        return "is not finished: the same command continues it"
+    return "holds no run; name the --out of `farspan data run`"

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from data_pipeline.audit import Audit
 from data_pipeline.audit_page import CHARACTERS, write_page
 from data_pipeline.errors import DataError
+from data_pipeline.hold_out import hold_out
 from data_pipeline.recipe import load_recipe
 from data_pipeline.run import run
 from data_pipeline.sample import make_sample_crawl
@@ -188,6 +189,12 @@ def test_what_cannot_be_answered_is_refused_with_what_can(folder: Path, tmp_path
     assert (code, "no document" in told) == (1, True)
     _, told = asked(str(folder), "--doc", "x", "--reason", "kept")
     assert "--doc and --reason are different questions" in told
+
+
+def test_shards_of_no_crawl_have_no_audit(folder: Path, tmp_path: Path) -> None:
+    hold_out(folder, tmp_path, share=0.5)
+    with pytest.raises(DataError, match="has shards, and no audit, which `farspan data run` alone"):
+        Audit(tmp_path)
 
 
 def test_a_run_that_is_not_finished_says_so(folder: Path, tmp_path: Path) -> None:
