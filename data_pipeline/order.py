@@ -160,12 +160,6 @@ class SourceOrder:
         nothing = np.zeros_like(self._before[0])
         return int((lengths * self._visits.of(lengths, nothing, 0, epochs)).sum())
 
-    def visits_in(self, first_epoch: int, stop_epoch: int) -> Ints:
-        """How often each document is visited in the epochs [first, stop)."""
-        lengths = self._documents.lengths
-        nothing = np.zeros_like(self._before[0])
-        return self._visits.of(lengths, nothing, first_epoch, stop_epoch)
-
     def _make(self, epoch: int, number: int) -> Window | None:
         if self._growing:
             self._documents.wait_for((number + 1) * self._shards_per_window, self._beat)
