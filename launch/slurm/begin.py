@@ -13,7 +13,7 @@ import getpass
 import os
 import socket
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime
 from ipaddress import ip_address
@@ -32,7 +32,7 @@ from launch.slurm.profile import Profile
 from launch.slurm.requeue import MAX_RESTARTS, requeue_elsewhere
 from launch.slurm.start import Start, has_stopped, limit_of, start_of
 from pretrain.config import Config, read_run_config
-from pretrain.errors import UserError
+from pretrain.errors import TrainingError, UserError
 from pretrain.run_dir import RunDirectory
 
 RANK = Path(__file__).parents[2] / "slurm" / "rank.sh"
@@ -251,13 +251,28 @@ def write_words(path: Path, words: Iterable[str]) -> None:
     path.write_bytes(b"".join(os.fsencode(word) + b"\0" for word in words))
 
 
+def tell_errors(run: RunDirectory, work: Callable[[], int], how_on: str = "") -> int:
+    """The exit code of `work`; what a person can mend is told without a traceback.
+
+    Args:
+        how_on: what to do then.
+    """
+    try:
+        return work()
+    except (UserError, TrainingError, SlurmError) as error:
+        what, code = str(error), error.exit_code
+    except OSError as error:
+        if not run.is_cause_of(error):
+            raise
+        what, code = run.explain(error), TrainingError.exit_code
+    print(f"error: {what}{how_on}", file=sys.stderr)
+    return code
+
+
 def main(arguments: Sequence[str]) -> int:
     root, words = map(Path, arguments)
-    try:
-        return begin(RunDirectory(root.resolve()), words, Slurm(patience_s=PATIENCE_OF_JOBS_S))
-    except (UserError, SlurmError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    run = RunDirectory(root.resolve())
+    return tell_errors(run, lambda: begin(run, words, Slurm(patience_s=PATIENCE_OF_JOBS_S)))
 
 
 if __name__ == "__main__":

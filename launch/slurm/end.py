@@ -10,6 +10,7 @@ Args:
 Exit codes: 0 done, or on its way to another start; 2 a mistake in what was asked for; 1 given up.
 """
 
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -22,8 +23,8 @@ from pathlib import Path
 from launch.cancelled import mark_cancelled, read_cancelled
 from launch.causes import Cause, find_cause
 from launch.failures import Failure, judge, note_failure, read_failure
-from launch.slurm.begin import catch_up
-from launch.slurm.client import OVER, PATIENCE_OF_JOBS_S, JobInfo, Slurm, SlurmError
+from launch.slurm.begin import catch_up, tell_errors
+from launch.slurm.client import OVER, PATIENCE_OF_JOBS_S, JobInfo, Slurm
 from launch.slurm.excludes import learn
 from launch.slurm.job import read_job
 from launch.slurm.profile import Profile
@@ -87,7 +88,8 @@ def end(run: RunDirectory, code: int, slurm: Slurm, why: str | None = None) -> i
     if how is End.cancelled:
         if not is_cancelled:
             mark_cancelled(run, f"scancel, of job {start.job}", [start.job])
-        print(f"not started again, {how.value}: `farspan launch resubmit {run.root}` goes on")
+        how_on = f"`farspan launch resubmit {shlex.quote(str(run.root))}` goes on"
+        print(f"not started again, {how.value}: {how_on}")
         return 1
     verdict = judge(run, start.chain, MAX_RESTARTS, start.job)
     if not verdict.goes_on:
@@ -149,11 +151,10 @@ def codes_of_ranks(attempt: Path) -> dict[int, int | None]:
 def main(arguments: Sequence[str]) -> int:
     root, code, *why = arguments
     run = RunDirectory(Path(root).resolve())
-    try:
-        return end(run, int(code), Slurm(None, PATIENCE_OF_JOBS_S), *why)
-    except (UserError, SlurmError) as error:
-        print(f"error: {error}; `farspan launch resubmit {root}` goes on", file=sys.stderr)
-        return error.exit_code
+    how_on = f"; `farspan launch resubmit {shlex.quote(root)}` goes on"
+    return tell_errors(
+        run, lambda: end(run, int(code), Slurm(None, PATIENCE_OF_JOBS_S), *why), how_on
+    )
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ JobId={number} JobName=farspan
    UserId=me(1000) GroupId=me(1000) MCS_label=N/A
    JobState={state} Reason={reason} Dependency=(null)
    Requeue=1 Restarts=0 BatchFlag=1 Reboot=0 ExitCode=0:0
+   RunTime=00:00:00 TimeLimit=01:00:00 TimeMin=N/A
    SubmitTime=2026-11-27T10:00:00 EligibleTime=2026-11-27T10:00:00
    StartTime={start} EndTime=Unknown Deadline=N/A
    Partition=main AllocNode:Sid=login:1

@@ -1,6 +1,7 @@
 """How a start of a job finds out where it is and how it has ended."""
 
 import json
+import os
 import signal
 import socket
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from launch.failures import note_failure, read_failure
 from launch.slurm import begin
 from launch.slurm.client import JobInfo, NodeInfo, Slurm
 from launch.slurm.end import End, codes_of_ranks, end, end_of, note_end
+from launch.slurm.end import main as end_of_start
 from launch.slurm.excludes import exclude, excluded_now
 from launch.slurm.profile import Profile
 from launch.slurm.requeue import avoid_excluded
@@ -23,7 +25,9 @@ from launch.slurm.start import Start, attempt_of, note_limit, start_of, tasks_pe
 from pretrain.config import load_config
 from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory
+from tests.unit.launch.fake_slurm import FakeSlurm
 
+AN_AGE_AGO = "2026-01-01T00:00:00"
 START = Start("7", 1, "gpu", ("n1", "n2"), (2, 2), "2026-11-27T10:00:00+00:00")
 
 
@@ -380,6 +384,27 @@ def test_the_run_is_taken_from_a_start_that_slurm_has_ended(
         if is_taken:
             with run.exclusive():
                 pass
+
+
+@pytest.mark.usefixtures("on_n1_and_n2")
+@pytest.mark.parametrize("name", ["failure.json", "limit.txt"])
+def test_what_cannot_be_written_is_told_without_a_traceback(
+    run: RunDirectory,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    fake = FakeSlurm(tmp_path_factory.mktemp("slurm"))
+    state, start = ("RUNNING", "Unknown") if name == "failure.json" else ("COMPLETING", AN_AGE_AGO)
+    fake.add("7", state, start=start)
+    monkeypatch.setenv("PATH", str(fake.path), prepend=os.pathsep)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    (run.folder_of(begun(run, replace(START, restart=0))) / name).mkdir()
+    assert end_of_start([str(run.root), "1"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {run.folder_of(1) / name} cannot be written: ")
+    assert told.endswith(f"`farspan launch resubmit {run.root}` goes on\n")
 
 
 @pytest.mark.usefixtures("on_n1_and_n2")
