@@ -116,7 +116,7 @@ def begin(tokenizer: Path, out: Path, extra: dict[str, Any]) -> tuple[Manifest, 
             (out / name).unlink(missing_ok=True)
         shutil.rmtree(out / "shards", ignore_errors=True)
     (out / "shards").mkdir(parents=True, exist_ok=True)
-    (out / TOKENIZER).write_bytes(tokenizer.read_bytes())
+    _put_tokenizer(tokenizer, manifest.tokenizer_sha256, out / TOKENIZER)
     return manifest, before
 
 
@@ -126,6 +126,15 @@ def finish(manifest: Manifest, out: Path) -> Manifest:
     manifest = replace(manifest, is_finished=True)
     save_manifest(manifest, out)
     return manifest
+
+
+def _put_tokenizer(tokenizer: Path, sha256: str, path: Path) -> None:
+    """Whole at any time: who trains on shards that are listed may read it."""
+    if path.is_file() and _sha256(path) == sha256:
+        return
+    aside = path.with_name(f".{path.name}")
+    aside.write_bytes(tokenizer.read_bytes())
+    aside.rename(path)
 
 
 def _empty_manifest(tokenizer: Path, out: Path, extra: dict[str, Any]) -> Manifest:

@@ -115,14 +115,14 @@ def killing(step: Callable[..., Any], left: Iterator[int]) -> Callable[..., Any]
     return killed_or_done
 
 
-def test_shards_that_are_listed_stay_where_they_are(whole: Path, tmp_path: Path) -> None:
+def test_what_is_listed_stays_where_it_is(whole: Path, tmp_path: Path) -> None:
     kill_after(45, tmp_path / "data", whole)
     listed = load_manifest(tmp_path / "data", growing=True).shards
     assert len(listed) == 2
-    paths = [tmp_path / "data" / shard.path for shard in listed]
-    before = [path.stat().st_ino for path in paths]
+    paths = [tmp_path / "data" / name for name in ("tokenizer.json", *(s.path for s in listed))]
+    before = [(path.stat().st_ino, path.stat().st_mtime_ns) for path in paths]
     write(iter(DOCUMENTS), tmp_path / "data", whole)
-    assert [path.stat().st_ino for path in paths] == before
+    assert [(path.stat().st_ino, path.stat().st_mtime_ns) for path in paths] == before
 
 
 @pytest.mark.parametrize("name", ["shard-00001.tar", "shard-00001.index.npy", "shard-00001.ids"])
