@@ -104,8 +104,8 @@ def _is_live(run: RunDirectory, slurm: Slurm | None) -> bool:
     try:
         return read_state(run, slurm).is_live
     except SlurmError:
-        # A controller that is busy or restarted comes back.
-        return True
+        # A controller that is busy or restarted comes back; this machine may have none.
+        return not run.done.exists()
 
 
 def _copy(log: Path, position: int) -> int:

@@ -1,5 +1,6 @@
 """Which log is shown, and that following it loses and repeats nothing."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from launch.logs import Logs, print_logs
+from launch.slurm.start import Start
 from launch.tails import BLOCK_BYTES, last_lines
 from pretrain.config import load_config
 from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory
 from tests.ranks import ROOT, TIMEOUT_S
+from tests.unit.launch.fake_slurm import FakeSlurm
 
 LINES = [f"line {number}" for number in range(BLOCK_BYTES // 4)]
 
@@ -109,3 +112,19 @@ def test_following_goes_from_attempt_to_attempt_and_ends_with_the_run(run: RunDi
     rest, told = following.communicate(timeout=TIMEOUT_S)
     assert (rest, following.returncode) == ("end", 0)
     assert told.splitlines()[-1] == f"==> {run.folder_of(2) / 'rank-0.log'} <=="
+
+
+def test_following_ends_with_a_run_whose_cluster_this_machine_cannot_ask(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    slurm = FakeSlurm(tmp_path / "slurm")
+    (slurm.path / "scontrol").write_text("#!/bin/bash\necho no such cluster >&2; exit 1\n")
+    write_log(run, 1, 0, "end")
+    Start("7", 0, "main", ("node1",), (1,), "2026-11-27T10:00:00").note(run, 1)
+    run.done.write_text("{}")
+    command = [sys.executable, "-c", FOLLOW, str(run.root)]
+    path = {"PATH": f"{slurm.path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | path, capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.returncode) == ("end", 0), done.stderr
