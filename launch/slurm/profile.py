@@ -14,11 +14,12 @@ from pretrain.yaml_files import nearest_key, path_of, read_mapping, shipped_name
 PROFILES = Path(__file__).parents[2] / "slurm" / "profiles"
 # Profiles may extend one another; more than that is a circle.
 EXTENDS_AT_MOST = 8
-# Options of sbatch that a job would not be itself with.
+# Options of sbatch that a job would not be itself with, or that settings of their own stand for.
 NOT_FOR_SITES = (
-    *("array", "begin", "chdir", "comment", "cpus-per-task", "dependency", "error", "export"),
-    *("gpus-per-node", "gpus-per-task", "input", "job-name", "kill-on-invalid-dep", "no-requeue"),
-    *("nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "parsable", "requeue", "signal"),
+    *("account", "array", "begin", "chdir", "comment", "constraint", "cpus-per-task", "dependency"),
+    *("error", "export", "gpus-per-node", "gpus-per-task", "input", "job-name"),
+    *("kill-on-invalid-dep", "no-requeue", "nodes", "ntasks", "ntasks-per-node"),
+    *("open-mode", "output", "parsable", "partition", "qos", "requeue", "reservation", "signal"),
     *("test-only", "time", "wait", "wrap"),
 )
 TIME_LIMIT = re.compile(

@@ -38,6 +38,7 @@ def test_a_profile_extends_another_one(tmp_path: Path) -> None:
         ({"environment": {"WANDB_API_KEY": {"value": "1", "why": "x"}}}, "export it before you"),
         ({"options": ["-N 2"]}, "must be a long option with its value"),
         ({"options": ["--job-name=a/b"]}, "--job-name is set by farspan"),
+        ({"options": ["--partition=gpu"]}, "--partition is set by farspan, from the other"),
         ({"scratch": "/tmp/{usr}"}, "in which {user} and {job} may stand"),
         ({"shared_paths": ["home"]}, "must be an absolute path"),
         ({"container": {"runtime": "docker"}}, "'none', 'pyxis' or 'apptainer'"),
