@@ -24,6 +24,7 @@ from launch.slurm.checks import Checks
 from launch.slurm.client import JobInfo, Slurm, SlurmError
 from launch.slurm.data_checks import check_data_jobs
 from launch.slurm.data_job import DataJob, JobFolder, Stage
+from launch.slurm.options import REQUEUE
 from launch.slurm.profile import Profile, load_profile
 from pretrain.errors import UserError
 
@@ -235,7 +236,7 @@ def _options(step: Step, profile: Profile, request: Request, folder: JobFolder) 
         "signal": f"TERM@{profile.stop_before_s}",
     }
     listed = [f"--{option}={value}" for option, value in options.items() if value is not None]
-    return [*listed, *profile.options]
+    return [*listed, REQUEUE, *profile.options]
 
 
 def _submit(

@@ -8,6 +8,8 @@ from launch.slurm.profile import Profile
 # In the run directory. A path of the user's own could have a % in it, which Slurm replaces.
 LOG = "slurm-%j.log"
 EXCLUDE = "--exclude="
+# SBATCH_NO_REQUEUE in the environment beats what the batch script says, and this beats both.
+REQUEUE = "--requeue"
 
 
 def sbatch_options(
@@ -49,7 +51,7 @@ def sbatch_options(
         "exclude": ",".join([*_excluded_by(profile), *exclude]) or None,
     }
     listed = [f"--{option}={value}" for option, value in options.items() if value is not None]
-    listed += ["--exclusive"] if profile.exclusive else []
+    listed += [REQUEUE, *(["--exclusive"] if profile.exclusive else [])]
     # A job that waits for one that has failed would wait for ever.
     listed += ["--kill-on-invalid-dep=yes"] if dependency else []
     return [*listed, *(one for one in profile.options if not one.startswith(EXCLUDE))]

@@ -1,6 +1,5 @@
 """`farspan launch doctor`: look at a cluster, and say what would make a job fail, wait or crawl."""
 
-import os
 import shutil
 import sys
 import tempfile
@@ -62,7 +61,7 @@ def examine(asked: Asked, console: Console) -> bool:
     """
     profile, slurm = load_profile(asked.profile), Slurm()
     try:
-        site = Site.of(profile, slurm.config(), slurm.partitions(), slurm.nodes(), os.environ)
+        site = Site.of(profile, slurm.config(), slurm.partitions(), slurm.nodes())
     except UserError as error:
         _print([unknown_partition(error)], console)
         return False

@@ -22,8 +22,6 @@ from pretrain.errors import UserError
 # The first whose steps share a job's nodes as those of today do (srun --overlap, --exact).
 OLDEST = (20, 11)
 REASONS_AT_MOST = 3
-# It comes before what the batch script says.
-NO_REQUEUE = "SBATCH_NO_REQUEUE"
 
 
 @dataclass(frozen=True)
@@ -34,14 +32,12 @@ class Site:
         profile: without `auto`.
         config: `scontrol show config`.
         nodes: of the partition.
-        environment: of the user.
     """
 
     profile: Profile
     config: Mapping[str, str]
     partition: PartitionInfo
     nodes: Sequence[NodeInfo]
-    environment: Mapping[str, str]
 
     @classmethod
     def of(
@@ -50,12 +46,11 @@ class Site:
         config: Mapping[str, str],
         partitions: Sequence[PartitionInfo],
         nodes: Sequence[NodeInfo],
-        environment: Mapping[str, str],
     ) -> "Site":
         """Raises UserError: the partition of the profile does not exist."""
         partition = partition_of(partitions, profile)
         members = [node for node in nodes if partition.name in node.partitions]
-        return cls(resolve(profile, members), config, partition, members, environment)
+        return cls(resolve(profile, members), config, partition, members)
 
     def usable(self) -> int:
         return sum(node.is_usable for node in self.nodes)
@@ -151,14 +146,6 @@ def _requeue(site: Site) -> Check:
         what += "starts only those jobs again that were submitted with --requeue"
         fix = "farspan's batch scripts say --requeue; say so in yours, or ask for JobRequeue=1"
         findings.append(Finding("slurm.conf", what, fix))
-    findings += [
-        Finding(
-            place,
-            f"{name} forbids Slurm to start a job again, and farspan to requeue it",
-            f"remove it from {place}",
-        )
-        for name, place in _forbidding(site).items()
-    ]
     mode = site.partition.preempt_mode
     if "CANCEL" in mode.split(","):
         what = "PreemptMode=CANCEL: a job whose nodes another one takes is ended, not requeued"
@@ -166,14 +153,6 @@ def _requeue(site: Site) -> Check:
         findings.append(Finding(site.partition.name, what, fix))
     shown = f"JobRequeue={site.config.get('JobRequeue', 'unknown')}"
     return Check("requeue", f"{shown}, PreemptMode={mode or 'unknown'}", tuple(findings))
-
-
-def _forbidding(site: Site) -> dict[str, str]:
-    """What forbids to requeue a job, and where it stands."""
-    found = {NO_REQUEUE: "your environment"} if NO_REQUEUE in site.environment else {}
-    if "--no-requeue" in site.profile.options:
-        found["--no-requeue"] = "the profile's options"
-    return found
 
 
 def _directory(site: Site, directory: Path) -> Check:
@@ -222,6 +201,4 @@ def check_job(site: Site, fields: Mapping[str, str]) -> Check:
         "a job submitted with --requeue may not be requeued (Requeue=0): a failed node ends it",
         "ask the administrators for a partition, QOS or submit plugin that lets jobs requeue",
     )
-    is_explained = bool(_forbidding(site))
-    is_found = requeue == "0" and not is_explained
-    return Check("job", f"Requeue={requeue}", (finding,) if is_found else ())
+    return Check("job", f"Requeue={requeue}", (finding,) if requeue == "0" else ())

@@ -201,6 +201,7 @@ def test_jobs_get_their_words_unchanged_whatever_is_in_them(commands: Commands) 
             "--time=90",
             "--cpus-per-task=8",
             "--signal=TERM@300",
+            "--requeue",
             "--mem-per-cpu=4G",
             '--wckey=$(touch hurt) "w"',
         ]

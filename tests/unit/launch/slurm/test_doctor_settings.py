@@ -46,9 +46,8 @@ def _site(
     config: dict[str, str] = CONFIG,
     partition: PartitionInfo = PARTITION,
     nodes: list[NodeInfo] = NODES,
-    environment: dict[str, str] | None = None,
 ) -> Site:
-    return Site.of(profile, config, [partition], nodes, environment or {})
+    return Site.of(profile, config, [partition], nodes)
 
 
 def _with(**changed: object) -> Profile:
@@ -99,12 +98,6 @@ def test_nothing_is_said_of_a_site_that_is_as_its_profile_says(site: Site) -> No
             "1 others are fewer than the 2 asked for (a2: fan; a3: fan)",
         ),
         (_site(config=CONFIG | {"JobRequeue": "0"}), "slurm.conf", "JobRequeue=0"),
-        (
-            _site(environment={"SBATCH_NO_REQUEUE": "1"}),
-            "your environment",
-            "SBATCH_NO_REQUEUE forbids Slurm",
-        ),
-        (_site(_with(options=("--no-requeue",))), "the profile's options", "--no-requeue forbids"),
         (
             _site(partition=replace(PARTITION, preempt_mode="CANCEL")),
             "gpu",
@@ -163,5 +156,3 @@ def test_a_job_that_may_not_be_requeued_is_found() -> None:
     assert check_job(_site(), {"Requeue": "1"}).findings == ()
     (finding,) = check_job(_site(), {"Requeue": "0"}).findings
     assert "may not be requeued" in finding.what
-    explained = _site(environment={"SBATCH_NO_REQUEUE": "1"})
-    assert check_job(explained, {"Requeue": "0"}).findings == ()
