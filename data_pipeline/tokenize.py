@@ -117,4 +117,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
             f"{path}: no end-of-document token among its {len(vocabulary)} tokens; looked for "
             f"{', '.join(EOS_NAMES)}. Add one of them to the tokenizer's added_tokens"
         )
-    return Tokenizer(backend, eos_id=vocabulary[eos], vocab_size=max(vocabulary.values()) + 1)
+    eos_id = vocabulary[eos]
+    added = backend.get_added_tokens_decoder().get(eos_id)
+    if added is None or not added.special:
+        # Else a text that spells it would be encoded as the end of a document.
+        backend.add_special_tokens([eos])
+    return Tokenizer(backend, eos_id=eos_id, vocab_size=max(vocabulary.values()) + 1)

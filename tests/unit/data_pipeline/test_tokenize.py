@@ -47,7 +47,11 @@ def test_agrees_with_transformers(trained):
     assert tokenizer.encode(TEXTS[3]) == reference(TEXTS[3], add_special_tokens=False)["input_ids"]
 
 
-def test_text_that_spells_the_end_of_document_does_not_end_it(trained):
+@pytest.mark.parametrize("is_special", [True, False])
+def test_text_that_spells_the_end_of_document_does_not_end_it(trained, is_special):
+    content = json.loads(trained.read_text())
+    content["added_tokens"][0]["special"] = is_special
+    trained.write_text(json.dumps(content))
     tokenizer = load_tokenizer(trained)
     text = "before <|endoftext|> after"
     assert tokenizer.eos_id not in tokenizer.encode(text)
