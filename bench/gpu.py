@@ -25,6 +25,7 @@ from pretrain.model.kernels.backends import kernels_in_use
 # Module and function: it prints its tables, and returns whether what it checked was right.
 SECTIONS = {
     "checks": ("gpu_checks", "run"),
+    "exact": ("gpu_exact", "run"),
     "attention": ("gpu_attention", "run"),
     "gated_delta": ("gpu_layers", "gated_delta"),
     "moe": ("gpu_layers", "moe"),

@@ -18,6 +18,7 @@ from parallel.apply import Parallelised, Spread, apply
 from parallel.fsdp import owned_region
 from parallel.gradients import clip_gradients
 from parallel.mesh import Mesh
+from parallel.offload import Store
 from parallel.recompute import Recompute
 from parallel.segments.documents import cut_rows
 from parallel.segments.memory import SegmentMemory
@@ -133,6 +134,8 @@ class Model:
         recompute: Recompute,
         config: ModelConfig = MODEL,
         segment: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        store: Store | None = None,
     ) -> None:
         self.machine, self.segment = machine, segment
         self.config = SMOKE_MODEL if machine.is_smoke else config
@@ -144,7 +147,7 @@ class Model:
             {0: model},
             OBJECTIVE,
             self.mesh,
-            Spread(torch.bfloat16, recompute=[recompute], in_segments=segment is not None),
+            Spread(dtype, recompute=[recompute], store=store, in_segments=segment is not None),
             machine.device,
         )
         routers = RouterState(self.config.n_layers, self.config.moe)

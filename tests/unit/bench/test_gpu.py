@@ -36,7 +36,7 @@ def test_smoke_runs_every_section() -> None:
     done = run_without(OTHERS)
     assert done.returncode == 0, done.stdout + done.stderr
     sections = [line for line in done.stdout.splitlines() if line.startswith("### ")]
-    assert len(sections) == 8
+    assert len(sections) == 9
     assert done.stdout.endswith("all sections ran, all checks passed\n")
 
 
