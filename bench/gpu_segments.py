@@ -1,6 +1,7 @@
 """Rows far longer than what fits: a step with exact gradients, one segment at a time."""
 
 import gc
+import math
 import time
 from functools import partial
 from typing import Any, NamedTuple
@@ -69,15 +70,16 @@ def run(machine: Machine, asked: Run) -> bool:
     print(
         "A step of one sequence in segments, exact gradients, AdamW included. FLOP/s: as in "
         "`step`; a step in segments does 4/3 of them, 5/3 with recompute. Predicted: the peak of "
-        "the shortest row, and what later segments are handed on top.\n"
+        "the shortest row, and what later segments are handed on top. Gradient: its norm, before "
+        "clipping.\n"
     )
     rows = rows_of(machine, SMOKE if machine.is_smoke else asked)
     gc.collect()
     if machine.device.type == "cuda":
         torch.cuda.empty_cache()
     header = ["active", "recompute", "tokens", "segment", "s", "tokens/s", "TFLOP/s", "peak GB"]
-    print_table([*header, "predicted"], rows)
-    return bool(rows)
+    print_table([*header, "predicted", "gradient"], rows)
+    return bool(rows) and all(math.isfinite(float(row[-1] or 0)) for row in rows)
 
 
 def rows_of(machine: Machine, asked: Run) -> list[list[str]]:
@@ -97,7 +99,7 @@ def rows_of(machine: Machine, asked: Run) -> list[list[str]]:
             print(f"{length} tokens: {error}", flush=True)
             continue
         except torch.OutOfMemoryError:
-            rows.append([*known, str(length), str(asked.segment), "out of memory", "", "", "", ""])
+            rows.append([*known, str(length), str(asked.segment), "out of memory", *[""] * 5])
             break
         finally:
             progress.close()
@@ -115,6 +117,7 @@ def rows_of(machine: Machine, asked: Run) -> list[list[str]]:
                 f"{flops / 1e12:.0f}",
                 f"{peak:.1f}",
                 f"{predicted:.1f}",
+                f"{float(model.gradient_norm):.3g}",
             ]
         )
         print(*rows[-1], flush=True)

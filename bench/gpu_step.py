@@ -126,7 +126,10 @@ class Model:
 
     Attributes:
         segment: tokens that are computed at a time, with exact gradients; None is the whole row.
+        gradient_norm: of the newest step, before clipping.
     """
+
+    gradient_norm: Tensor
 
     def __init__(
         self,
@@ -172,7 +175,7 @@ class Model:
         self.parallelised.forward_backward(tokens, labels, [documents], tokens.numel())
         weights = self.parallelised.weights.named_parameters()
         n_layers = self.parallelised.stages[0].model.config.n_layers
-        clip_gradients(weights, 1.0, self.mesh.pp.size(), n_layers)
+        self.gradient_norm = clip_gradients(weights, 1.0, self.mesh.pp.size(), n_layers).whole
         self.optimizer.step()
         self.optimizer.zero_grad()
 
