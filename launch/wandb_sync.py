@@ -21,6 +21,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
 from launch.run_state import read_state
+from launch.slurm.client import SlurmError
 from launch.starters import slurm_here
 from launch.wandb_rows import MirroredRow, mirrored_rows
 from pretrain.config import Config, read_run_config
@@ -233,7 +234,7 @@ def fragment_being_written(run: RunDirectory) -> Path | None:
     Raises UserError: W&B gets the rows from rank 0 itself, and two writers would mix them up.
     """
     files = sorted(run.wandb.glob("*run-*/run-*.wandb"), key=lambda file: started(file.parent))
-    if not files or read_state(run, slurm_here()).state not in WRITING:
+    if not files or _state_of(run) not in WRITING:
         return None
     if not files[-1].parent.name.startswith("offline-"):
         raise UserError(
@@ -241,6 +242,14 @@ def fragment_being_written(run: RunDirectory) -> Path | None:
             "it when it has ended or stopped"
         )
     return files[-1]
+
+
+def _state_of(run: RunDirectory) -> str:
+    try:
+        return read_state(run, slurm_here()).state
+    except SlurmError:
+        # Where no Slurm answers, heartbeats tell whether somebody is at work.
+        return read_state(run, None).state
 
 
 def started(folder: Path) -> str:

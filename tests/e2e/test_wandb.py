@@ -17,6 +17,7 @@ import pytest
 from data_pipeline.shards import load_manifest
 from data_pipeline.tokenize import train_tokenizer
 from launch.local import rank_pids
+from launch.slurm.start import Start
 from launch.wandb_rows import mirrored_rows
 from launch.wandb_sync import digest, digest_of, steps_text
 from pretrain.config import load_config, read_run_config
@@ -25,6 +26,7 @@ from pretrain.metrics.sinks import last_step, read_metrics
 from pretrain.metrics.wandb_sink import described
 from pretrain.run_dir import RunDirectory
 from tests.ranks import ROOT
+from tests.unit.launch.fake_slurm import FakeSlurm
 from tests.wandb_server import HISTORY, WandbServer
 
 KEY = "0123456789abcdef" * 2 + "f" * 8
@@ -182,6 +184,19 @@ def test_offline_attempts_become_one_run_with_every_row(tmp_path, server, home):
     asked = len(stored.lines[HISTORY])
     assert sync(run, home).returncode == 0
     assert len(stored.lines[HISTORY]) == asked
+
+
+@pytest.mark.slow
+def test_a_run_of_a_cluster_that_does_not_answer_is_synced(tmp_path, server, home):
+    """From a machine that has its commands and not its network, or while it is restarted."""
+    run = make_run(tmp_path / "run")
+    attempt(run, home, 1, 5)
+    Start("7", 0, "main", ("node1",), (1,), "2026-11-27T10:00:00").note(run, 1)
+    slurm = FakeSlurm(tmp_path / "slurm")
+    (slurm.path / "scontrol").write_text("#!/bin/bash\necho no such cluster >&2; exit 1\n")
+    done = sync(run, home | {"PATH": f"{slurm.path}:{home['PATH']}"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_mirrored(server, run)
 
 
 @pytest.mark.slow
