@@ -5,6 +5,7 @@ It is printed when an attempt starts, and kept in its folder.
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
@@ -38,7 +39,7 @@ def environment_of_ranks(
     Args:
         ranks, ranks_here: of the attempt, and of those on each machine.
         address, port: where rank 0 is found.
-        cpus: of each rank (None: its share of this machine's).
+        cpus: of each rank (None: its share of those that this process may use).
         attempt: the number of the attempt, where a launcher has made it.
         scratch: an absolute path on each machine's own disk.
         inherited: the environment they start in (None: of this process).
@@ -83,12 +84,19 @@ def _kept(variable: Variable, inherited: Mapping[str, str]) -> Variable:
 
 
 def _threads(ranks_here: int, cpus: int | None) -> list[Variable]:
-    threads = cpus or max(1, (os.cpu_count() or 1) // ranks_here)
+    threads = cpus or max(1, cores_here() // ranks_here)
     return [
         Variable("OMP_NUM_THREADS", str(threads), "ranks share the cores of a machine"),
         Variable("OMP_WAIT_POLICY", "PASSIVE", "threads that spin slow down those that compute"),
         Variable("PYTHONUNBUFFERED", "1", "the log has what a killed rank has said last"),
     ]
+
+
+def cores_here() -> int:
+    """Those that this process may use: an interactive job has a share of its machine."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _network(profile: Profile | None) -> list[Variable]:

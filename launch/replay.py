@@ -1,12 +1,12 @@
 """`farspan replay`: train one step of a run again and compare it with the ledger."""
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from launch.environment import cores_here
 from launch.shared import run_shared
 from pretrain.config import read_run_config
 from pretrain.errors import UserError
@@ -62,7 +62,7 @@ def _check_machine(attempt: int, nproc: int, arguments: tuple[str, ...]) -> None
     """Refuse more ranks than this machine has room for. Raises UserError."""
     import torch
 
-    gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
+    gpus, cores = torch.cuda.device_count(), cores_here()
     if gpus:
         most, why = gpus, f"{gpus} GPUs, of which each rank takes one"
     else:

@@ -1,11 +1,16 @@
 """The variables of the ranks: who decides on a value, and what is said of it."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 from launch.environment import Variable, describe, environment_of_ranks, note_environment
 from launch.slurm.profile import Network, Profile, Setting
 from pretrain.run_dir import RunDirectory
+from tests.ranks import ROOT
 
 
 def variables(inherited: dict[str, str], profile: Profile | None = None) -> dict[str, Variable]:
@@ -31,6 +36,21 @@ def test_what_is_set_already_stays_but_for_how_the_ranks_meet() -> None:
     assert found["OMP_NUM_THREADS"].why == "set before farspan began, which would take 12"
     assert (found["MASTER_ADDR"].value, found["WORLD_SIZE"].value) == ("n1", "16")
     assert variables({})["OMP_NUM_THREADS"].value == "12"
+
+
+THREADS = """
+import os
+from launch.environment import environment_of_ranks
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+found = environment_of_ranks(ranks=1, ranks_here=1, address="n1", port=1, inherited={})
+print(*(one.value for one in found if one.name == "OMP_NUM_THREADS"))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="cores of a process are Linux's")
+def test_ranks_share_the_cores_that_this_process_may_use() -> None:
+    done = subprocess.run([sys.executable, "-c", THREADS], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr
 
 
 def test_a_profile_decides_what_farspan_would() -> None:
