@@ -128,8 +128,11 @@ class Audit:
             document = read_document(row["file"], row["offset"], self._plan["id_header"])
         except (DataError, OSError) as error:
             return Look(problem=str(error))
-        if document is None:
-            return Look(problem=f"{row['file']} has no document at byte {row['offset']} any more")
+        if document is None or (isinstance(document, Reject) and row["stage"] != "crawl"):
+            return Look(
+                problem=f"{row['file']} has no document at byte {row['offset']}: it has changed, "
+                "or all of it is one gzip member, of which only the first record is found again"
+            )
         if isinstance(document, Reject):
             return Look()
         if row["reason"] in (TOO_SLOW, CRASHED):

@@ -1,5 +1,6 @@
 """A person can ask of a run what became of each document, and see the texts behind the rules."""
 
+import gzip
 import json
 import re
 import shutil
@@ -20,6 +21,7 @@ from data_pipeline.run import run
 from data_pipeline.sample import make_sample_crawl
 from data_pipeline.shards import TokenReader, load_manifest
 from launch.data import app
+from tests.unit.data_pipeline.warc_records import record
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +178,16 @@ def test_an_archive_that_is_gone_is_named_in_place_of_its_text(
     assert str(archive) in (audit.look(row).problem or "")
     write_page(audit, tmp_path / "audit.html", per_reason=1)
     assert "The text cannot be shown" in (tmp_path / "audit.html").read_text()
+
+
+def test_texts_that_cannot_be_found_again_are_not_said_to_be_gone(tmp_path: Path) -> None:
+    plain = b"".join(record(number, compressed=False) for number in range(40))
+    (tmp_path / "one.warc.gz").write_bytes(gzip.compress(plain))
+    run([str(tmp_path / "one.warc.gz")], tmp_path / "out", load_recipe("minimal"), vocab_size=300)
+    audit = Audit(tmp_path / "out")
+    looks = [audit.look(row) for row in audit.with_reason("exact duplicate")]
+    assert len(looks) == 39
+    assert all("one gzip member" in str(look.problem) for look in looks)
 
 
 def test_what_cannot_be_answered_is_refused_with_what_can(folder: Path, tmp_path: Path) -> None:
