@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import TemporaryFile
 
 from pretrain.errors import FencedError, TrainingError, UserError
 
@@ -163,23 +162,6 @@ class RunDirectory:
 
     def evaluation(self, suite: str, step: int) -> Path:
         return self.evaluations / f"{suite}-{step:08d}.json"
-
-    def make_evaluations(self) -> None:
-        """Make the folder of evaluations, before one of them takes its time.
-
-        Raises:
-            UserError: what is found could not be kept there.
-        """
-        try:
-            self.evaluations.mkdir(exist_ok=True)
-            with TemporaryFile(dir=self.evaluations):
-                pass
-        except OSError as error:
-            raise UserError(
-                f"{self.evaluations} cannot be written, where evaluations are kept: "
-                f"{error.strerror}. Make room, or make it writable; or evaluate a copy of the run "
-                "directory"
-            ) from None
 
     @property
     def tokenizer(self) -> Path:

@@ -31,6 +31,7 @@ from pretrain.evals.icl_request import (
     fitted,
     prompts,
 )
+from pretrain.evals.kept import make_room
 from pretrain.evals.sharded import Ints, ShardedModel
 from pretrain.model.kernels.cross_entropy import IGNORED
 from pretrain.run_dir import RunDirectory, write_atomically
@@ -85,7 +86,7 @@ def evaluate(run: RunDirectory, request: IclRequest, overrides: Sequence[str]) -
     step, trained = newest_trained(run)
     form_name, form = example_form(request.form, load_tokenizer(run.tokenizer))
     config = fitted(trained, overrides, form, request, dist.get_world_size())
-    on_rank_0(run.make_evaluations)
+    on_rank_0(lambda: make_room(run))
     model = ShardedModel(config, run, step, device)
     cells = tuple(_cells(model, form, request))
     result = IclEvaluation(step, str(model.layout), form_name, request, cells)

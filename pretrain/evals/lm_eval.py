@@ -23,6 +23,7 @@ from pretrain.checkpoint.hf import config_to_hf
 from pretrain.checkpoint.trained import newest_config
 from pretrain.config import Config
 from pretrain.errors import UserError
+from pretrain.evals.kept import make_room
 from pretrain.evals.request import longest_position
 from pretrain.run_dir import RunDirectory, write_atomically
 from pretrain.scratch import scratch_folder
@@ -116,7 +117,7 @@ def evaluate(
     trained = newest_config(run)
     config_to_hf(trained.model)
     max_length = context_length(trained, request.context)
-    run.make_evaluations()
+    make_room(run)
     from pretrain.evals.lm_eval_tasks import load_tasks
 
     # What the harness prints is not the result.

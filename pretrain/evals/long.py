@@ -23,6 +23,7 @@ from pretrain.checkpoint.store import on_rank_0
 from pretrain.checkpoint.trained import newest_trained
 from pretrain.evals.by_position import Bucket, loss_by_position
 from pretrain.evals.forms import Form, form_of
+from pretrain.evals.kept import make_room
 from pretrain.evals.request import Request, prepared
 from pretrain.evals.sharded import ShardedModel
 from pretrain.model.kernels.cross_entropy import IGNORED
@@ -80,7 +81,7 @@ def evaluate(run: RunDirectory, request: Request, overrides: list[str]) -> LongE
     for name in request.tasks:
         for length in request.lengths:
             form.check(request.task(name), length)
-    on_rank_0(run.make_evaluations)
+    on_rank_0(lambda: make_room(run))
     model = ShardedModel(config, run, step, device)
     # First, for it may find that the shards will not do.
     buckets = loss_by_position(model, run, request) if request.shards else ()
