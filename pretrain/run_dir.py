@@ -213,6 +213,11 @@ class RunDirectory:
         return self.root / "saved.json"
 
     @property
+    def id(self) -> Path:
+        """By which a folder of checkpoints elsewhere knows its run."""
+        return self.root / "id"
+
+    @property
     def imported(self) -> Path:
         """Whose weights the run begins with, of which the checkpoint of step 0 is made."""
         return self.root / "imported.json"

@@ -18,7 +18,8 @@ from parallel.agreement import (
     evidence_of,
     is_same,
 )
-from pretrain.checkpoint.store import CheckpointStore, Progress, Retention
+from pretrain.checkpoint.owner import claim, refuse_anothers
+from pretrain.checkpoint.store import CheckpointStore, Progress, Retention, on_rank_0
 from pretrain.checkpoint.trained import checkpoints_of
 from pretrain.checkpoint.weights import check_weights
 from pretrain.config import Config
@@ -102,22 +103,24 @@ class Trainer:
         self.tokens_per_step = tokens_per_step(config)
         self.stream = open_stream(config)
         self.engine = build_engine(config, self.layout, device)
-        saving = config.checkpoint
-        self.store = CheckpointStore(
-            checkpoints_of(config, run),
-            Retention(saving.keep, saving.keep_every, saving.keep_best),
-            attempt or 0,
-            partial(run.check_attempt, attempt or 0),
-        )
+        saving, target = config.checkpoint, checkpoints_of(config, run)
+        check_attempt = partial(run.check_attempt, attempt or 0)
+        retention = Retention(saving.keep, saving.keep_every, saving.keep_best)
+        self.store = CheckpointStore(target, retention, attempt or 0, check_attempt)
         past = past or Past()
         self.guard = Guard(config.guard, past, can_replay=config.train.engine == "native")
         self._run, self._is_owner = run, attempt is not None
         self._first_step = first_step
         self._beginning = self.stream.state_dict()
+        is_shared = self._is_owner and saving.dir is not None
+        if is_shared:
+            on_rank_0(lambda: refuse_anothers(target, run))
         if past.go_back_to is None:
             self._load(up_to)
         else:
             self._load(past.go_back_to, or_oldest=True)
+        if is_shared:
+            on_rank_0(lambda: claim(target, run, check_attempt))
         # What fills the newest batch, and how many tokens the stream had delivered before it.
         self.plan, self.first_token = self.stream.next_batch(0), self.stream.tokens
         # Since the checkpoint before.

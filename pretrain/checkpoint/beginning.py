@@ -5,6 +5,7 @@ from functools import partial
 from pretrain.balancing import RouterState
 from pretrain.checkpoint.contents import MODEL, of_routers
 from pretrain.checkpoint.formats.weights import Weights
+from pretrain.checkpoint.owner import claim
 from pretrain.checkpoint.store import CheckpointStore, Progress, Retention, saved_steps
 from pretrain.checkpoint.trained import checkpoints_of
 from pretrain.config import Config, phases_of
@@ -38,6 +39,7 @@ def save_beginning(config: Config, run: RunDirectory, weights: Weights) -> None:
 
     Raises:
         TrainingError: it cannot be written.
+        UserError: another run's checkpoints lie where it would.
     """
     first = phases_of(config)[0].config
     routers = RouterState(config.model.n_layers, config.model.moe)
@@ -46,7 +48,10 @@ def save_beginning(config: Config, run: RunDirectory, weights: Weights) -> None:
     tensors = {f"{MODEL}{name}": weight.float() for name, weight in weights.state.items()}
     tensors |= of_routers(routers.state_dict())
     check = partial(_check_not_begun, run)
-    store = CheckpointStore(checkpoints_of(config, run), Retention(1), ATTEMPT, check)
+    target = checkpoints_of(config, run)
+    if config.checkpoint.dir is not None:
+        claim(target, run, check)
+    store = CheckpointStore(target, Retention(1), ATTEMPT, check)
     store.go_on_from(0)
     store.start_save(Progress(0, 0, open_stream(first).state_dict()), tensors)
     store.finish_save(is_last=True)

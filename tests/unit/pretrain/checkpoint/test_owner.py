@@ -1,0 +1,57 @@
+"""A folder of checkpoints that two runs are told to save to."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch.train import prepare
+from pretrain.checkpoint.store import saved_steps
+from pretrain.checkpoint.target import Target
+from pretrain.checkpoint.trained import checkpoints_of
+from pretrain.config import read_run_config
+from pretrain.errors import UserError
+from pretrain.run_dir import RunDirectory
+from pretrain.trainer import Trainer
+
+
+def trainer_of(run: RunDirectory) -> Trainer:
+    return Trainer(read_run_config(run), run, torch.device("cpu"), run.begin_attempt())
+
+
+def test_the_checkpoints_of_another_run_are_left_alone(shards: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    settings = [f"data.shards={shards}", f"checkpoint.dir={folder}", "checkpoint.keep=1"]
+    settings += ["data.seq_len=64", "train.global_batch=2", "wandb.mode=disabled"]
+    first, second = (prepare("tiny", settings, 1, tmp_path / name) for name in ("one", "two"))
+
+    trainer = trainer_of(first)
+    trainer.step(stop_requested=False)
+    trainer.save(is_last=True)
+    with pytest.raises(UserError, match=rf"has the checkpoints of another run, {first.root}: "):
+        trainer_of(second)
+    assert saved_steps(Target(str(folder))) == [1]
+
+    # A copy of a run has none of its own, a run that is moved has.
+    copied = RunDirectory(shutil.copytree(first.root, tmp_path / "copied"))
+    with pytest.raises(UserError, match=rf"has the checkpoints of another run, {first.root}: "):
+        trainer_of(copied)
+    first.root.rename(tmp_path / "moved")
+    moved = RunDirectory(tmp_path / "moved")
+    assert trainer_of(moved).progress.step == 1
+    assert checkpoints_of(read_run_config(moved), moved) == Target(str(folder))
+
+
+def test_what_was_claimed_before_its_first_checkpoint_is_left_alone(
+    shards: Path, tmp_path: Path
+) -> None:
+    settings = [f"data.shards={shards}", f"checkpoint.dir={tmp_path / 'checkpoints'}"]
+    first, second = (prepare("tiny", settings, 1, tmp_path / name) for name in ("one", "two"))
+    trainer_of(first)
+    with pytest.raises(UserError, match=r"Name another checkpoint\.dir; or, if that"):
+        trainer_of(second)
+    (tmp_path / "checkpoints" / "run.json").unlink()
+    trainer_of(second)
+    with pytest.raises(UserError, match=rf"of another run, {second.root}: "):
+        trainer_of(first)
