@@ -1,6 +1,7 @@
 """The newest checkpoint of a run in a format of others."""
 
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from pretrain.balancing import RouterState
 from pretrain.checkpoint.formats import Write
@@ -31,10 +32,11 @@ def export_newest(run: RunDirectory, out: Path, write: Write = write_hf) -> tupl
     out = out.resolve()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out.parent):
+            pass
     except OSError as error:
         raise UserError(
-            f"--out {out}: {error.filename} cannot be made a folder ({error.strerror}); name "
-            "another place"
+            f"--out {out}: nothing can be written there ({error.strerror}); name another place"
         ) from None
     step, config, model = load_newest(run)
     bias = RouterState.selection_bias_of(dict(model.layers))

@@ -9,8 +9,9 @@ from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory
 
 
-def test_a_place_below_a_file_is_refused_before_the_run_is_read(tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_is_refused_before_the_run_is_read(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(UserError, match=r"--out .*file/out: .*file cannot be made a folder"):
-        export_newest(RunDirectory(tmp_path), file / "out")
+    for out in (file / "out", Path("/proc/out")):
+        with pytest.raises(UserError, match=rf"--out {out}: nothing can be written there \("):
+            export_newest(RunDirectory(tmp_path), out)
