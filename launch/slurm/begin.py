@@ -15,7 +15,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from launch.slurm.job import read_job
 from launch.slurm.profile import Profile
 from launch.slurm.requeue import MAX_RESTARTS, requeue_elsewhere
 from launch.slurm.start import Start, has_stopped, limit_of, start_of
+from parallel.heartbeat import HEARTBEATS
 from pretrain.config import Config, read_run_config
 from pretrain.errors import TrainingError, UserError
 from pretrain.run_dir import RunDirectory
@@ -38,6 +39,9 @@ from pretrain.run_dir import RunDirectory
 RANK = Path(__file__).parents[2] / "slurm" / "rank.sh"
 # A prime number, so that jobs and attempts beside each other begin far apart.
 PORTS_TRIED = 101
+# Ranks that are heard of for so long after the slurmd of a node was started again, as for an update,
+# have outlived that; those that have lost another one end sooner.
+OUTLIVED = timedelta(minutes=30)
 # In a row a job goes back into the queue because of the nodes that it was given.
 AVOIDED_TIMES = 3
 
@@ -116,16 +120,23 @@ def catch_up(run: RunDirectory, start: Start, slurm: Slurm, profile: Profile) ->
     if limit := limit_of(run, attempts[-1]):
         note_failure(run, attempts[-1], start.chain, Cause("killed", None, "", limit))
         return
+    since = max(datetime.fromisoformat(before.began), _last_heard(run, attempts[-1]) - OUTLIVED)
     # Of all: a node that its site has removed is an error to ask for.
     for node in slurm.nodes():
         if node.name not in before.nodes:
             continue
-        began = datetime.fromisoformat(before.began)
         comings_back = [moment for moment in (node.booted, node.started) if moment]
-        if node.has_failed or any(moment > began for moment in comings_back):
+        if node.has_failed or any(moment > since for moment in comings_back):
             why = node.reason or (node.state if node.has_failed else "it was started again")
             cause = Cause("node", None, node.name, f"the node has failed: {why}")
             learn(run, note_failure(run, attempts[-1], start.chain, cause), profile.exclude_for_s)
+
+
+def _last_heard(run: RunDirectory, attempt: int) -> datetime:
+    """When rank 0 has written the last heartbeats of an attempt."""
+    with suppress(OSError):
+        return datetime.fromtimestamp((run.folder_of(attempt) / HEARTBEATS).stat().st_mtime, UTC)
+    return datetime.fromtimestamp(0, UTC)
 
 
 def take_from_start_before(run: RunDirectory, start: Start, slurm: Slurm) -> None:

@@ -176,6 +176,25 @@ def test_a_node_that_took_the_start_before_with_it_is_found_out(
     assert [entry.node for entry in excluded_now(run)] == ["n2"]
 
 
+def test_a_slurmd_that_was_updated_while_the_ranks_went_on_is_not_to_blame(
+    run: RunDirectory,
+) -> None:
+    """As it is on all nodes of a cluster, before a preemption hours later."""
+    began = datetime.fromisoformat(START.began)
+    updated = began + timedelta(hours=1)
+    slurm = Nodes([NodeInfo(name=name, state="IDLE", started=updated) for name in ("n1", "n2")])
+    beats = run.folder_of(begun(run)) / "heartbeats.json"
+    beats.touch()
+    os.utime(beats, (0, (updated + timedelta(hours=5)).timestamp()))
+    begin.catch_up(run, replace(START, restart=2), slurm, Profile())
+    assert read_failure(run, 1) is None
+    os.utime(beats, (0, (updated - timedelta(minutes=2)).timestamp()))
+    begin.catch_up(run, replace(START, restart=2), slurm, Profile())
+    failure = read_failure(run, 1)
+    assert failure
+    assert failure.kind == "node"
+
+
 def test_nodes_that_are_well_are_not_blamed(run: RunDirectory) -> None:
     before = begun(run)
     early = datetime(2026, 11, 27, 9, tzinfo=UTC)
