@@ -29,7 +29,7 @@ def available_memory(
 
 
 def _of_groups(proc: Path, control_groups: Path) -> Iterator[int]:
-    for line in (proc / "self" / "cgroup").read_text().splitlines():
+    for line in _text(proc / "self" / "cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:
             root, files = control_groups, V2
@@ -38,12 +38,13 @@ def _of_groups(proc: Path, control_groups: Path) -> Iterator[int]:
         else:
             continue
         group = root / path.lstrip("/")
-        # In a container the upper ones, or the own one, may not be there to be seen.
+        # In a container the upper ones, the own one, or some of its files, may not be there to be
+        # seen.
         for above in (group, *group.parents):
-            limit = _text(above / files.limit)
-            if limit not in ("", "max"):
+            limit, used = _text(above / files.limit), _text(above / files.used)
+            if limit not in ("", "max") and used:
                 stat = dict(line.split() for line in _text(above / "memory.stat").splitlines())
-                yield int(limit) - int(_text(above / files.used)) + int(stat[files.cache])
+                yield int(limit) - int(used) + int(stat.get(files.cache, 0))
             if above == root:
                 break
 

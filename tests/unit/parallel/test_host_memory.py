@@ -68,5 +68,17 @@ def test_limits_of_the_first_version_count(tmp_path: Path, shown: str) -> None:
     assert kernel.available() == 3 * GIB
 
 
+@pytest.mark.parametrize(
+    ("hidden", "left"), [("memory.stat", 26), ("memory.current", 64), ("memory.max", 64)]
+)
+def test_files_of_a_group_that_a_sandbox_does_not_show_are_done_without(
+    tmp_path: Path, hidden: str, left: int
+) -> None:
+    kernel = Kernel(tmp_path, "0::/\n")
+    kernel.limit("", 32 * GIB, used=6 * GIB, cache=GIB)
+    (kernel.root / hidden).unlink()
+    assert kernel.available() == left * GIB
+
+
 def test_this_machine_has_some() -> None:
     assert available_memory() > 0
