@@ -39,7 +39,7 @@ from pretrain.run_dir import RunDirectory
 RANK = Path(__file__).parents[2] / "slurm" / "rank.sh"
 # A prime number, so that jobs and attempts beside each other begin far apart.
 PORTS_TRIED = 101
-# Ranks that are heard of for so long after the slurmd of a node was started again, as for an update,
+# Ranks that are heard of for so long after a node's slurmd was started again, as for an update,
 # have outlived that; those that have lost another one end sooner.
 OUTLIVED = timedelta(minutes=30)
 # In a row a job goes back into the queue because of the nodes that it was given.
