@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -32,6 +33,7 @@ MAPPED_SHARE = 1 / 16
 # Of the bound, what is fetched ahead, so that it does not drive out what is in use.
 PREFETCHED_SHARE = 1 / 2
 PART = ".part"
+OWN_NAME = re.compile(rf"[0-9a-f]{{64}}({re.escape(PART)})?")
 # The others may only just be done with what they have mapped.
 ROOM_WAIT_S = 60.0
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -225,19 +227,22 @@ class Cache:
     def _by_last_use(self) -> Iterator[Path]:
         """What may be evicted, killed downloads first."""
         found = []
-        for path in self.folder.iterdir():
+        for path in self._files():
             with suppress(FileNotFoundError):
-                if path.name != ".lock":
-                    found.append((path.suffix != PART, path.stat().st_mtime_ns, path))
+                found.append((path.suffix != PART, path.stat().st_mtime_ns, path))
         return iter([path for _, _, path in sorted(found)])
 
     def _size(self) -> int:
         """Bytes of all files, those that are only reserved included."""
         total = 0
-        for path in self.folder.iterdir():
+        for path in self._files():
             with suppress(FileNotFoundError):
                 total += path.stat().st_size
         return total
+
+    def _files(self) -> Iterator[Path]:
+        """Its own: the folder may have others, which neither count nor make room."""
+        return (path for path in self.folder.iterdir() if OWN_NAME.fullmatch(path.name))
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

@@ -56,6 +56,19 @@ def test_the_least_recently_used_make_room(small: Cache) -> None:
     assert held(small) == {stored(number).sha256 for number in (0, 2, 3, 4)}
 
 
+def test_files_of_others_in_the_folder_are_left_alone(small: Cache) -> None:
+    """As where data.cache_dir is a scratch disk itself, not a new folder on it."""
+    (small.folder / "results").mkdir(parents=True)
+    (small.folder / "thesis.tex").write_bytes(bytes(9 * SIZE))
+    (small.folder / "download.part").touch()
+    os.utime(small.folder / "thesis.tex", (0, 0))
+    for number in range(9):
+        assert read(small, number) == content(number)
+    found = held(small)
+    assert {"results", "thesis.tex", "download.part"} < found
+    assert len(found) == 3 + 4
+
+
 def test_the_bound_holds_at_any_time(small: Cache) -> None:
     draw = random.Random(3)
     for _ in range(200):
