@@ -22,6 +22,8 @@ from launch.durations import duration_text
 from launch.failures import Failure
 from launch.run_state import RunState, read_state
 from launch.slurm.client import Slurm, SlurmError
+from launch.slurm.job import read_job
+from launch.slurm.profile import Profile
 from launch.slurm.requeue import let_back
 from launch.starters import jobs_of, slurm_here
 from pretrain.errors import UserError
@@ -109,9 +111,11 @@ def _read(run: Path, slurm: Slurm | None) -> State:
     state = read_state(directory, slurm)
     if slurm and state.state == "queued":
         # While a job waits nobody else is there to do so.
-        for job, nodes in let_back(directory, slurm, jobs_of(directory, slurm)).items():
-            listed = ", ".join(nodes)
-            print(f"job {job} may run on {listed} again", file=sys.stderr, flush=True)
+        submitted = read_job(directory)
+        profile = submitted.profile if submitted else Profile()
+        back = let_back(directory, slurm, profile, jobs_of(directory, slurm))
+        for job, nodes in back.items():
+            print(f"job {job} may run on {', '.join(nodes)} again", file=sys.stderr, flush=True)
     return state
 
 

@@ -48,7 +48,7 @@ def sbatch_options(
         "signal": f"USR2@{profile.stop_before_s}",
         "dependency": dependency,
         # Of two options sbatch takes the last.
-        "exclude": ",".join([*_excluded_by(profile), *exclude]) or None,
+        "exclude": ",".join([*excluded_by(profile), *exclude]) or None,
     }
     listed = [f"--{option}={value}" for option, value in options.items() if value is not None]
     listed += [REQUEUE, *(["--exclusive"] if profile.exclusive else [])]
@@ -57,7 +57,8 @@ def sbatch_options(
     return [*listed, *(one for one in profile.options if not one.startswith(EXCLUDE))]
 
 
-def _excluded_by(profile: Profile) -> list[str]:
+def excluded_by(profile: Profile) -> list[str]:
+    """Nodes that no job of the site is to run on, in lists as Slurm takes them."""
     return [one.removeprefix(EXCLUDE) for one in profile.options if one.startswith(EXCLUDE)]
 
 

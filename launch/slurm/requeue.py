@@ -4,7 +4,14 @@ import signal
 from collections.abc import Iterable
 
 from launch.slurm.client import JobInfo, Slurm, SlurmError
-from launch.slurm.excludes import avoidable, excluded_now, nodes_to_avoid, read_excluded
+from launch.slurm.excludes import (
+    Excluded,
+    avoidable,
+    excluded_now,
+    nodes_to_avoid,
+    read_excluded,
+)
+from launch.slurm.options import excluded_by
 from launch.slurm.profile import Profile
 from launch.slurm.start import Start
 from pretrain.run_dir import RunDirectory
@@ -32,7 +39,7 @@ def avoid_excluded(run: RunDirectory, slurm: Slurm, start: Start, profile: Profi
     job = slurm.job(start.job)
     if job is None:
         return
-    wanted = nodes_to_avoid(job, read_excluded(run), entries)
+    wanted = nodes_to_avoid(job, _known(run, slurm, profile), entries)
     if set(wanted) == set(job.excluded):
         return
     try:
@@ -45,13 +52,15 @@ def avoid_excluded(run: RunDirectory, slurm: Slurm, start: Start, profile: Profi
         print(f"avoided until {entry.until}: {entry.node}, {entry.why}", flush=True)
 
 
-def let_back(run: RunDirectory, slurm: Slurm, jobs: Iterable[JobInfo]) -> dict[str, list[str]]:
+def let_back(
+    run: RunDirectory, slurm: Slurm, profile: Profile, jobs: Iterable[JobInfo]
+) -> dict[str, list[str]]:
     """Let jobs that wait have nodes again whose time is over: Slurm itself would never do so.
 
     Returns:
         Those nodes, by job.
     """
-    over = {entry.node for entry in read_excluded(run) if entry.is_over}
+    over = {entry.node for entry in _known(run, slurm, profile) if entry.is_over}
     found = {}
     for job in jobs if over else ():
         nodes = [node for node in job.excluded if node in over]
@@ -64,3 +73,9 @@ def let_back(run: RunDirectory, slurm: Slurm, jobs: Iterable[JobInfo]) -> dict[s
             continue
         found[job.id] = nodes
     return found
+
+
+def _known(run: RunDirectory, slurm: Slurm, profile: Profile) -> list[Excluded]:
+    """Nodes that the run avoids, or did, but those that its site excludes in any case."""
+    ruled_out = {node for names in excluded_by(profile) for node in slurm.hostnames(names)}
+    return [entry for entry in read_excluded(run) if entry.node not in ruled_out]

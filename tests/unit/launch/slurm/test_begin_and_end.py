@@ -20,7 +20,7 @@ from launch.slurm.end import End, codes_of_ranks, end, end_of, note_end
 from launch.slurm.end import main as end_of_start
 from launch.slurm.excludes import exclude, excluded_now
 from launch.slurm.profile import Profile
-from launch.slurm.requeue import avoid_excluded
+from launch.slurm.requeue import avoid_excluded, let_back
 from launch.slurm.start import Start, attempt_of, note_limit, start_of, tasks_per_node
 from pretrain.config import load_config
 from pretrain.errors import UserError
@@ -461,3 +461,16 @@ def test_a_node_may_come_back_when_its_time_is_over(run: RunDirectory) -> None:
     slurm = Nodes(three_nodes(), job(excluded=("mine",)))
     avoid_excluded(run, slurm, START, Profile())
     assert slurm.avoided == []
+
+
+@pytest.mark.usefixtures("on_n1_and_n2")
+def test_a_node_that_the_site_excludes_does_not_come_back(run: RunDirectory) -> None:
+    exclude(run, "n3", "it was broken", -1)
+    site = Profile(options=("--exclude=n3,n4",))
+    waits = job(state="PENDING", excluded=("n3", "n4"))
+    slurm = Nodes(three_nodes(), waits)
+    avoid_excluded(run, slurm, START, site)
+    assert let_back(run, slurm, site, [waits]) == {}
+    assert slurm.avoided == []
+    assert let_back(run, slurm, Profile(), [waits]) == {"7": ["n3"]}
+    assert slurm.avoided == [["n4"]]
