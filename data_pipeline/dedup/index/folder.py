@@ -5,13 +5,15 @@
     state-*/        the cluster of each document
     dump-*          the numbers of the earlier documents that a dump has superseded
 
-Whatever index.json does not name is left of a process that was killed, and is removed.
+What has such a name and is not named by index.json is left of a process that was killed, and is
+removed.
 """
 
 import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +33,8 @@ INDEX = "index.json"
 LOCK = ".lock"
 SYNCS_AT_ONCE = 16
 VERSION = 1
-NAMES = ("segment-*", "state-*", "dump-*")
+# As `Index.new` names them: of dumps there are files, of all else folders.
+OWN_FILE, OWN_FOLDER = re.compile(r"dump-\d{6,}"), re.compile(r"(segment|state)-\d{6,}")
 
 
 @dataclass(frozen=True)
@@ -122,10 +125,9 @@ class Index:
         """Remove what index.json does not name."""
         named = {name for name, *_ in self.contents.segments} | {self.contents.state}
         named |= {dump.superseded for dump in self.contents.dumps}
-        for pattern in NAMES:
-            for path in self.folder.glob(pattern):
-                if path.name not in named:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in self.folder.iterdir():
+            if path.name not in named and _is_own(path):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _sync(paths: Sequence[Path]) -> None:
@@ -177,11 +179,17 @@ def _refuse_other_files(folder: Path) -> None:
     if (folder / INDEX).exists():
         return
     for path in sorted(folder.iterdir()):
-        if path.name not in (LOCK, f".{INDEX}") and not any(map(path.match, NAMES)):
+        if path.name not in (LOCK, f".{INDEX}") and not _is_own(path):
             raise DataError(
                 f"{folder}: has {path.name} but no {INDEX}, so it is no index; name an empty or a "
                 "new folder"
             )
+
+
+def _is_own(path: Path) -> bool:
+    """Whether an index may have made it, not somebody who keeps dumps of such names here."""
+    own = OWN_FOLDER if path.is_dir() else OWN_FILE
+    return own.fullmatch(path.name) is not None
 
 
 def _read_contents(folder: Path, settings: Settings | None) -> Contents:

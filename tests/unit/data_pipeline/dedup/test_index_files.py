@@ -174,6 +174,27 @@ def test_other_folders_are_refused(tmp_path, corpus):
         add(tmp_path, corpus, out="ix")
 
 
+def test_dumps_that_lie_in_the_folder_are_not_taken_for_its_own(tmp_path, corpus):
+    folder = tmp_path / "ix"
+    (folder / "dump-2025").mkdir(parents=True)
+    (folder / "state-of-things").touch()
+    source = write_jsonl(folder / "dump-2024.jsonl", corpus[:9])
+    before = contents(folder)
+    with pytest.raises(
+        DataError, match=r"ix: has dump-2024\.jsonl but no index\.json, so it is no"
+    ):
+        add(tmp_path, corpus)
+    assert contents(folder) == before
+    assert (folder / "dump-2025").is_dir()
+    source.rename(tmp_path / "dump-2024.jsonl")
+    (folder / "dump-2025").rmdir()
+    (folder / "state-of-things").unlink()
+    add(tmp_path, corpus[:9])
+    source = write_jsonl(source, corpus[9:])
+    add(tmp_path, corpus[9:])
+    assert source.exists()
+
+
 def test_unknown_ids_remove_nothing(tmp_path, corpus):
     add(tmp_path, corpus[:9])
     before = contents(tmp_path / "ix")
