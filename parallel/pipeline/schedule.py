@@ -167,6 +167,13 @@ class _TimedStage(PipelineStage):
 
     busy: Stopwatch
 
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        """What torch 2.11 connects neighbours with. In a V some are of one rank, and gloo does not
+        send from a rank to itself.
+        """
+        ops = super()._get_init_p2p_neighbors_ops()
+        return [op for op in ops if op.group_peer != self.group_rank]
+
     def forward_one_chunk(self, *args: Any, **options: Any) -> Any:
         with self.busy.running(self.device):
             return super().forward_one_chunk(*args, **options)
