@@ -77,6 +77,7 @@ def test_top_k_samples_among_the_k_likeliest():
         ([], {}, "the prompt has no tokens"),
         ([1], {"temperature": -0.1}, "temperature = -0.1"),
         ([1], {"temperature": 1.0, "top_k": 0}, "top_k = 0"),
+        ([1], {"temperature": 1.0, "seed": 2**63}, "seed = 9223372036854775808: must have"),
     ],
 )
 def test_bad_requests_are_refused(prompt, options, message):
