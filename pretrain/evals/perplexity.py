@@ -25,7 +25,7 @@ class Perplexity:
     Attributes:
         loss: its exponential is the perplexity.
         tokens: how many tokens were predicted.
-        context: the most tokens that any of them was predicted from.
+        context: the most tokens that one was predicted from, if the text is as long.
     """
 
     loss: float
