@@ -6,7 +6,7 @@ returns the hidden state, on the last stage the scalar to differentiate.
 """
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -35,6 +35,8 @@ SCHEDULES = {
     "dualpipev": ScheduleDualPipeV,
 }
 KINDS = {"F": "forward", "B": "backward", "I": "input", "W": "weight"}
+# torch 2.11 loses functions with a backward of their own between the halves of a split backward.
+SPLITS_BACKWARD = torch.__version__ >= "2.13"
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,9 @@ class PipelineShape:
         hidden: [b, T_local, d], what a rank passes on of a microbatch.
         dtype: of the hidden state.
         splits_backward: whether zbv and dualpipev differentiate by inputs first and by weights
-            later. With activations recomputed this would recompute a layer once per weight;
-            without it, input and weight gradients come together and the bubble is larger.
+            later, where torch can. With activations recomputed this would recompute a layer once
+            per weight; without it, input and weight gradients come together and the bubble is
+            larger.
     """
 
     schedule: Schedule
@@ -86,6 +89,7 @@ class Pipeline:
                 # A split backward looks for weights in the graph of the forward: weights
                 # gathered anew would not be found, and their gradient silently lost.
                 stage.set_reshard_after_forward(False)
+        shape = replace(shape, splits_backward=shape.splits_backward and SPLITS_BACKWARD)
         self.shape = shape
         self.rank = dist.get_rank(group)
         self.busy = Stopwatch()

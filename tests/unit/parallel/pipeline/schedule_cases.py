@@ -202,7 +202,7 @@ def run_case(
         for weight, gradient in gradients(stages).items()
     }
     performed = actions[: len(actions) // 2]
-    if not shape.splits_backward:
+    if not pipeline.shape.splits_backward:
         performed = [
             action._replace(kind="backward") if action.kind == "input" else action
             for action in performed
