@@ -13,7 +13,7 @@ from pretrain.errors import LOST_RANK
 
 
 def answer(compute: Callable[[], Any]) -> NoReturn:
-    """Print the dataclass that `compute` returns, from rank 0, as one JSON object, and exit.
+    """Print what `compute` returns, from rank 0, as JSON, and exit; dataclasses as objects.
 
     An error that carries an `exit_code` is told in its own words, and so is a rank that is lost.
     """
@@ -21,7 +21,7 @@ def answer(compute: Callable[[], Any]) -> NoReturn:
     try:
         result = compute()
         if dist.get_rank() == 0:
-            print(json.dumps(asdict(result)), flush=True)
+            print(json.dumps(result, default=asdict), flush=True)
         dist.barrier()
     except Exception as error:
         code, told = _describe(error)

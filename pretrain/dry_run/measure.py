@@ -6,9 +6,8 @@ Args:
     CONFIG: a resolved configuration, YAML.
 """
 
-import json
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import yaml
 
 from parallel.fsdp import owned_region
 from parallel.mesh import join_ranks
+from pretrain.answer import answer
 from pretrain.build import build_mesh, build_model, open_store
 from pretrain.config import Config, parse_config
 from pretrain.dry_run.plan import axis_names
@@ -111,15 +111,13 @@ def _resident(field: str) -> int:
     return int(value) * 1024
 
 
-def main() -> None:
+def main() -> list[MeasuredMemory]:
     config = parse_config(yaml.safe_load(Path(sys.argv[1]).read_text()))
     device = join_ranks(timedelta(seconds=config.train.collective_timeout_s))
     measured: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(measured, asdict(measure(config, device)))
-    if dist.get_rank() == 0:
-        print(json.dumps(measured))
-    dist.destroy_process_group()
+    dist.all_gather_object(measured, measure(config, device))
+    return measured
 
 
 if __name__ == "__main__":
-    main()
+    answer(main)

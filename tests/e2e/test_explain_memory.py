@@ -66,3 +66,11 @@ def test_ranks_that_do_not_exist_are_refused() -> None:
     done = farspan("train", "tiny", "--explain-memory", "--rank", "1")
     assert (done.returncode, done.stdout) == (2, "")
     assert "--rank 1: the 1 ranks are numbered from 0 to 0" in done.stderr
+
+
+def test_a_step_that_has_no_room_is_told_in_words() -> None:
+    offload = ("parallel.offload=disk", "parallel.offload_dir=/dev/null/below")
+    done = farspan("train", "tiny", "--explain-memory", "parallel.recompute=full", *offload)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "error: parallel.offload_dir = /dev/null/below" in done.stderr
+    assert "Traceback" not in done.stderr
