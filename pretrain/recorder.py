@@ -160,7 +160,7 @@ class Recorder:
         check_names(row)
         self._metrics.check_attempt()
         self._rows.cut_back(row["train/step"] - 1, self._aside, [row])
-        self._mirror.write(row)
+        self._mirror.write({"train/step": row["train/step"], **more})
         print(step_line(row, self._steps), flush=True)
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from data_pipeline.hold_out import hold_out
 from launch.train import prepare
 from pretrain.run_dir import RunDirectory
 from tests.ranks import run_on_ranks
+from tests.unit.pretrain.metrics.test_wandb_sink import values_of, wandb_records
 
 SCRIPT = Path(__file__).with_name("held_out_case.py")
 SETTINGS = (
@@ -65,6 +66,23 @@ def test_each_due_step_is_evaluated_once(shards: Path, tmp_path: Path) -> None:
     run_on_ranks(1, SCRIPT, str(run.root))
     assert losses(run) == evaluated
     assert len(rows(run)) == len(expected)
+
+
+def test_wandb_gets_what_was_evaluated_late_without_the_rest_of_its_row(
+    shards: Path, tmp_path: Path
+) -> None:
+    pages = tmp_path / "pages"
+    hold_out(shards, pages, share=0.2)
+    settings = [f"data.shards={pages}", *SETTINGS, "wandb.mode=offline"]
+    run = prepare("tiny", settings, 1, tmp_path / "run")
+    for stop_at in ("2", "4"):
+        run_on_ranks(1, SCRIPT, str(run.root), "stop", stop_at)
+    _, second = wandb_records(run)
+    late, *later = [record["item"] for record in values_of(second, "history")]
+    assert late["train/step"] == 2
+    assert "eval/heldout_loss/pages" in late
+    assert "train/loss" not in late
+    assert [row["train/step"] for row in later] == [3, 4]
 
 
 def test_what_a_stop_has_left_is_evaluated_with_the_settings_of_its_step(
