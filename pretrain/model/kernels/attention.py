@@ -12,6 +12,9 @@ from pretrain.model.kernels.block_attention import block_attention, block_attent
 from pretrain.model.kernels.documents import Documents
 from pretrain.model.kernels.pieces import Mask, visible_pieces
 
+# From so many tokens on, blocks of the same lengths may be computed by kernels made for them.
+RECURRING_TOKENS = 4096
+
 
 def documents_attention(
     q: Tensor,
@@ -141,7 +144,8 @@ def _blocks(documents: Documents, window: int | None) -> Iterator[Block]:
     B, T = documents.position.shape
     if not documents.is_packed:
         for block in _blocks_of(slice(B), range(T), window):
-            yield block._replace(recurs=True)
+            shorter = min(tokens.stop - tokens.start for tokens in (block.queries, block.keys))
+            yield block._replace(recurs=shorter >= RECURRING_TOKENS)
         return
     for row, lengths in enumerate(documents.lengths):
         for start, stop in pairwise(accumulate(lengths, initial=0)):
