@@ -14,7 +14,6 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
-from yaml import YAMLError
 
 from launch.data_state import DataState, is_data_run, read_data_state
 from launch.data_status import line_of, render_data_runs
@@ -86,7 +85,7 @@ def read_states(runs: Sequence[Path], slurm: Slurm | None, told: set[Path]) -> l
     for run in found:
         try:
             states.append(_read(run, slurm))
-        except (UserError, YAMLError) as error:
+        except UserError as error:
             # A folder of another program, or of another version: not worth all the others.
             if run not in told:
                 print(f"warning: {_name(run)} is left out: {error}", file=sys.stderr, flush=True)

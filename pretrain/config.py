@@ -264,8 +264,10 @@ def check_setting(name: str) -> None:
 
 
 def read_run_config(run: RunDirectory, attempt: int | None = None) -> Config:
-    """The resolved configuration of a run, or of one of its attempts. Raises UserError if there is
-    no run.
+    """The resolved configuration of a run, or of one of its attempts.
+
+    Raises:
+        UserError: there is no run, or none whose configuration can be read.
     """
     path = run.config if attempt is None else run.config_of(attempt)
     if not path.is_file():
@@ -273,7 +275,10 @@ def read_run_config(run: RunDirectory, attempt: int | None = None) -> Config:
             f"{run.root} is not a run directory (no {path.relative_to(run.root)} in it); "
             "`farspan train RECIPE --run-dir DIR` makes one"
         )
-    return parse_config(yaml.safe_load(path.read_text()))
+    try:
+        return parse_config(yaml.safe_load(path.read_text()))
+    except (OSError, UserError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -289,8 +289,9 @@ def test_a_folder_that_is_no_run_of_ours_does_not_hide_the_others(
         print_status([], watch=watch, as_json=False)
         told = capsys.readouterr()
         assert "done" in told.out
-        assert "warning: runs/hydra is left out: lr is not a setting" in told.err
-        assert "warning: runs/tagged is left out: could not determine a constructor" in told.err
+        for name, why in {"hydra": "lr is not a setting", "tagged": "could not determine"}.items():
+            config = run.root.parent / name / "config.yaml"
+            assert f"warning: runs/{name} is left out: {config}: {why}" in told.err
     with pytest.raises(UserError, match="lr is not a setting"):
         print_status([run.root.parent / "hydra"], watch=False, as_json=False)
     run.config.unlink()
