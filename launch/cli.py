@@ -74,7 +74,7 @@ def train(
         bool,
         typer.Option(
             "--explain-memory",
-            help="Train two steps on random tokens and print what memory was for, next to what "
+            help="Train four steps on random tokens and print what memory was for, next to what "
             "was predicted.",
         ),
     ] = False,
