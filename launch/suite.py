@@ -28,8 +28,8 @@ class Asked:
 
 
 def names_in(text: str) -> tuple[str, ...]:
-    """Names with commas between them; an empty text has none."""
-    return tuple(filter(None, map(str.strip, text.split(","))))
+    """Names with commas between them, each once; an empty text has none."""
+    return tuple(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
 
 
 def plain_table(first: str, columns: Sequence[str]) -> Table:
