@@ -165,7 +165,7 @@ def test_accepted_means_equal(case: Any, parity_shards: Path, ranks: Ranks) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("data", ["packed", "whole"])
-@settings(SETTINGS, max_examples=30)
+@settings(SETTINGS, max_examples=15)
 @given(case=cases())
 def test_accepted_means_equal_for_many(
     case: Any, data: str, parity_shards: Path, ranks: Ranks

@@ -104,8 +104,8 @@ EVERYTHING = [
     for turn, (layout, options), data in zip(
         count(), layouts(4), cycle(["packed", "whole", "packed", "packed"])
     )
-    # A third of the models for each, and all of them for three layouts in a row.
-    for model in list(MODELS)[turn % 3 :: 3]
+    # A quarter of the models for each, and all of them for four layouts in a row.
+    for model in list(MODELS)[turn % 4 :: 4]
     if model.endswith("moe") or "ep=" not in layout
 ]
 ALL = ONE_AXIS + TWO_AXES + THREE_AXES + CONTEXT + OPTIONS + SEGMENTS
