@@ -1,7 +1,7 @@
 """Every layout gives the losses, the gradients and the weights of one rank."""
 
-from collections.abc import Iterable
-from itertools import count, cycle
+from collections.abc import Iterable, Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,20 @@ from tests.parity.matrix import Ranks
 from tests.parity.models import MODELS, Setting, layouts, schedule
 
 CLIP = 0.5
+
+
+def dealt() -> Iterator[Setting]:
+    """All layouts of four ranks, each with the two models whose turn it is under its schedule."""
+    turns: dict[Any, Iterator[str]] = {}
+    for (layout, options), data in zip(layouts(4), cycle(["packed", "whole", "packed"])):
+        of_experts = "ep=" in layout
+        models = [name for name in MODELS if name.endswith("moe") or not of_experts]
+        # Each schedule begins with another one.
+        turn = cycle(models[(len(turns) + i) % len(models)] for i in range(len(models)))
+        turn = turns.setdefault((options, of_experts), turn)
+        for _ in range(2):
+            yield Setting(next(turn), data, layout, options)
+
 
 ONE_AXIS = [
     Setting("hybrid-moe", "packed", "dp_shard=2"),
@@ -99,15 +113,7 @@ SEGMENTS = [
         ("context.segments=2", "parallel.feed_forward_tile=24"),
     ),
 ]
-EVERYTHING = [
-    Setting(model, data, layout, options)
-    for turn, (layout, options), data in zip(
-        count(), layouts(4), cycle(["packed", "whole", "packed", "packed"])
-    )
-    # A quarter of the models for each, and all of them for four layouts in a row.
-    for model in list(MODELS)[turn % 4 :: 4]
-    if model.endswith("moe") or "ep=" not in layout
-]
+EVERYTHING = [*dealt()]
 ALL = ONE_AXIS + TWO_AXES + THREE_AXES + CONTEXT + OPTIONS + SEGMENTS
 
 HALF = [
