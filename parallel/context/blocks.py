@@ -3,7 +3,10 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 from parallel.context.documents import Rows
-from pretrain.model.kernels.attention import RECURRING_TOKENS, Block
+from pretrain.model.kernels.attention import Block
+
+# From so many queries on, blocks of the same lengths may be computed by kernels made for them.
+RECURRING_TOKENS = 4096
 
 
 def ring_blocks(groups: Sequence[Rows], rank: int, ranks: int, first: int = 0) -> list[list[Block]]:

@@ -12,8 +12,9 @@ from pretrain.model.kernels.block_attention import block_attention, block_attent
 from pretrain.model.kernels.documents import Documents
 from pretrain.model.kernels.pieces import Mask, visible_pieces
 
-# From so many tokens on, blocks of the same lengths may be computed by kernels made for them.
-RECURRING_TOKENS = 4096
+# From so many tokens on, blocks may be computed by kernels made for their lengths: of whole rows,
+# each of which has them.
+RECURRING_TOKENS = 256
 
 
 def documents_attention(
