@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, ValidationInfo
 
 from pretrain.errors import UserError
 from pretrain.settings import NonNegative, Positive, Section
@@ -22,6 +22,9 @@ NOT_FOR_SITES = (
     *("open-mode", "output", "parsable", "partition", "qos", "requeue", "reservation", "signal"),
     *("test-only", "time", "wait", "wrap"),
 )
+# The context in which a profile is validated that no job has had yet. That of a job is taken as it
+# is, or the job could not be submitted again once one more option is refused.
+NEW = "new"
 TIME_LIMIT = re.compile(
     r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?"
 )
@@ -44,11 +47,11 @@ def _variable_name(name: str) -> str:
     return name
 
 
-def _long_option(option: str) -> str:
+def _long_option(option: str, info: ValidationInfo) -> str:
     match = re.match(r"--([a-z][a-z-]*)(=|$)", option)
     if not match:
         raise ValueError("must be a long option with its value, as in --switches=1")
-    if match[1] in NOT_FOR_SITES:
+    if info.context == NEW and match[1] in NOT_FOR_SITES:
         raise ValueError(f"--{match[1]} is set by farspan, from the other settings")
     return option
 
@@ -163,9 +166,9 @@ def load_profile(name: str) -> Profile:
 
 
 def parse_profile(tree: Mapping[str, Any], name: str) -> Profile:
-    """Check a mapping. `name` says in messages where it is from. Raises UserError."""
+    """Check a new profile. `name` says in messages where it is from. Raises UserError."""
     try:
-        return Profile.model_validate(tree)
+        return Profile.model_validate(tree, context=NEW)
     except ValidationError as error:
         raise UserError(_describe(error, name)) from None
 

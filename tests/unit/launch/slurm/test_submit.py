@@ -92,6 +92,18 @@ def test_a_job_is_submitted_once_its_run_directory_is_there(
     assert "--exclude=n3" in submitted()
 
 
+def test_a_job_of_before_keeps_options_that_new_profiles_may_not_have(
+    submitted: Callable[[], list[str]], shards: Path, tmp_path: Path
+) -> None:
+    submit_run(request(shards, tmp_path))
+    run = RunDirectory(tmp_path / "run")
+    tree = json.loads(run.job.read_text())
+    tree["profile"]["options"] = ["--qos=high"]
+    run.job.write_text(json.dumps(tree))
+    resubmit(run)
+    assert "--qos=high" in submitted()
+
+
 def test_a_job_before_on_another_cluster_is_pointed_out(
     submitted: Callable[[], list[str]],
     shards: Path,
