@@ -53,6 +53,9 @@ def _long_option(option: str, info: ValidationInfo) -> str:
         raise ValueError("must be a long option with its value, as in --switches=1")
     if info.context == NEW and match[1] in NOT_FOR_SITES:
         raise ValueError(f"--{match[1]} is set by farspan, from the other settings")
+    # The nodes that a run avoids are added to those of the site.
+    if info.context == NEW and match[1] == "exclude" and "/" in option:
+        raise ValueError("sbatch would take it for a file: name the nodes, as in --exclude=n[1-3]")
     return option
 
 

@@ -39,6 +39,7 @@ def test_a_profile_extends_another_one(tmp_path: Path) -> None:
         ({"options": ["-N 2"]}, "must be a long option with its value"),
         ({"options": ["--job-name=a/b"]}, "--job-name is set by farspan"),
         ({"options": ["--partition=gpu"]}, "--partition is set by farspan, from the other"),
+        ({"options": ["--exclude=/site/bad"]}, "sbatch would take it for a file: name the nodes"),
         ({"scratch": "/tmp/{usr}"}, "in which {user} and {job} may stand"),
         ({"shared_paths": ["home"]}, "must be an absolute path"),
         ({"container": {"runtime": "docker"}}, "'none', 'pyxis' or 'apptainer'"),
