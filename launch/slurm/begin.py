@@ -25,7 +25,7 @@ from launch.failures import judge, note_failure, read_failure
 from launch.local import PORTS, is_free
 from launch.slurm.client import PATIENCE_OF_JOBS_S, Slurm, SlurmError
 from launch.slurm.container import in_container, options_of_srun
-from launch.slurm.excludes import avoidable, excluded_now, learn
+from launch.slurm.excludes import avoidable, excluded_now, learn, nodes_of_site
 from launch.slurm.file_systems import folders_of
 from launch.slurm.job import read_job
 from launch.slurm.profile import Profile
@@ -213,7 +213,8 @@ def _avoided(run: RunDirectory, start: Start, slurm: Slurm, profile: Profile) ->
     met = [entry for entry in excluded_now(run) if entry.node in start.nodes]
     if not met or _in_vain(run, start):
         return []
-    kept = avoidable(excluded_now(run), slurm.nodes(), len(start.nodes), start.partition, profile)
+    nodes = nodes_of_site(slurm, profile)
+    kept = avoidable(excluded_now(run), nodes, len(start.nodes), start.partition, profile)
     for entry in met:
         if entry not in kept:
             print(f"{entry.node} is used again, there are too few others: {entry.why}", flush=True)

@@ -9,7 +9,8 @@ from datetime import UTC, datetime, timedelta
 
 from launch.failures import Failure, read_failure
 from launch.slurm.checks import that_fit
-from launch.slurm.client import JobInfo, NodeInfo
+from launch.slurm.client import JobInfo, NodeInfo, Slurm
+from launch.slurm.options import excluded_by
 from launch.slurm.profile import Profile
 from pretrain.run_dir import RunDirectory, write_atomically
 
@@ -86,6 +87,7 @@ def avoidable(
     A job that excludes too many would wait for ever.
 
     Args:
+        nodes: without those that its site excludes in any case.
         profile: what its nodes must have.
     """
     usable = [node for node in nodes if node.is_usable and partition in node.partitions]
@@ -98,6 +100,17 @@ def avoidable(
             spare -= cost
             kept.append(entry)
     return kept
+
+
+def nodes_of_site(slurm: Slurm, profile: Profile) -> list[NodeInfo]:
+    """All nodes but those that no job of the site is to run on. Raises SlurmError."""
+    excluded = ruled_out(slurm, profile)
+    return [node for node in slurm.nodes() if node.name not in excluded]
+
+
+def ruled_out(slurm: Slurm, profile: Profile) -> set[str]:
+    """Nodes that no job of the site is to run on. Raises SlurmError."""
+    return {node for names in excluded_by(profile) for node in slurm.hostnames(names)}
 
 
 def nodes_to_avoid(job: JobInfo, known: Iterable[Excluded], now: Iterable[Excluded]) -> list[str]:

@@ -8,10 +8,11 @@ from launch.slurm.excludes import (
     Excluded,
     avoidable,
     excluded_now,
+    nodes_of_site,
     nodes_to_avoid,
     read_excluded,
+    ruled_out,
 )
-from launch.slurm.options import excluded_by
 from launch.slurm.profile import Profile
 from launch.slurm.start import Start
 from pretrain.run_dir import RunDirectory
@@ -33,9 +34,8 @@ def avoid_excluded(run: RunDirectory, slurm: Slurm, start: Start, profile: Profi
 
     Slurm lets its owner do so from that moment on, while its processes still end, and not before.
     """
-    entries = avoidable(
-        excluded_now(run), slurm.nodes(), len(start.nodes), start.partition, profile
-    )
+    nodes = nodes_of_site(slurm, profile)
+    entries = avoidable(excluded_now(run), nodes, len(start.nodes), start.partition, profile)
     job = slurm.job(start.job)
     if job is None:
         return
@@ -77,5 +77,5 @@ def let_back(
 
 def _known(run: RunDirectory, slurm: Slurm, profile: Profile) -> list[Excluded]:
     """Nodes that the run avoids, or did, but those that its site excludes in any case."""
-    ruled_out = {node for names in excluded_by(profile) for node in slurm.hostnames(names)}
-    return [entry for entry in read_excluded(run) if entry.node not in ruled_out]
+    excluded = ruled_out(slurm, profile)
+    return [entry for entry in read_excluded(run) if entry.node not in excluded]

@@ -11,7 +11,7 @@ from data_pipeline.errors import DataError
 from launch.run_state import read_state
 from launch.slurm.checks import Checks, check_job, partition_of
 from launch.slurm.client import Slurm, SlurmError
-from launch.slurm.excludes import avoidable, excluded_now
+from launch.slurm.excludes import avoidable, excluded_now, nodes_of_site
 from launch.slurm.job import Job, read_job, write_job
 from launch.slurm.options import sbatch_options
 from launch.slurm.profile import load_profile
@@ -195,7 +195,8 @@ def _excluded(run: RunDirectory, job: Job, slurm: Slurm) -> list[str]:
     if not entries:
         return []
     partition = partition_of(slurm.partitions(), job.profile).name
-    kept = avoidable(entries, slurm.nodes(), job.nodes, partition, job.profile)
+    nodes = nodes_of_site(slurm, job.profile)
+    kept = avoidable(entries, nodes, job.nodes, partition, job.profile)
     return [entry.node for entry in kept]
 
 

@@ -19,6 +19,7 @@ from launch.slurm.client import JobInfo, NodeInfo, Slurm
 from launch.slurm.end import End, codes_of_ranks, end, end_of, note_end
 from launch.slurm.end import main as end_of_start
 from launch.slurm.excludes import exclude, excluded_now
+from launch.slurm.job import Job, write_job
 from launch.slurm.profile import Profile
 from launch.slurm.requeue import avoid_excluded, let_back
 from launch.slurm.start import Start, attempt_of, note_limit, start_of, tasks_per_node
@@ -268,6 +269,21 @@ def on_n1_and_n2(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
 
 
+def submitted(run: RunDirectory, profile: Profile) -> None:
+    write_job(
+        run,
+        Job(
+            recipe="tiny",
+            name="x",
+            nodes=2,
+            ranks_per_node=1,
+            profile_name="site",
+            profile=profile,
+            python="python",
+        ),
+    )
+
+
 def three_nodes() -> list[NodeInfo]:
     return [NodeInfo(name=f"n{i}", state="IDLE", partitions=("gpu",)) for i in (1, 2, 3)]
 
@@ -285,11 +301,17 @@ def test_a_start_on_a_node_that_is_avoided_goes_back_to_the_queue(
 
 
 @pytest.mark.usefixtures("on_n1_and_n2")
+@pytest.mark.parametrize(("there", "options"), [(2, ()), (3, ("--exclude=n3",))])
 def test_a_node_is_used_again_where_there_are_too_few_others(
-    run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: RunDirectory,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    there: int,
+    options: Sequence[str],
 ) -> None:
     exclude(run, "n2", "it is broken", 3600)
-    slurm = Nodes(three_nodes()[:2], job())
+    submitted(run, Profile(options=tuple(options)))
+    slurm = Nodes(three_nodes()[:there], job())
     begin.begin(run, tmp_path, slurm)
     assert (tmp_path / "command").exists()
     assert not slurm.requeued
@@ -461,6 +483,16 @@ def test_a_node_may_come_back_when_its_time_is_over(run: RunDirectory) -> None:
     slurm = Nodes(three_nodes(), job(excluded=("mine",)))
     avoid_excluded(run, slurm, START, Profile())
     assert slurm.avoided == []
+
+
+@pytest.mark.usefixtures("on_n1_and_n2")
+def test_a_job_that_is_requeued_is_left_as_many_nodes_as_it_needs(run: RunDirectory) -> None:
+    exclude(run, "n2", "it is broken", 3600)
+    slurm = Nodes(three_nodes(), job(excluded=("n3",)))
+    avoid_excluded(run, slurm, START, Profile(options=("--exclude=n3",)))
+    assert slurm.avoided == []
+    avoid_excluded(run, slurm, START, Profile())
+    assert slurm.avoided == [["n3", "n2"]]
 
 
 @pytest.mark.usefixtures("on_n1_and_n2")

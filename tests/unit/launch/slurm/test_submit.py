@@ -92,6 +92,18 @@ def test_a_job_is_submitted_once_its_run_directory_is_there(
     assert "--exclude=n3" in submitted()
 
 
+def test_nodes_that_the_profile_excludes_are_no_others(
+    submitted: Callable[[], list[str]], shards: Path, tmp_path: Path
+) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text("extends: local-sandbox\noptions: ['--exclude=n3']\n")
+    submit_run(request(shards, tmp_path, profile=str(site)))
+    # Of three nodes two have to be left.
+    exclude(run := RunDirectory(tmp_path / "run"), "n2", "it is broken", 3600)
+    resubmit(run)
+    assert "--exclude=n3" in submitted()
+
+
 def test_a_job_of_before_keeps_options_that_new_profiles_may_not_have(
     submitted: Callable[[], list[str]], shards: Path, tmp_path: Path
 ) -> None:
