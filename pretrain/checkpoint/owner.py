@@ -1,9 +1,10 @@
 """Whose checkpoints lie in a folder that several runs could be told to save to."""
 
-import json
 import secrets
 from collections.abc import Callable
 from pathlib import Path
+
+from pydantic import BaseModel
 
 from pretrain.checkpoint.target import Target
 from pretrain.errors import UserError
@@ -12,18 +13,32 @@ from pretrain.run_dir import RunDirectory, write_atomically
 OWNER = "run.json"
 
 
+class Owner(BaseModel):
+    """What a run leaves in its folder of checkpoints.
+
+    Attributes:
+        run: its id.
+        directory: of the run, when it left this.
+        target: the folder, of which a copy has another name; None if an older farspan left this.
+    """
+
+    run: str
+    directory: str
+    target: str | None = None
+
+
 def refuse_anothers(target: Target, run: RunDirectory) -> None:
     """Raise UserError if a folder has been claimed by another run than this one."""
-    place = target / OWNER
-    if not place.exists():
+    owner = _owner_of(target)
+    if owner is None:
         return
-    owner = json.loads(place.read())
-    other = RunDirectory(Path(owner["directory"]))
-    if owner["run"] != _id_of(run) or _is_copy(run, other):
+    other = RunDirectory(Path(owner.directory))
+    is_here = owner.target in (None, target.url)
+    if owner.run != _id_of(run) or (is_here and _is_copy(run, other)):
         raise UserError(
             f"checkpoint.dir = {target} has the checkpoints of another run, {other.root}: "
             f"{run.root} would go on from its weights, and remove its checkpoints. Name another "
-            f"checkpoint.dir; or, if that run is gone for good, remove {place}"
+            f"checkpoint.dir; or, if that run is gone for good, remove {target / OWNER}"
         )
 
 
@@ -37,18 +52,22 @@ def claim(target: Target, run: RunDirectory, check: Callable[[], None]) -> None:
         UserError: as `refuse_anothers`.
     """
     refuse_anothers(target, run)
-    place = target / OWNER
-    if not place.exists():
-        target.make()
-        owner = {"run": _id_of(run), "directory": str(run.root)}
-        place.commit(f"{json.dumps(owner)}\n".encode(), check)
-
-
-def _id_of(run: RunDirectory) -> str:
-    """Made at its first use; a directory that is renamed keeps it, and so does a copy."""
     if not run.id.exists():
         write_atomically(run.id, f"{secrets.token_hex(8)}\n")
-    return run.id.read_text().strip()
+    owner = Owner(run=run.id.read_text().strip(), directory=str(run.root), target=target.url)
+    if _owner_of(target) != owner:
+        target.make()
+        (target / OWNER).commit(f"{owner.model_dump_json()}\n".encode(), check)
+
+
+def _owner_of(target: Target) -> Owner | None:
+    place = target / OWNER
+    return Owner.model_validate_json(place.read()) if place.exists() else None
+
+
+def _id_of(run: RunDirectory) -> str | None:
+    """None before its first claim; a directory that is renamed keeps it, and so does a copy."""
+    return run.id.read_text().strip() if run.id.exists() else None
 
 
 def _is_copy(run: RunDirectory, other: RunDirectory) -> bool:

@@ -20,10 +20,14 @@ def trainer_of(run: RunDirectory) -> Trainer:
     return Trainer(read_run_config(run), run, torch.device("cpu"), run.begin_attempt())
 
 
+def settings_of(shards: Path, folder: Path) -> list[str]:
+    settings = [f"data.shards={shards}", f"checkpoint.dir={folder}", "checkpoint.keep=1"]
+    return [*settings, "data.seq_len=64", "train.global_batch=2", "wandb.mode=disabled"]
+
+
 def test_the_checkpoints_of_another_run_are_left_alone(shards: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
-    settings = [f"data.shards={shards}", f"checkpoint.dir={folder}", "checkpoint.keep=1"]
-    settings += ["data.seq_len=64", "train.global_batch=2", "wandb.mode=disabled"]
+    settings = settings_of(shards, folder)
     first, second = (prepare("tiny", settings, 1, tmp_path / name) for name in ("one", "two"))
 
     trainer = trainer_of(first)
@@ -41,6 +45,29 @@ def test_the_checkpoints_of_another_run_are_left_alone(shards: Path, tmp_path: P
     moved = RunDirectory(tmp_path / "moved")
     assert trainer_of(moved).progress.step == 1
     assert checkpoints_of(read_run_config(moved), moved) == Target(str(folder))
+
+
+def test_a_fork_goes_on_from_a_copy_of_the_checkpoints(shards: Path, tmp_path: Path) -> None:
+    folders = tmp_path / "checkpoints", tmp_path / "copied-checkpoints"
+    run = prepare("tiny", settings_of(shards, folders[0]), 1, tmp_path / "run")
+    trainer = trainer_of(run)
+    trainer.step(stop_requested=False)
+    trainer.save(is_last=True)
+
+    shutil.copytree(run.root, tmp_path / "fork")
+    shutil.copytree(*folders)
+
+    def saving_to(folder: Path, directory: Path) -> RunDirectory:
+        return prepare("tiny", settings_of(shards, folder), 1, directory, ["checkpoint.dir"])
+
+    fork = saving_to(folders[1], tmp_path / "fork")
+    assert trainer_of(fork).progress.step == 1
+    # From now on these are its own.
+    run = saving_to(folders[1], run.root)
+    with pytest.raises(UserError, match=rf"has the checkpoints of another run, {fork.root}: "):
+        trainer_of(run)
+    run = saving_to(folders[0], run.root)
+    assert trainer_of(run).progress.step == 1
 
 
 def test_what_was_claimed_before_its_first_checkpoint_is_left_alone(
