@@ -33,12 +33,20 @@ def refuse_anothers(target: Target, run: RunDirectory) -> None:
     if owner is None:
         return
     other = RunDirectory(Path(owner.directory))
-    is_here = owner.target in (None, target.url)
-    if owner.run != _id_of(run) or (is_here and _is_copy(run, other)):
+    if owner.run != _id_of(run):
+        is_gone = other.root == run.root
+        whose = "an earlier run in" if is_gone else "another run,"
+        raise UserError(
+            f"checkpoint.dir = {target} has the checkpoints of {whose} {other.root}: {run.root} "
+            "would go on from its weights, and remove its checkpoints. Name another "
+            f"checkpoint.dir; or{'' if is_gone else ', if that run is gone for good,'} remove "
+            f"{target} to begin anew, or write {owner.run} to {run.id} to go on from them"
+        )
+    if owner.target in (None, target.url) and _is_copy(run, other):
         raise UserError(
             f"checkpoint.dir = {target} has the checkpoints of another run, {other.root}: "
-            f"{run.root} would go on from its weights, and remove its checkpoints. Name another "
-            f"checkpoint.dir; or, if that run is gone for good, remove {target / OWNER}"
+            f"{run.root}, a copy of it or its original, would go on from them, and remove them. "
+            "Name another checkpoint.dir: a copy of that folder to go on from its checkpoints"
         )
 
 

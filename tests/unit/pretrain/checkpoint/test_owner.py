@@ -1,5 +1,6 @@
 """A folder of checkpoints that two runs are told to save to."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -82,3 +83,28 @@ def test_what_was_claimed_before_its_first_checkpoint_is_left_alone(
     trainer_of(second)
     with pytest.raises(UserError, match=rf"of another run, {second.root}: "):
         trainer_of(first)
+
+
+def test_a_run_that_is_made_anew_is_told_how_to_begin_and_how_to_go_on(
+    shards: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoints"
+    run = prepare("tiny", settings_of(shards, folder), 1, tmp_path / "run")
+    trainer = trainer_of(run)
+    trainer.step(stop_requested=False)
+    trainer.save(is_last=True)
+    shutil.rmtree(run.root)
+
+    prepare("tiny", settings_of(shards, folder), 1, run.root)
+    told = rf"the checkpoints of an earlier run in {run.root}: .* or remove {folder} to begin anew"
+    with pytest.raises(UserError, match=told) as refused:
+        trainer_of(run)
+    found = re.search(r"write (\w+) to (\S+) to go on from them", str(refused.value))
+    assert found
+    Path(found[2]).write_text(found[1])
+    assert trainer_of(run).progress.step == 1
+
+    shutil.rmtree(run.root)
+    shutil.rmtree(folder)
+    prepare("tiny", settings_of(shards, folder), 1, run.root)
+    assert trainer_of(run).progress.step == 0
