@@ -115,12 +115,16 @@ def read_failure(run: RunDirectory, attempt: int) -> Failure | None:
     return None
 
 
-def last_failures(run: RunDirectory, chain: str) -> list[Failure]:
-    """Of the newest attempts of a chain, back to one that did not fail; oldest first."""
+def last_failures(run: RunDirectory, chain: str, job: str | None = None) -> list[Failure]:
+    """Of the newest attempts of a chain, back to one that did not fail; oldest first.
+
+    Args:
+        job: as which older versions noted the chain.
+    """
     failures: list[Failure] = []
     for attempt in reversed(run.all_attempts()):
         failure = read_failure(run, attempt)
-        if failure is None or failure.chain != chain:
+        if failure is None or failure.chain not in (chain, job):
             break
         failures.append(failure)
     return failures[::-1]
@@ -132,14 +136,14 @@ def judge(run: RunDirectory, chain: str, at_most: int, job: str | None = None) -
     Args:
         chain: as in the `Failure`; another chain begins to count anew.
         at_most: starts in a row after failures without progress.
-        job: by which it may have been cancelled; None: the chain.
+        job: its number, by which it may have been cancelled; None: the chain.
     """
     if run.done.exists():
         return Verdict(False, "done")
     cancelled = read_cancelled(run)
     if cancelled and cancelled.holds_for([job or chain]):
         return Verdict(False, f"cancelled by {cancelled.by}; `{_resubmit(run)}` goes on from here")
-    failures = last_failures(run, chain)
+    failures = last_failures(run, chain, job)
     if not failures:
         return Verdict(True, "it was asked to stop, and everything is saved", at_most)
     last = failures[-1]

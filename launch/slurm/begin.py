@@ -113,7 +113,7 @@ def catch_up(run: RunDirectory, start: Start, slurm: Slurm, profile: Profile) ->
     """Note why the start before this one ended, if it could not: its node may be gone."""
     attempts = run.all_attempts()
     before = start_of(run, attempts[-1]) if attempts else None
-    if before is None or before.chain != start.chain:
+    if before is None or not start.goes_on_from(before):
         return
     if read_failure(run, attempts[-1]) or has_stopped(run, attempts[-1]):
         return
@@ -151,9 +151,9 @@ def _is_over(before: Start, start: Start, slurm: Slurm) -> bool:
     """Whether an earlier start has ended, as Slurm sees it: of this job, or of one on this cluster
     that was cancelled, say, and submitted again.
     """
-    if before.chain == start.chain:
+    if start.goes_on_from(before):
         return True
-    if before.cluster != start.cluster:
+    if before.cluster not in ("", start.cluster):
         return False
     job = slurm.job(before.job)
     return job is None or job.is_over
@@ -225,7 +225,7 @@ def _in_vain(run: RunDirectory, start: Start) -> bool:
     """Whether Slurm has given the job such nodes again and again, whatever it was told."""
     attempts = run.all_attempts()
     before = start_of(run, attempts[-1]) if attempts else None
-    since = before.restart if before and before.chain == start.chain else -1
+    since = before.restart if before and start.goes_on_from(before) else -1
     return start.restart - since > AVOIDED_TIMES
 
 

@@ -70,6 +70,10 @@ class Start:
         """What the starts of a job have in common, and no other job has."""
         return " of ".join(filter(None, (self.job, self.submission or self.cluster)))
 
+    def goes_on_from(self, before: "Start") -> bool:
+        """Whether an earlier start was one of this job; older versions noted only its number."""
+        return before.chain in (self.chain, self.job)
+
     @property
     def ranks(self) -> int:
         return sum(self.tasks)
@@ -103,7 +107,7 @@ def attempt_of(run: RunDirectory, start: Start) -> int | None:
     """The attempt that a start of a job has made; None before it has."""
     for attempt in reversed(run.all_attempts()):
         other = start_of(run, attempt)
-        if other and (other.chain, other.restart) == (start.chain, start.restart):
+        if other and start.goes_on_from(other) and other.restart == start.restart:
             return attempt
     return None
 

@@ -269,6 +269,12 @@ def on_n1_and_n2(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
 
 
+@pytest.fixture
+def on_a_cluster(on_n1_and_n2: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same with its name. What older versions have noted of a job is its number alone."""
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "here")
+
+
 def submitted(run: RunDirectory, profile: Profile) -> None:
     write_job(
         run,
@@ -318,9 +324,14 @@ def test_a_node_is_used_again_where_there_are_too_few_others(
     assert "n2 is used again, there are too few others: it is broken" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("on_n1_and_n2")
+@pytest.mark.usefixtures("on_a_cluster")
 @pytest.mark.parametrize(
-    ("before", "first"), [(replace(START, restart=0), 1), (replace(START, job="6", restart=9), 0)]
+    ("before", "first"),
+    [
+        (replace(START, restart=0), 1),
+        (replace(START, restart=0, cluster="here"), 1),
+        (replace(START, job="6", restart=9), 0),
+    ],
 )
 def test_a_job_that_gets_such_nodes_again_and_again_uses_them(
     run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: Start, first: int
@@ -332,6 +343,7 @@ def test_a_job_that_gets_such_nodes_again_and_again_uses_them(
     run.stopped.write_text(json.dumps({"step": 3, "attempt": 1}))
     slurm = Nodes(three_nodes(), job())
     for restart in range(first, first + 4):
+        assert not (tmp_path / "command").exists()
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
         begin.begin(run, tmp_path, slurm)
     assert len(slurm.requeued) == begin.AVOIDED_TIMES
@@ -398,13 +410,48 @@ def test_a_job_of_the_same_number_elsewhere_is_another_one(
     assert read_failure(run, 2) is None
 
 
-@pytest.mark.usefixtures("on_n1_and_n2")
+@pytest.mark.usefixtures("on_a_cluster")
+def test_an_attempt_that_an_older_version_began_has_stopped(run: RunDirectory) -> None:
+    attempt, start = begun(run), Start.of_this_job(Nodes([]))
+    run.stopped.write_text(json.dumps({"step": 3, "attempt": attempt}))
+    assert note_end(run, start, 0, End.by_itself) is None
+    # Not of another job.
+    failure = note_end(run, replace(start, job="8"), 0, End.by_itself)
+    assert failure
+    assert failure.error.startswith("no attempt began")
+
+
+@pytest.mark.usefixtures("on_a_cluster")
+def test_failures_of_an_older_version_count(run: RunDirectory, tmp_path: Path) -> None:
+    slurm = Nodes(three_nodes(), job(state="RUNNING"))
+    for chain in ("7", "7", "7 of here"):
+        assert begin.begin(run, tmp_path, slurm) == 0
+        note_failure(run, run.all_attempts()[-1], chain, Cause("error", 0, "n1", "it is bad"))
+    assert begin.begin(run, tmp_path, slurm) == 1
+
+
+@pytest.mark.usefixtures("on_a_cluster")
+def test_a_node_that_took_a_start_of_an_older_version_with_it_is_found_out(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    before = begun(run, replace(START, restart=0))
+    dead = [NodeInfo(name="n1", state="DOWN"), *three_nodes()[1:]]
+    begin.begin(run, tmp_path, Nodes(dead, job(state="RUNNING")))
+    failure = read_failure(run, before)
+    assert failure
+    assert (failure.kind, failure.node) == ("node", "n1")
+
+
+@pytest.mark.usefixtures("on_a_cluster")
 @pytest.mark.parametrize(
     ("before", "state", "is_taken"),
     [
         (START, "RUNNING", True),
+        (replace(START, cluster="here"), "RUNNING", True),
+        (replace(START, cluster="other"), "RUNNING", False),
         (replace(START, job="6"), "CANCELLED", True),
         (replace(START, job="6"), "RUNNING", False),
+        (replace(START, job="6", cluster="here"), "CANCELLED", True),
         (replace(START, job="6", cluster="other"), "CANCELLED", False),
     ],
 )
