@@ -4,6 +4,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -162,7 +163,7 @@ def dependency_of(text: str | None) -> str | None:
 
 
 def _submit(run: RunDirectory, job: Job, slurm: Slurm, why: str) -> None:
-    exclude, cluster = _excluded(run, job, slurm), slurm.config().get("ClusterName", "")
+    exclude, cluster = _excluded(run, job, slurm), _cluster(slurm)
     _warn_of_another_cluster(job, cluster)
     # What the job reads when it starts is there before it can.
     write_job(run, job)
@@ -175,6 +176,13 @@ def _submit(run: RunDirectory, job: Job, slurm: Slurm, why: str) -> None:
         f"its log: {run.root}/slurm-{number}.log\n"
         f"farspan launch status {shlex.quote(str(run.root))} --watch"
     )
+
+
+def _cluster(slurm: Slurm) -> str:
+    """Its name; "" where Slurm does not tell it, which is no reason to submit nothing."""
+    with suppress(SlurmError):
+        return slurm.config().get("ClusterName", "")
+    return ""
 
 
 def _warn_of_another_cluster(job: Job, cluster: str) -> None:

@@ -18,7 +18,7 @@ PARTITION = "PartitionName=gpu\n   Default=YES MaxTime=1-00:00:00\n   Nodes=n1\n
 NODE = "NodeName={name} Arch=x\n   CPUTot=2\n   State=IDLE\n   Partitions=gpu\n"
 SCONTROL = f"""
 case "$2" in
-  config) echo "ClusterName = $CLUSTER" ;;
+  config) [[ $CLUSTER ]] && echo "ClusterName = $CLUSTER" ;;
   partition) printf '{PARTITION}' ;;
   node) for name in n1 n2 n3; do printf "{NODE.format(name="$name")}"; done ;;
   job) echo "Invalid job id specified" >&2; exit 1 ;;
@@ -132,6 +132,12 @@ def test_a_job_before_on_another_cluster_is_pointed_out(
     assert told.startswith("warning: job 42 of this run is one of the cluster here, and there does")
     resubmit(run)
     assert "warning" not in capsys.readouterr().err
+    # A cluster that does not tell its name takes jobs all the same.
+    monkeypatch.setenv("CLUSTER", "")
+    resubmit(run)
+    job = read_job(run)
+    assert job
+    assert [submission.cluster for submission in job.submissions[-2:]] == ["there", ""]
 
 
 def test_a_dry_run_shows_everything_and_changes_nothing(
