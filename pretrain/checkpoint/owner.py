@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from pretrain.checkpoint.store import saved_steps
 from pretrain.checkpoint.target import Target
 from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory, write_atomically
@@ -28,9 +29,12 @@ class Owner(BaseModel):
 
 
 def refuse_anothers(target: Target, run: RunDirectory) -> None:
-    """Raise UserError if a folder has been claimed by another run than this one."""
+    """Raise UserError if a folder has been claimed by another run than this one, or by none
+    although it has checkpoints and this one has made none.
+    """
     owner = _owner_of(target)
     if owner is None:
+        _refuse_unclaimed(target, run)
         return
     other = RunDirectory(Path(owner.directory))
     if owner.run != _id_of(run):
@@ -66,6 +70,17 @@ def claim(target: Target, run: RunDirectory, check: Callable[[], None]) -> None:
     if _owner_of(target) != owner:
         target.make()
         (target / OWNER).commit(f"{owner.model_dump_json()}\n".encode(), check)
+
+
+def _refuse_unclaimed(target: Target, run: RunDirectory) -> None:
+    if run.ledger.exists() or run.imported.exists():
+        return
+    if steps := saved_steps(target):
+        raise UserError(
+            f"checkpoint.dir = {target} has a checkpoint of step {steps[-1]}, and no {OWNER} says "
+            f"of which run: {run.root} has not trained yet, and would go on from its weights, and "
+            f"remove what is there. Name another checkpoint.dir, or remove {target} to begin anew"
+        )
 
 
 def _owner_of(target: Target) -> Owner | None:

@@ -13,6 +13,7 @@ from pretrain.checkpoint.target import Target
 from pretrain.checkpoint.trained import checkpoints_of
 from pretrain.config import read_run_config
 from pretrain.errors import UserError
+from pretrain.recorder import Recorder
 from pretrain.run_dir import RunDirectory
 from pretrain.trainer import Trainer
 
@@ -108,3 +109,22 @@ def test_a_run_that_is_made_anew_is_told_how_to_begin_and_how_to_go_on(
     shutil.rmtree(folder)
     prepare("tiny", settings_of(shards, folder), 1, run.root)
     assert trainer_of(run).progress.step == 0
+
+
+def test_checkpoints_that_no_run_has_claimed_are_those_of_a_run_that_has_trained(
+    shards: Path, tmp_path: Path
+) -> None:
+    """As older versions have left them."""
+    folder = tmp_path / "checkpoints"
+    first, second = (
+        prepare("tiny", settings_of(shards, folder), 1, tmp_path / name) for name in ("one", "two")
+    )
+    trainer = trainer_of(first)
+    trainer.step(stop_requested=False)
+    trainer.save(is_last=True)
+    (folder / "run.json").unlink()
+    with pytest.raises(UserError, match=r"has a checkpoint of step 1, and no run\.json says"):
+        trainer_of(second)
+    assert saved_steps(Target(str(folder))) == [1]
+    Recorder(first, first.current_attempt(), trainer, read_run_config(first)).close()
+    assert trainer_of(first).progress.step == 1
