@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from data_pipeline.sample import make_sample_crawl
+from launch.slurm.options import REQUEUE
 from launch.slurm.profile import load_profile
 from slurm.sandbox import programs
 from slurm.sandbox.settings import Settings
@@ -47,6 +48,14 @@ def test_the_profile_on_the_page_is_one(tmp_path: Path) -> None:
     profile = load_profile(str(tmp_path / "site.yaml"))
     assert profile.partition == yaml.safe_load(text)["partition"]
     assert profile.memory == "0", "it extends another"
+
+
+def test_jobs_that_are_submitted_by_hand_may_be_requeued() -> None:
+    """Whatever SBATCH_NO_REQUEUE says, which beats what a batch script says."""
+    pages = [PAGE, *(path.read_text() for path in (ROOT / "slurm").glob("*.sbatch"))]
+    commands = re.findall(r"\bsbatch (-.*) slurm/(\w+)\.sbatch", "\n".join(pages))
+    assert {script for _, script in commands} == {"train", "data"}
+    assert [options for options, _ in commands if REQUEUE not in options.split()] == []
 
 
 @pytest.mark.slow
