@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from pretrain.checkpoint.store import saved_steps
 from pretrain.checkpoint.target import Target
@@ -30,7 +30,7 @@ class Owner(BaseModel):
 
 def refuse_anothers(target: Target, run: RunDirectory) -> None:
     """Raise UserError if a folder has been claimed by another run than this one, or by none
-    although it has checkpoints and this one has made none.
+    although it has checkpoints and this one has made none; or if nobody can say by which.
     """
     owner = _owner_of(target)
     if owner is None:
@@ -85,7 +85,16 @@ def _refuse_unclaimed(target: Target, run: RunDirectory) -> None:
 
 def _owner_of(target: Target) -> Owner | None:
     place = target / OWNER
-    return Owner.model_validate_json(place.read()) if place.exists() else None
+    if not place.exists():
+        return None
+    try:
+        return Owner.model_validate_json(place.read())
+    except ValidationError as error:
+        what = error.errors()[0]["msg"]
+        raise UserError(
+            f"{place} does not say whose checkpoints lie there ({what}): name another "
+            "checkpoint.dir, or remove that file if they are those of this run"
+        ) from None
 
 
 def _id_of(run: RunDirectory) -> str | None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from launch.train import prepare
+from pretrain.checkpoint.owner import refuse_anothers
 from pretrain.checkpoint.store import saved_steps
 from pretrain.checkpoint.target import Target
 from pretrain.checkpoint.trained import checkpoints_of
@@ -128,3 +129,11 @@ def test_checkpoints_that_no_run_has_claimed_are_those_of_a_run_that_has_trained
     assert saved_steps(Target(str(folder))) == [1]
     Recorder(first, first.current_attempt(), trainer, read_run_config(first)).close()
     assert trainer_of(first).progress.step == 1
+
+
+@pytest.mark.parametrize("content", [b"", b'{"run": "0123', b"\xff", b"[1]", b'{"run": "a"}'])
+def test_a_file_that_names_no_run_is_named(content: bytes, tmp_path: Path) -> None:
+    place = tmp_path / "run.json"
+    place.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{place} does not say whose checkpoints lie there \("):
+        refuse_anothers(Target(str(tmp_path)), RunDirectory(tmp_path / "run"))
