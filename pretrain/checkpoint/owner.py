@@ -29,8 +29,10 @@ class Owner(BaseModel):
 
 
 def refuse_anothers(target: Target, run: RunDirectory) -> None:
-    """Raise UserError if a folder has been claimed by another run than this one, or by none
-    although it has checkpoints and this one has made none; or if nobody can say by which.
+    """Raise UserError if a folder is another run's, or nobody can say whose.
+
+    It is that of the run that has claimed it, or in whose directory it lies. Checkpoints that are
+    of none of these may be those of a run that has trained.
     """
     owner = _owner_of(target)
     if owner is None:
@@ -73,6 +75,12 @@ def claim(target: Target, run: RunDirectory, check: Callable[[], None]) -> None:
 
 
 def _refuse_unclaimed(target: Target, run: RunDirectory) -> None:
+    other = RunDirectory(Path(target.url).parent)
+    if target.url == str(other.checkpoints) and other.config.exists() and other.root != run.root:
+        raise UserError(
+            f"checkpoint.dir = {target} is where another run, {other.root}, saves: {run.root} "
+            "would go on from its weights, and remove its checkpoints. Name another checkpoint.dir"
+        )
     if run.ledger.exists() or run.imported.exists():
         return
     if steps := saved_steps(target):

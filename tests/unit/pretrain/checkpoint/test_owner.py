@@ -131,6 +131,21 @@ def test_checkpoints_that_no_run_has_claimed_are_those_of_a_run_that_has_trained
     assert trainer_of(first).progress.step == 1
 
 
+def test_the_checkpoints_in_the_directory_of_another_run_are_left_alone(
+    shards: Path, tmp_path: Path
+) -> None:
+    """That one claims nothing, and looks for no claim."""
+    folder = tmp_path / "one" / "checkpoints"
+    settings = settings_of(shards, folder)
+    first = prepare("tiny", [*settings, "checkpoint.dir=null"], 1, tmp_path / "one")
+    second = prepare("tiny", settings, 1, tmp_path / "two")
+    with pytest.raises(UserError, match=rf"is where another run, {first.root}, saves: "):
+        trainer_of(second)
+    assert not (folder / "run.json").exists()
+    first = prepare("tiny", settings, 1, first.root, ["checkpoint.dir"])
+    assert trainer_of(first).progress.step == 0
+
+
 @pytest.mark.parametrize("content", [b"", b'{"run": "0123', b"\xff", b"[1]", b'{"run": "a"}'])
 def test_a_file_that_names_no_run_is_named(content: bytes, tmp_path: Path) -> None:
     place = tmp_path / "run.json"
