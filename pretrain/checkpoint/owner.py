@@ -72,6 +72,8 @@ def claim(target: Target, run: RunDirectory, check: Callable[[], None]) -> None:
     if _owner_of(target) != owner:
         target.make()
         (target / OWNER).commit(f"{owner.model_dump_json()}\n".encode(), check)
+        # The last of two that claim it at once has it, on any file system.
+        refuse_anothers(target, run)
 
 
 def _refuse_unclaimed(target: Target, run: RunDirectory) -> None:

@@ -2,13 +2,14 @@
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from launch.train import prepare
-from pretrain.checkpoint.owner import refuse_anothers
+from pretrain.checkpoint.owner import claim, refuse_anothers
 from pretrain.checkpoint.store import saved_steps
 from pretrain.checkpoint.target import Target
 from pretrain.checkpoint.trained import checkpoints_of
@@ -129,6 +130,28 @@ def test_checkpoints_that_no_run_has_claimed_are_those_of_a_run_that_has_trained
     assert saved_steps(Target(str(folder))) == [1]
     Recorder(first, first.current_attempt(), trainer, read_run_config(first)).close()
     assert trainer_of(first).progress.step == 1
+
+
+def test_of_two_runs_that_claim_a_folder_at_once_one_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = Target(str(tmp_path / "checkpoints"))
+    runs = [RunDirectory(tmp_path / name) for name in ("one", "two")]
+    for run in runs:
+        run.root.mkdir()
+    commit = Target.commit
+
+    def commit_after_the_other(place: Target, content: bytes, check: Callable[[], None]) -> None:
+        monkeypatch.setattr(Target, "commit", commit)
+        place.commit(content, check)
+        # It found no claim either.
+        (target / "run.json").remove()
+        claim(target, runs[1], lambda: None)
+
+    monkeypatch.setattr(Target, "commit", commit_after_the_other)
+    with pytest.raises(UserError, match=rf"has the checkpoints of another run, {runs[1].root}: "):
+        claim(target, runs[0], lambda: None)
+    refuse_anothers(target, runs[1])
 
 
 def test_the_checkpoints_in_the_directory_of_another_run_are_left_alone(
