@@ -5,7 +5,7 @@ from functools import partial
 from pretrain.balancing import RouterState
 from pretrain.checkpoint.contents import MODEL, of_routers
 from pretrain.checkpoint.formats.weights import Weights
-from pretrain.checkpoint.owner import claim
+from pretrain.checkpoint.owner import claim, refuse_anothers
 from pretrain.checkpoint.store import CheckpointStore, Progress, Retention, saved_steps
 from pretrain.checkpoint.trained import checkpoints_of
 from pretrain.config import Config, phases_of
@@ -18,8 +18,12 @@ ATTEMPT = 0
 
 
 def refuse_begun(config: Config, run: RunDirectory) -> None:
-    """Raise UserError if a run has been trained, or has a checkpoint."""
+    """Raise UserError if a run has been trained, has a checkpoint, or would save where another run
+    does.
+    """
     target = checkpoints_of(config, run)
+    if config.checkpoint.dir is not None:
+        refuse_anothers(target, run)
     if steps := saved_steps(target):
         raise UserError(
             f"{target} has a checkpoint of step {steps[-1]} already: the weights of others are "

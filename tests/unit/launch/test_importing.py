@@ -1,6 +1,7 @@
 """A run that begins with the weights of others."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,6 +112,17 @@ def test_a_run_that_has_begun_is_refused(theirs: Path, imports: Import) -> None:
     run.begin_attempt()
     with pytest.raises(UserError, match="has begun already, with attempt 1"):
         imports(theirs, *settings)
+
+
+def test_a_folder_that_another_run_has_claimed_is_refused_before_a_run_is_made(
+    theirs: Path, imports: Import, tmp_path: Path
+) -> None:
+    settings = [*fitting(imports, theirs), f"checkpoint.dir={tmp_path / 'checkpoints'}"]
+    imports(theirs, *settings).root.rename(tmp_path / "first")
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000000")
+    with pytest.raises(UserError, match=rf"has the checkpoints of .*{tmp_path / 'run'}: "):
+        imports(theirs, *settings)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_import_cut_short_does_not_become_another_run(
