@@ -40,13 +40,12 @@ def refuse_anothers(target: Target, run: RunDirectory) -> None:
         return
     other = RunDirectory(Path(owner.directory))
     if owner.run != _id_of(run):
-        is_gone = other.root == run.root
-        whose = "an earlier run in" if is_gone else "another run,"
+        whose = "an earlier run in" if other.root == run.root else "another run,"
         raise UserError(
             f"checkpoint.dir = {target} has the checkpoints of {whose} {other.root}: {run.root} "
             "would go on from its weights, and remove its checkpoints. Name another "
-            f"checkpoint.dir; or{'' if is_gone else ', if that run is gone for good,'} remove "
-            f"{target} to begin anew, or write {owner.run} to {run.id} to go on from them"
+            f"checkpoint.dir; or, if that run is gone for good, remove {target} to begin anew, or "
+            f"write {owner.run} to {run.id} to go on from them"
         )
     if owner.target in (None, target.url) and _is_copy(run, other):
         raise UserError(

@@ -99,7 +99,7 @@ def test_a_run_that_is_made_anew_is_told_how_to_begin_and_how_to_go_on(
     shutil.rmtree(run.root)
 
     prepare("tiny", settings_of(shards, folder), 1, run.root)
-    told = rf"the checkpoints of an earlier run in {run.root}: .* or remove {folder} to begin anew"
+    told = rf"of an earlier run in {run.root}: .* gone for good, remove {folder} to begin anew"
     with pytest.raises(UserError, match=told) as refused:
         trainer_of(run)
     found = re.search(r"write (\w+) to (\S+) to go on from them", str(refused.value))
