@@ -2,6 +2,7 @@
 
 import fcntl
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,8 +17,8 @@ LOCK = "farspan-scratch.lock"
 def scratch_folder(beside: Path) -> Iterator[Path]:
     """An empty folder in a hidden one beside a path, and gone afterwards.
 
-    What processes have left there that were killed is removed by the next one, where the file
-    system has locks.
+    What processes have left there that were killed is removed by the next one on their machine,
+    where the file system has locks.
     """
     prefix = f".{beside.name}."
     for hidden in beside.parent.iterdir():
@@ -27,10 +28,11 @@ def scratch_folder(beside: Path) -> Iterator[Path]:
         hidden = Path(name)
         folder = hidden / "scratch"
         folder.mkdir()
-        with (hidden / "unheld").open("wb") as lock:
+        with (hidden / "unheld").open("wb", buffering=0) as lock:
             # Under the name that others look for it is always held.
             with suppress(OSError):
                 _hold(lock)
+                lock.write(_host())
                 (hidden / "unheld").rename(hidden / LOCK)
             yield folder
 
@@ -38,8 +40,14 @@ def scratch_folder(beside: Path) -> Iterator[Path]:
 def _remove_if_left(hidden: Path) -> None:
     # Where that fails its process lives, has just removed it itself, or there are no locks.
     with suppress(OSError), (hidden / LOCK).open("r+b") as lock:
-        _hold(lock)
-        shutil.rmtree(hidden, ignore_errors=True)
+        # Some file systems have locks for each machine: those of another one look free.
+        if lock.read() == _host():
+            _hold(lock)
+            shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _host() -> bytes:
+    return f"{socket.gethostname()}\n".encode()
 
 
 def _hold(lock: IO[bytes]) -> None:

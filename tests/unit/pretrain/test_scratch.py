@@ -1,6 +1,7 @@
 """Folders beside a path: one's own, and what killed processes have left."""
 
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,21 @@ def test_what_a_killed_process_has_left_is_removed_and_nothing_else(tmp_path: Pa
             assert second.stat().st_mode == (tmp_path / ".out.notes").stat().st_mode
             second.rename(out)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.notes", "out"]
+
+
+def test_what_a_process_on_another_machine_has_made_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lock may be one that only that machine sees."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", KILLED, str(out)]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == -signal.SIGKILL
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(socket, "gethostname", lambda: "elsewhere")
+        with scratch_folder(out):
+            assert len(list(tmp_path.iterdir())) == 2
+    with scratch_folder(out):
+        assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_an_error_is_passed_on_and_leaves_nothing(tmp_path: Path) -> None:
