@@ -7,7 +7,7 @@ from pretrain.balancing import RouterState
 from pretrain.checkpoint.formats import Write
 from pretrain.checkpoint.formats.hf import write as write_hf
 from pretrain.checkpoint.formats.weights import Weights
-from pretrain.checkpoint.trained import load_newest
+from pretrain.checkpoint.trained import load_newest, require_checkpoint
 from pretrain.config import Config
 from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory
@@ -27,6 +27,7 @@ def export_newest(run: RunDirectory, out: Path, write: Write = write_hf) -> tupl
         UserError: not a run directory, no checkpoint yet, `out` is not empty or cannot be there,
             or the format does not have the model.
     """
+    require_checkpoint(run)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} is there and not empty; name another folder, or remove it")
     out = out.resolve()

@@ -58,6 +58,13 @@ def newest_trained(run: RunDirectory) -> tuple[int, Config]:
     return step, _config_at(config, step)
 
 
+def require_checkpoint(run: RunDirectory) -> None:
+    """Raise UserError if this is not a run directory, or it has no checkpoint yet, whole or not."""
+    config = read_run_config(run)
+    if not saved_steps(checkpoints_of(config, run)):
+        raise _no_checkpoint(run, config)
+
+
 def load_trained(run: RunDirectory, step: int | None = None) -> tuple[Config, Transformer]:
     """The model of a checkpoint, in float32 on the CPU, and the configuration of the phase that it
     was trained in last.
