@@ -33,7 +33,7 @@ def generate(
         stop_id: generation ends before this token, which is not returned.
 
     Raises:
-        UserError: an empty prompt, a negative temperature, top_k < 1, or a seed of too many bits.
+        UserError: an empty prompt, a negative temperature, top_k < 1, or a seed of over 64 bits.
         TrainingError: the logits are not finite.
     """
     if not prompt_ids:
@@ -42,8 +42,8 @@ def generate(
         raise UserError(f"temperature = {temperature}: must be 0 (greedy) or more")
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k = {top_k}: must be at least 1")
-    if not -(2**63) <= seed < 2**63:
-        raise UserError(f"seed = {seed}: must have at most 63 bits")
+    if not -(2**63) <= seed < 2**64:
+        raise UserError(f"seed = {seed}: must be at least -2^63 and below 2^64")
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     ids = list(prompt_ids)

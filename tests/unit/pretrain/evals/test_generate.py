@@ -71,13 +71,19 @@ def test_top_k_samples_among_the_k_likeliest():
     assert firsts == {4, 5, 6}
 
 
+@pytest.mark.parametrize("seed", [-(2**63), 2**63, 2**64 - 1])
+def test_any_seed_of_64_bits_is_taken(seed):
+    assert len(generate(NextIsSum(), [1], 3, temperature=1.0, seed=seed)) == 3
+
+
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [
         ([], {}, "the prompt has no tokens"),
         ([1], {"temperature": -0.1}, "temperature = -0.1"),
         ([1], {"temperature": 1.0, "top_k": 0}, "top_k = 0"),
-        ([1], {"temperature": 1.0, "seed": 2**63}, "seed = 9223372036854775808: must have"),
+        ([1], {"temperature": 1.0, "seed": 2**64}, r"seed = 18446744073709551616: .* below 2\^64"),
+        ([1], {"temperature": 1.0, "seed": -(2**63) - 1}, r"must be at least -2\^63 and"),
     ],
 )
 def test_bad_requests_are_refused(prompt, options, message):
