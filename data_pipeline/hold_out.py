@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from data_pipeline.crawl.transfer import RefusedError
 from data_pipeline.errors import DataError, file_errors
 from data_pipeline.formats.export import read_batches
-from data_pipeline.run_folder import exclusive, record_plan
+from data_pipeline.run_folder import exclusive, record_plan, refuse_foreign
 from data_pipeline.shards import Manifest, TokenReader, load_manifest, write_token_shards
 from data_pipeline.shards.writer import TOKENS_PER_SHARD
 
@@ -67,6 +67,9 @@ def hold_out(
         raise DataError(f"share = {share}: must be above 0 and below 1")
     manifest = load_manifest(shards)
     plan = {"command": "hold-out", "of": manifest.sha256, "share": share}
+    with file_errors():
+        # Other commands leave it: training looks there for what was held out.
+        refuse_foreign(out, [FOLDER])
     with file_errors(), exclusive(out):
         record_plan(out, plan)
         if (out / "manifest.json").exists():

@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import sleep
@@ -17,7 +17,6 @@ PLAN = "plan.json"
 OUTPUTS = (
     "audit",
     "funnel.json",
-    "held-out",
     "manifest.json",
     "metrics.jsonl",
     "shards",
@@ -56,7 +55,7 @@ def shared(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _held(folder: Path, kind: int) -> Iterator[None]:
-    _refuse_foreign(folder)
+    refuse_foreign(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+") as file:
         if not _lock(file, kind):
@@ -87,9 +86,10 @@ def _lock(file: IO[str], kind: int) -> bool:
     return False
 
 
-def _refuse_foreign(folder: Path) -> None:
+def refuse_foreign(folder: Path, outputs: Sequence[str] = OUTPUTS) -> None:
+    """Raise DataError if a folder has something that a run would replace, and is no run's."""
     # In this order: another process may be making the plan and, after it, the rest.
-    foreign = [name for name in OUTPUTS if (folder / name).exists()]
+    foreign = [name for name in outputs if (folder / name).exists()]
     if foreign and not (folder / PLAN).exists():
         raise DataError(
             f"{folder}: holds {', '.join(foreign)} but no {PLAN}, so not a run that can be "
@@ -103,7 +103,7 @@ def check_plan(folder: Path, plan: dict[str, Any]) -> None:
     Raises:
         DataError: as they do.
     """
-    _refuse_foreign(folder)
+    refuse_foreign(folder)
     if (folder / PLAN).exists():
         _checked(folder, json.loads(json.dumps(plan)))
 

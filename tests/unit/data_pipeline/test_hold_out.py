@@ -12,6 +12,8 @@ from data_pipeline.hold_out import hold_out
 from data_pipeline.shards import Manifest, TokenReader, load_manifest, write_shards
 from data_pipeline.shards.store import LocalStore
 from data_pipeline.synthetic import Alphabet
+from data_pipeline.synthetic.shards import make_synthetic
+from data_pipeline.synthetic.stories import Task
 from tests.files import contents
 
 DOCUMENTS = [
@@ -94,3 +96,12 @@ def test_shards_that_lie_where_it_writes_are_not_replaced(shards: Path, is_sourc
     with pytest.raises(DataError, match=r"runs: holds held-out but no plan\.json"):
         hold_out(there if is_source else shards, out, share=0.2)
     assert contents(out) == before
+
+
+def test_shards_are_made_beside_what_was_held_out_before(shards: Path) -> None:
+    """Where training looks for it."""
+    held_out = shutil.copytree(shards, shards.with_name("out") / "held-out")
+    task = Task(name="needle")
+    out = held_out.parent
+    assert make_synthetic(task, out, length=40, documents=9, vocab_size=64, seed=3).is_new
+    assert contents(held_out) == contents(shards)
