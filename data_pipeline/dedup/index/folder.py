@@ -106,7 +106,7 @@ class Index:
 
     def commit(self, segments: Segments, state: State, dumps: tuple[Dump, ...]) -> None:
         """From now on these are what the index has."""
-        _sync(self._new)
+        sync(self._new)
         listed = tuple((one.folder.name, one.first, one.documents) for one in segments.all)
         self.contents = replace(
             self.contents,
@@ -118,7 +118,7 @@ class Index:
         body = json.dumps(asdict(self.contents), indent=1).encode()
         aside = self.folder / f".{INDEX}"
         aside.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-        _sync([aside])
+        sync([aside])
         aside.replace(self.folder / INDEX)
 
     def remove_leftovers(self) -> None:
@@ -130,7 +130,7 @@ class Index:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _sync(paths: Sequence[Path]) -> None:
+def sync(paths: Sequence[Path]) -> None:
     """Have the files, and those of the folders, on disk; what is gone already needs not be."""
     files = [file for path in paths for file in (path, *path.glob("*")) if file.is_file()]
     with ThreadPoolExecutor(SYNCS_AT_ONCE) as pool:  # these share the journal's writes

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_pipeline.dedup.index.folder import held_index
+from data_pipeline.dedup.index.folder import held_index, sync
 from data_pipeline.dedup.index.forest import Forest, contains
 from data_pipeline.dedup.index.joining import Bands, hashes_of, join_documents
 from data_pipeline.dedup.index.limits import limits_of
@@ -82,6 +82,7 @@ def remove_documents(
         aside = changes.with_name(f".{changes.name}")
         count = write_tables(aside, tables, SCHEMA.names)
         # First: a removal that is killed behind this is repeated, one that is done cannot be.
+        sync([aside])
         aside.replace(changes)
         index.commit(left, state, dumps)
     return RemovalReport(removed=len(removed), changed=count)

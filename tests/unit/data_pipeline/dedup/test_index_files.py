@@ -222,6 +222,20 @@ def test_nothing_is_removed_without_a_file_that_tells_what_changed(tmp_path, cor
     assert (tmp_path / "changes.parquet").exists()
 
 
+def test_what_changed_is_on_disk_before_the_removal_is(tmp_path, corpus, monkeypatch):
+    add(tmp_path, corpus[:9])
+    synced = set()
+    monkeypatch.setattr("os.fsync", lambda file: synced.add(os.fstat(file).st_ino))
+    commit = Index.commit
+
+    def look_and_commit(self, segments, state, dumps):
+        assert (tmp_path / "changes.parquet").stat().st_ino in synced
+        commit(self, segments, state, dumps)
+
+    monkeypatch.setattr(Index, "commit", look_and_commit)
+    remove_documents(tmp_path / "ix", ["d1"], tmp_path / "changes.parquet", memory=1 << 20)
+
+
 def test_memory_is_written_with_its_unit():
     assert [parse_memory(text) for text in ("500MB", "1.5 GB")] == [500_000_000, 1_500_000_000]
     for text in ("500", "2gb", "GB"):
