@@ -44,9 +44,10 @@ log = logging.getLogger(__name__)
 class Cache:
     """A folder of files named by their sha256; the least recently used make room for new ones.
 
-    Never more than `max_bytes` lie in it. What a process has mapped is not removed, and counts.
-    A process keeps at most a sixteenth of the bound mapped, or one file. The folder may be used by
-    many processes of one machine; a file that several want is downloaded by one of them.
+    Never more than `max_bytes` of them lie in it; files of other names are left alone, and do not
+    count. What a process has mapped is not removed, and counts. A process keeps at most a sixteenth
+    of the bound mapped, or one file. The folder may be used by many processes of one machine; a
+    file that several want is downloaded by one of them.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
