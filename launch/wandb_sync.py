@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -58,6 +58,30 @@ class Arrival:
     undone: int
 
 
+@dataclass(frozen=True)
+class Stored:
+    """What W&B has, of some steps the values: not of those that are as they should be.
+
+    Attributes:
+        whole: steps of which it has a row with all that it should have.
+        since: of the other rows, or those that came after that one, by name the value that came
+            last; no values of a step that it should not have.
+    """
+
+    whole: set[int]
+    since: dict[int, dict[str, Any]]
+
+    @property
+    def steps(self) -> set[int]:
+        return self.whole | self.since.keys()
+
+    def shown(self, row: MirroredRow) -> dict[str, Any] | None:
+        """What W&B shows of the step of a row that it should have; None: it has no such step."""
+        before = as_mirrored(row) if row.step in self.whole else None
+        since = self.since.get(row.step)
+        return before if since is None else (before or {}) | since
+
+
 class WandbHistory:
     """The rows that a W&B server has of a run.
 
@@ -70,17 +94,23 @@ class WandbHistory:
         self._name = name
         self._api = api
 
-    def latest(self) -> dict[int, int]:
-        """The digest of the last row of each step."""
-        return {int(row["train/step"]): digest(row) for row in self._rows() if "train/step" in row}
+    def stored(self, wanted: Mapping[int, int]) -> Stored:
+        """What W&B has, in one scan of the whole history.
 
-    def values(self, steps: Collection[int]) -> dict[int, dict[str, Any]]:
-        """What W&B shows of some steps: of each name the value that came last."""
-        shown: dict[int, dict[str, Any]] = {}
-        for row in self._rows() if steps else ():
-            if "train/step" in row and (step := int(row["train/step"])) in steps:
-                shown.setdefault(step, {}).update(row)
-        return shown
+        Args:
+            wanted: the digest of the row that each step should have.
+        """
+        found = Stored(set(), {})
+        for row in self._rows():
+            if "train/step" not in row:
+                continue
+            step = int(row["train/step"])
+            if digest(row) == wanted.get(step):
+                found.whole.add(step)
+                found.since.pop(step, None)
+            else:
+                found.since.setdefault(step, {}).update(row if step in wanted else {})
+        return found
 
     def attempt(self) -> int | None:
         """The number of the attempt that W&B's configuration of the run is of."""
@@ -295,18 +325,17 @@ def compare(run: RunDirectory, last: int, history: WandbHistory, wait_s: float) 
 
 
 def compare_now(run: RunDirectory, last: int, history: WandbHistory) -> Arrival:
-    rows = [(row.step, digest_of(row)) for row in mirrored_rows(run, last)]
-    latest = history.latest()
-    differ = {step for step, of_row in rows if latest.get(step) != of_row}
-    # Of a row that was added to, the last that W&B has is what was added.
-    shown = history.values(differ & latest.keys())
+    wanted = {row.step: digest_of(row) for row in mirrored_rows(run, last)}
+    stored = history.stored(wanted)
+    differ = wanted.keys() - (stored.whole - stored.since.keys())
     missing: dict[int, frozenset[str] | None] = {}
     for row in mirrored_rows(run, last) if differ else ():
         if row.step in differ:
-            lacks = lacking(row, shown[row.step]) if row.step in shown else None
+            shown = stored.shown(row)
+            lacks = None if shown is None else lacking(row, shown)
             if lacks is None or lacks:
                 missing[row.step] = lacks
-    return Arrival(len(rows), missing, len(latest.keys() - {step for step, _ in rows}))
+    return Arrival(len(wanted), missing, len(stored.steps - wanted.keys()))
 
 
 def lacking(row: MirroredRow, shown: Mapping[str, Any]) -> frozenset[str]:
@@ -318,7 +347,12 @@ def lacking(row: MirroredRow, shown: Mapping[str, Any]) -> frozenset[str]:
 
 
 def digest_of(row: MirroredRow) -> int:
-    return digest(scalars(row.values) | dict.fromkeys([SAMPLES] * bool(row.samples)))
+    return digest(as_mirrored(row))
+
+
+def as_mirrored(row: MirroredRow) -> dict[str, Any]:
+    """What W&B should show of a row, without its samples themselves."""
+    return scalars(row.values) | dict.fromkeys([SAMPLES] * bool(row.samples))
 
 
 def send_rows(
