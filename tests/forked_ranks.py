@@ -66,7 +66,9 @@ def _run(launch: Launch, logs: Path) -> str | None:
             rank = ranks.pop(pid)
             if status and problem is None:
                 output = (logs / f"{rank}").read_text(errors="replace")
-                problem = f"rank {rank} of {launch.nproc} failed:\n{output}"
+                code = os.waitstatus_to_exitcode(status)
+                how = "failed" if code > 0 else f"was killed by signal {-code}"
+                problem = f"rank {rank} of {launch.nproc} {how}:\n{output}"
     except TimeoutError:
         late = f"ranks {sorted(ranks.values())} of {launch.nproc} did not end"
         problem = problem or f"{late} in {launch.timeout_s} s"
