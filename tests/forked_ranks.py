@@ -67,8 +67,8 @@ def _run(launch: Launch, logs: Path) -> str | None:
             if status and problem is None:
                 output = (logs / f"{rank}").read_text(errors="replace")
                 code = os.waitstatus_to_exitcode(status)
-                how = "failed" if code > 0 else f"was killed by signal {-code}"
-                problem = f"rank {rank} of {launch.nproc} {how}:\n{output}"
+                how = "" if code > 0 else f", killed by signal {-code}"
+                problem = f"rank {rank} of {launch.nproc} failed{how}:\n{output}"
     except TimeoutError:
         late = f"ranks {sorted(ranks.values())} of {launch.nproc} did not end"
         problem = problem or f"{late} in {launch.timeout_s} s"

@@ -61,7 +61,7 @@ def test_each_due_step_is_evaluated_once(shards: Path, tmp_path: Path) -> None:
         assert "eval/heldout_loss" not in rows(run)[0], "who is asked to stop gives up"
     run_on_ranks(1, SCRIPT, str(run.root), "stop", "4")
     assert "eval/heldout_loss" not in rows(run)[-1], "who is asked to stop does not evaluate"
-    with pytest.raises(AssertionError, match="rank 0 of 1 failed"):
+    with pytest.raises(AssertionError, match="rank 0 of 1 failed, killed by signal 9"):
         run_on_ranks(1, SCRIPT, str(run.root), "kill", "7")
     run_on_ranks(1, SCRIPT, str(run.root))
     assert losses(run) == evaluated
