@@ -14,7 +14,7 @@ from pretrain.model.kernels.pieces import Mask, visible_pieces
 
 # From so many tokens on, blocks may be computed by kernels made for their lengths: of whole rows,
 # each of which has them.
-RECURRING_TOKENS = 256
+SHORTEST_RECURRING = 256
 
 
 def documents_attention(
@@ -146,7 +146,7 @@ def _blocks(documents: Documents, window: int | None) -> Iterator[Block]:
     if not documents.is_packed:
         for block in _blocks_of(slice(B), range(T), window):
             shorter = min(tokens.stop - tokens.start for tokens in (block.queries, block.keys))
-            yield block._replace(recurs=shorter >= RECURRING_TOKENS)
+            yield block._replace(recurs=shorter >= SHORTEST_RECURRING)
         return
     for row, lengths in enumerate(documents.lengths):
         for start, stop in pairwise(accumulate(lengths, initial=0)):

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from pretrain.model.kernels import attention
-from pretrain.model.kernels.attention import RECURRING_TOKENS, Block, documents_attention
+from pretrain.model.kernels.attention import SHORTEST_RECURRING, Block, documents_attention
 from pretrain.model.kernels.documents import Documents
 
 SCALE = 0.3
@@ -51,18 +51,18 @@ def test_equals_masked_sdpa(rows, window, dtype, tolerance):
         assert (x - y).norm() <= tolerance * y.norm()
 
 
-@pytest.mark.parametrize("window", [None, RECURRING_TOKENS])
+@pytest.mark.parametrize("window", [None, SHORTEST_RECURRING])
 def test_kernels_are_made_for_no_block_of_a_few_tokens(window, monkeypatch):
     """cuDNN takes seconds for each new length, and refuses a single key."""
     blocks: list[Block] = []
     monkeypatch.setattr(attention, "attend", lambda *_: blocks.append(_[5]))
-    T = 2 * RECURRING_TOKENS + 1
+    T = 2 * SHORTEST_RECURRING + 1
     q = k = v = torch.zeros(1, 1, T, 1)
     documents_attention(q, k, v, Documents.whole_rows(1, T), scale=SCALE, window=window)
     assert any(block.recurs for block in blocks)
     for block in blocks:
         lengths = [tokens.stop - tokens.start for tokens in (block.queries, block.keys)]
-        assert block.recurs == (min(lengths) >= RECURRING_TOKENS)
+        assert block.recurs == (min(lengths) >= SHORTEST_RECURRING)
 
 
 def test_refuses_documents_of_another_batch():
