@@ -6,11 +6,18 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import IO
 
 # Of no other program: what has it and is not held is removed.
 LOCK = "farspan-scratch.lock"
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder, if it is not there. Raises OSError if nothing can be written in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=folder):
+        pass
 
 
 @contextmanager

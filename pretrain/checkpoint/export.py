@@ -1,7 +1,6 @@
 """The newest checkpoint of a run in a format of others."""
 
 from pathlib import Path
-from tempfile import TemporaryFile
 
 from pretrain.balancing import RouterState
 from pretrain.checkpoint.formats import Write
@@ -11,7 +10,7 @@ from pretrain.checkpoint.trained import load_newest, require_checkpoint
 from pretrain.config import Config
 from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory
-from pretrain.scratch import scratch_folder
+from pretrain.scratch import make_writable, scratch_folder
 
 
 def export_newest(run: RunDirectory, out: Path, write: Write = write_hf) -> tuple[int, Config]:
@@ -32,9 +31,7 @@ def export_newest(run: RunDirectory, out: Path, write: Write = write_hf) -> tupl
         raise UserError(f"--out {out} is there and not empty; name another folder, or remove it")
     out = out.resolve()
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=out.parent):
-            pass
+        make_writable(out.parent)
     except OSError as error:
         raise UserError(
             f"--out {out}: nothing can be written there ({error.strerror}); name another place"

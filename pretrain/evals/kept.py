@@ -1,9 +1,8 @@
 """Where evaluations are kept."""
 
-from tempfile import TemporaryFile
-
 from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory
+from pretrain.scratch import make_writable
 
 
 def make_room(run: RunDirectory) -> None:
@@ -13,9 +12,7 @@ def make_room(run: RunDirectory) -> None:
         UserError: what is found could not be kept there.
     """
     try:
-        run.evaluations.mkdir(exist_ok=True)
-        with TemporaryFile(dir=run.evaluations):
-            pass
+        make_writable(run.evaluations)
     except OSError as error:
         raise UserError(
             f"{run.evaluations} cannot be written, where evaluations are kept: {error.strerror}. "
