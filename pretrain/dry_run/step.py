@@ -132,7 +132,7 @@ class Step:
         The first segment is handed nothing and the last hands on nothing. Where gradients flow in
         groups, whole groups are added.
         """
-        reach, step, first = self.config.context.reach, 1, 3
+        reach, step, first = self.config.context.reach, 1, 2
         if reach < self.segments:
             step, first = reach, 2 * reach + self.segments % reach
         few = [first, first + step, first + 2 * step]

@@ -10,11 +10,13 @@ import torch.distributed as dist
 from torch import nn
 
 from parallel.mesh import join_ranks
+from pretrain.engines.deepspeed.ranks import join_deepspeed
 from tests.foreign import MODELS, transformers_model
 
 
 def save_under_zero_3(theirs: nn.Module, directory: Path) -> None:
     """Collective."""
+    join_deepspeed(torch.device("cpu"))
     engine, *_ = deepspeed.initialize(
         model=theirs,
         model_parameters=theirs.parameters(),
@@ -29,8 +31,7 @@ def save_under_zero_3(theirs: nn.Module, directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    join_ranks(timedelta(minutes=2))
-    deepspeed.init_distributed()
+    join_ranks(timedelta(minutes=10))
     save_under_zero_3(transformers_model(MODELS[sys.argv[1]]), Path(sys.argv[2]))
     # gloo may abort a rank that leaves while another still works.
     dist.barrier()

@@ -8,11 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
-import deepspeed
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from deepspeed.sequence.layer import DistributedAttention
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,6 +21,7 @@ from parallel.context.attention import ContextAttention
 from parallel.context.documents import SplitDocuments
 from parallel.layout import RowLayout, split_row
 from parallel.mesh import join_ranks
+from pretrain.engines.deepspeed.ranks import join_deepspeed
 
 TOKENS = 96
 # The lengths of the documents of each row.
@@ -111,10 +110,7 @@ def run_case(rows: Sequence[Sequence[int]], n_key_heads: int) -> dict[str, dict[
 
 
 def main() -> None:
-    join_ranks(timedelta(minutes=2))
-    # Collectives are gloo's: DeepSpeed's own in shared memory would have to be compiled first.
-    deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
-    deepspeed.init_distributed("gloo")
+    join_deepspeed(join_ranks(timedelta(minutes=10)))
     results = {
         f"{name}-{heads}-key-heads": run_case(rows, heads)
         for name, rows in ROWS.items()

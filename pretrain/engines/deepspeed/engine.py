@@ -14,7 +14,6 @@ from deepspeed.checkpoint.constants import (
     UNIVERSAL_CHECKPOINT_VERSION_KEY,
     UNIVERSAL_CHECKPOINT_VERSION_VALUE,
 )
-from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from torch import Tensor
 
 from data_pipeline.stream import Batch
@@ -36,6 +35,7 @@ from pretrain.engines.deepspeed.config import deepspeed_config
 from pretrain.engines.deepspeed.microbatch import Microbatch, Rows
 from pretrain.engines.deepspeed.model import build_loss, build_optimizer
 from pretrain.engines.deepspeed.norm import gradient_norm, refused
+from pretrain.engines.deepspeed.ranks import join_deepspeed
 from pretrain.engines.deepspeed.state import ZeroState, stored, whole_shape
 from pretrain.engines.deepspeed.ulysses import exchange_heads
 from pretrain.engines.engine import GradientNorms, Measured
@@ -84,10 +84,7 @@ class DeepSpeedEngine:
 
     def _start(self) -> None:
         """Give the model to DeepSpeed."""
-        if self.device.type == "cpu":
-            # Collectives are gloo's: its own in shared memory would have to be compiled first.
-            deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
-        deepspeed.init_distributed()
+        join_deepspeed(self.device)
         theirs = deepspeed_config(self.config, self.layout.data_ranks)
         loss = build_loss(self.config, self._token_losses, theirs, self.device)
         self.model: Transformer = loss.model
