@@ -9,8 +9,9 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Against hanging for ever: a busy machine may take ten times as long as a quiet one.
-TIMEOUT_S = 1200
+# Against hanging for ever, where no collective ends it: a busy machine may take ten times as long
+# as a quiet one, and one launch may hold dozens of cases.
+TIMEOUT_S = 3600
 
 
 def run_on_ranks(nproc: int, script: Path, *arguments: str) -> None:

@@ -34,7 +34,7 @@ def arguments(shards: Path, results: Path, cases: Mapping[str, str]) -> list[str
 def run_cases(run_case: Callable[[str, Config, torch.device], dict[str, Any]]) -> None:
     """Run the cases of the command line; what each returns on rank 0 is saved as `NAME.pt`."""
     shards, results = Path(sys.argv[1]), Path(sys.argv[2])
-    device = join_ranks(timedelta(minutes=2))
+    device = join_ranks(timedelta(minutes=10))
     for case in sys.argv[3:]:
         name, _, overrides = case.partition(":")
         config = load_config(

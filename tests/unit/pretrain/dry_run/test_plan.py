@@ -59,8 +59,9 @@ def test_a_shipped_recipe_fits(recipe: str) -> None:
 
 def plan_of_segments(gradient: str, tells_all: bool) -> Plan:
     settings = ["model.layer_pattern=[linear, sliding, softmax]", "model.attention.window=16"]
-    settings += ["data.seq_len=896", "context.segments=14", f"context.gradient={gradient}"]
-    settings += ["train.global_batch=4", "train.microbatch=1", "parallel.cp=2"]
+    settings += ["model.n_layers=3"]
+    settings += ["data.seq_len=640", "context.segments=10", f"context.gradient={gradient}"]
+    settings += ["train.global_batch=1", "train.microbatch=1", "parallel.cp=2"]
     with pytest.MonkeyPatch.context() as patch:
         if tells_all:
             patch.setattr(Step, "telling_segments", lambda step: [step.segments])
