@@ -103,7 +103,9 @@ class Transformer(nn.Module):
         tied = config.tie_embeddings
         self.embedding = None
         if embeds or (predicts and tied):
-            self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+            # Not drawn: that would import torch's compiler, for a second, even without memory.
+            values = torch.empty(config.vocab_size, config.d_model)
+            self.embedding = nn.Embedding.from_pretrained(values, freeze=False)
         kinds, rotates = config.layer_kinds(), config.rotates()
         self.layers = nn.ModuleDict(
             {str(i): Layer(config, kinds[i], rotates[i]) for i in self.part.layers}
