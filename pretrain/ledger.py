@@ -189,8 +189,8 @@ class Ledger:
             self._end = _end_of_whole_records(path, attempt)
             # Reading a long one takes a while.
             fence()
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-            os.ftruncate(self._descriptor, self._end)
+            self._file = path.open("ab", buffering=0)
+            self._file.truncate(self._end)
         except OSError as error:
             raise LedgerError(f"{path}: cannot be opened: {error.strerror}") from error
 
@@ -280,7 +280,7 @@ class Ledger:
     def sync(self) -> None:
         """Make all records durable; a checkpoint may be committed only after that."""
         try:
-            os.fsync(self._descriptor)
+            os.fsync(self._file.fileno())
         except OSError as error:
             raise LedgerError(f"{self.path}: cannot be made durable: {error.strerror}") from error
 
@@ -312,7 +312,7 @@ class Ledger:
         written = 0
         try:
             while written < len(content):
-                written += os.write(self._descriptor, content[written:])
+                written += self._file.write(content[written:])
         except OSError as error:
             raise self._cut_back(error, written, len(content)) from error
         self._end += len(content)
@@ -320,7 +320,7 @@ class Ledger:
     def _cut_back(self, error: OSError, written: int, wanted: int) -> LedgerError:
         """Remove the half-written record, and say what happened."""
         try:
-            os.ftruncate(self._descriptor, self._end)
+            self._file.truncate(self._end)
             state = f"it ends with its last whole record again, at byte {self._end}"
         except OSError as second:
             state = f"its half-written end could not be cut off ({second.strerror})"
