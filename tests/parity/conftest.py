@@ -1,7 +1,7 @@
-"""Data, ranks to train on it, and how far a layout is from one of them."""
+"""Data, ranks to train on it, and how far layouts are from one of them."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ TOLERANCE = 1e-5
 STEPS = 3
 
 Compare = Callable[..., Difference]
+CompareAll = Callable[[Sequence[Setting]], dict[Setting, Difference]]
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +54,24 @@ def compare(ranks: Ranks, parity_shards: Path) -> Compare:
         return difference(ranks.run(setting.ranks, overrides, steps, breaks=breaks), one_rank)
 
     return compare
+
+
+@pytest.fixture(scope="session")
+def compare_all(ranks: Ranks, parity_shards: Path) -> CompareAll:
+    """How far each of settings on equally many ranks is from one rank."""
+
+    def compare_all(settings: Sequence[Setting]) -> dict[Setting, Difference]:
+        references = [setting.of_one_rank(parity_shards) for setting in settings]
+        ours = [setting.overrides(parity_shards) for setting in settings]
+        results = zip(
+            settings,
+            ranks.run_together(settings[0].ranks, ours, STEPS),
+            ranks.run_together(1, references, STEPS),
+            strict=True,
+        )
+        return {setting: difference(spread, alone) for setting, spread, alone in results}
+
+    return compare_all
 
 
 @pytest.fixture

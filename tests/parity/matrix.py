@@ -43,15 +43,31 @@ class Ranks:
 
     def run(self, ranks: int, overrides: Sequence[str], steps: int, **options: Any) -> Result:
         """Run a case; fails with the output of a rank that fails."""
-        key = json.dumps([ranks, list(overrides), steps, options])
-        if key not in self._results:
-            folder = self.folder / str(next(self._numbers))
-            folder.mkdir()
-            case = Case(list(overrides), steps, str(folder), **options)
-            run_on_ranks(ranks, SCRIPT, json.dumps(asdict(case)))
+        (result,) = self.run_together(ranks, [overrides], steps, **options)
+        return result
+
+    def run_together(
+        self, ranks: int, cases: Sequence[Sequence[str]], steps: int, **options: Any
+    ) -> list[Result]:
+        """Run cases in one launch, whose ranks start and connect once."""
+        keys = [json.dumps([ranks, list(overrides), steps, options]) for overrides in cases]
+        new = {
+            key: Case(list(overrides), steps, str(self._make_folder()), **options)
+            for key, overrides in zip(keys, cases, strict=True)
+            if key not in self._results
+        }
+        if new:
+            run_on_ranks(ranks, SCRIPT, json.dumps([asdict(case) for case in new.values()]))
+        for key, case in new.items():
+            folder = Path(case.results)
             outcomes = [torch.load(folder / f"rank-{rank}.pt") for rank in range(ranks)]
             self._results[key] = Result(outcomes, folder)
-        return self._results[key]
+        return [self._results[key] for key in keys]
+
+    def _make_folder(self) -> Path:
+        folder = self.folder / str(next(self._numbers))
+        folder.mkdir()
+        return folder
 
 
 def difference(ours: Result, one_rank: Result) -> Difference:

@@ -1,6 +1,6 @@
 """Every layout gives the losses, the gradients and the weights of one rank."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity.conftest import STEPS, TOLERANCE, Compare
-from tests.parity.matrix import Ranks
+from tests.parity.conftest import STEPS, TOLERANCE, CompareAll
+from tests.parity.matrix import Difference, Ranks
 from tests.parity.models import MODELS, Setting, layouts, schedule
 
 CLIP = 0.5
@@ -129,24 +129,35 @@ EIGHT_RANKS = [
 ]
 
 
-@pytest.mark.parametrize("setting", ALL, ids=str)
-def test_a_layout_equals_one_rank(setting: Setting, compare: Compare) -> None:
-    worst = compare(setting)
-    assert worst.error <= TOLERANCE, worst
+def together(settings: Iterable[Setting]) -> list[Any]:
+    """Parameters of a test: eight settings at most, on equally many ranks, which start once."""
+    by_ranks: dict[int, list[Setting]] = {}
+    for setting in settings:
+        by_ranks.setdefault(setting.ranks, []).append(setting)
+    return [
+        pytest.param(group[first : first + 8], id=f"{group[first]} and so on")
+        for group in by_ranks.values()
+        for first in range(0, len(group), 8)
+    ]
+
+
+@pytest.mark.parametrize("settings", together(ALL))
+def test_layouts_equal_one_rank(settings: Sequence[Setting], compare_all: CompareAll) -> None:
+    assert not beyond_tolerance(compare_all(settings))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", EIGHT_RANKS, ids=str)
-def test_a_layout_of_eight_ranks_equals_one_rank(setting: Setting, compare: Compare) -> None:
-    worst = compare(setting)
-    assert worst.error <= TOLERANCE, worst
+@pytest.mark.parametrize("settings", together(EIGHT_RANKS + EVERYTHING))
+def test_every_layout_of_four_ranks_and_some_of_eight_equal_one_rank(
+    settings: Sequence[Setting], compare_all: CompareAll
+) -> None:
+    assert not beyond_tolerance(compare_all(settings))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("setting", EVERYTHING, ids=str)
-def test_every_layout_of_four_ranks_equals_one_rank(setting: Setting, compare: Compare) -> None:
-    worst = compare(setting)
-    assert worst.error <= TOLERANCE, worst
+def beyond_tolerance(found: dict[Setting, Difference]) -> list[str]:
+    return [
+        f"{setting}: {worst}" for setting, worst in found.items() if not worst.error <= TOLERANCE
+    ]
 
 
 def test_nothing_is_equal_because_it_is_nothing(one_rank: dict[str, Any]) -> None:

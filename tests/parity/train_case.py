@@ -1,6 +1,6 @@
-"""Train a layout of a model for a few steps and keep all that must be equal; run by matrix.py.
+"""Train layouts of models for a few steps and keep all that must be equal; run by matrix.py.
 
-The argument is a case, as JSON.
+The argument is a list of cases, as JSON.
 """
 
 import json
@@ -47,9 +47,11 @@ class Case:
 
 
 def main() -> None:
-    case = Case(**json.loads(sys.argv[1]))
     device = join_ranks(timedelta(minutes=10))
-    torch.save(train_case(case, device), Path(case.results) / f"rank-{os.environ['RANK']}.pt")
+    for case in (Case(**fields) for fields in json.loads(sys.argv[1])):
+        # The last line before a failure.
+        print(*case.overrides, flush=True)
+        torch.save(train_case(case, device), Path(case.results) / f"rank-{os.environ['RANK']}.pt")
     dist.destroy_process_group()
 
 
