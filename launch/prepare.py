@@ -16,11 +16,14 @@ from data_pipeline.shards import Manifest, load_manifest
 from launch.changes import allow_changes, find_changes, note_changes
 from launch.sample import with_sample
 from pretrain.config import Config, read_run_config
+from pretrain.curriculum import PhaseConfig
 from pretrain.data import cache_of, open_stream, require_enough, source_names
 from pretrain.data_config import ShardSource
 from pretrain.errors import UserError
 from pretrain.evals.held_out_data import open_held_out
 from pretrain.run_dir import RunDirectory, write_atomically
+
+OFFLOAD_DIR = "parallel.offload_dir"
 
 
 def prepare_run(
@@ -103,6 +106,10 @@ def with_absolute_paths(config: Config, run: RunDirectory) -> Config:
     checkpoint = config.checkpoint
     if checkpoint.dir:
         checkpoint = checkpoint.model_copy(update={"dir": _absolute(checkpoint.dir)})
+    parallel = config.parallel
+    if parallel.offload_dir:
+        folder = _absolute_on_each_machine(parallel.offload_dir)
+        parallel = parallel.model_copy(update={"offload_dir": folder})
     evaluated = config.eval
     if isinstance(evaluated.sources, str):
         evaluated = evaluated.model_copy(update={"sources": _absolute(evaluated.sources)})
@@ -116,11 +123,26 @@ def with_absolute_paths(config: Config, run: RunDirectory) -> Config:
     return config.model_copy(
         update={
             "data": data,
+            "parallel": parallel,
+            "phases": tuple(map(_with_absolute_offload, config.phases)),
             "checkpoint": checkpoint,
             "eval": evaluated,
             "run": run_section,
         }
     )
+
+
+def _with_absolute_offload(phase: PhaseConfig) -> PhaseConfig:
+    settings = phase.settings()
+    if not (folder := settings.get(OFFLOAD_DIR)):
+        return phase
+    own = phase.model_dump(include=set(PhaseConfig.model_fields))
+    return PhaseConfig(**own, **settings | {OFFLOAD_DIR: _absolute_on_each_machine(folder)})
+
+
+def _absolute_on_each_machine(folder: str) -> str:
+    """Links stay: on another machine they may lead elsewhere."""
+    return str(Path(folder).absolute())
 
 
 def _absolute(path: str) -> str:

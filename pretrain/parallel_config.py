@@ -74,7 +74,9 @@ class ParallelConfig(Section):
         "waits until it is used: on the device, in host memory, or in a file.",
     )
     offload_dir: str | None = Field(
-        None, description="Folder of that file, on a disk of each machine."
+        None,
+        description="Folder of that file, on a disk of each machine; a relative one is below the "
+        "folder in which the run is prepared.",
     )
     offload_gib: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Most GiB of a rank that wait elsewhere; null: what there is room for."

@@ -10,7 +10,7 @@ import pytest
 from data_pipeline.funnel import save_funnel
 from data_pipeline.shards import load_manifest, write_shards
 from launch.prepare import prepare_run
-from pretrain.config import load_config
+from pretrain.config import load_config, phases_of, read_run_config
 from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory
 
@@ -37,6 +37,24 @@ def test_length_logging_and_layout_may_always_change(prepare) -> None:
     run = prepare()
     prepare("train.steps=7", "train.log_every=3", "parallel.tp=2", "checkpoint.keep=9")
     assert "steps: 7" in run.config.read_text()
+
+
+def test_a_relative_folder_to_offload_to_is_the_same_from_any_other(
+    prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, elsewhere, link = (tmp_path / name for name in ("here", "elsewhere", "link"))
+    here.mkdir()
+    link.symlink_to(elsewhere)
+    monkeypatch.chdir(here)
+    offload = ("parallel.recompute=full", "parallel.offload=disk")
+    phases = "phases=[{from_step: 5, parallel: {offload_dir: later}}, {from_step: 9, optim.lr: 1}]"
+    run = prepare(*offload, "parallel.offload_dir=scratch", phases)
+    monkeypatch.chdir(tmp_path)
+    folders = [phase.config.parallel.offload_dir for phase in phases_of(read_run_config(run))]
+    assert folders == [str(here / "scratch"), str(here / "later"), str(here / "later")]
+
+    run = prepare(*offload, f"parallel.offload_dir={link}", allow=("phases",))
+    assert read_run_config(run).parallel.offload_dir == str(link)
 
 
 def test_segments_may_change_where_the_gradient_is_that_of_the_whole_row(prepare) -> None:
