@@ -27,6 +27,7 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings, as in optim.lr=1e-3."),
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.")]
+MAX_RESTARTS = 3
 SUITE_LONG = "With --suite long"
 SUITE_ICL = "With --suite icl"
 SUITE_LM_EVAL = "With --suite lm-eval"
@@ -51,9 +52,13 @@ def train(
         Path | None, typer.Option(help="Where the run lives (default: runs/RECIPE).")
     ] = None,
     max_restarts: Annotated[
-        int,
-        typer.Option(min=0, help="Restarts in a row after failures without progress; 0: none."),
-    ] = 3,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Restarts in a row after failures without progress; 0: none (default: "
+            f"{MAX_RESTARTS}).",
+        ),
+    ] = None,
     allow_change: Annotated[
         list[str] | None,
         typer.Option(
@@ -93,12 +98,21 @@ def train(
     Exit codes: 0 done, 75 stopped on request with everything saved, 2 a mistake in what was
     asked for, 1 anything else.
     """
+    of_runs = {
+        "--run-dir": run_dir is not None,
+        "--max-restarts": max_restarts is not None,
+        "--allow-change": bool(allow_change),
+        "--plain": plain,
+        "--prepare-only": prepare_only,
+    }
     if dry_run:
+        _refuse_given("--dry-run", of_runs | {"--explain-memory": explain_memory})
         from launch.dry_run import print_plan
 
         print_plan(recipe, overrides or [], ranks or nproc, rank or 0)
         return
     if explain_memory and ranks is None:
+        _refuse_given("--explain-memory", of_runs)
         from launch.explain_memory import print_memory
 
         print_memory(recipe, overrides or [], nproc, rank or 0)
@@ -110,7 +124,14 @@ def train(
 
     run = prepare(recipe, overrides or [], nproc, run_dir, allow_change or [])
     if not prepare_only:
-        raise typer.Exit(train_locally(run, nproc, max_restarts, plain))
+        restarts = MAX_RESTARTS if max_restarts is None else max_restarts
+        raise typer.Exit(train_locally(run, nproc, restarts, plain))
+
+
+def _refuse_given(instead: str, options: dict[str, bool]) -> None:
+    """Raise UserError if one of the options is given, of which `instead` makes no use."""
+    if given := [option for option, is_given in options.items() if is_given]:
+        raise UserError(f"{', '.join(given)}: {instead} makes no run; leave out one or the other")
 
 
 @app.command("eval")

@@ -197,15 +197,15 @@ def test_two_runs_that_need_the_sample_at_once_share_one(tmp_path: Path) -> None
 
 
 def test_a_dry_run_prints_a_plan_and_starts_nothing(tmp_path: Path) -> None:
-    where = ("--run-dir", str(tmp_path / "new"))
+    where = f"run.dir={tmp_path / 'new'}"
     plan = succeed(
-        "train", "tiny", *where, "--dry-run", "--ranks", "8", "--rank", "5", "parallel.tp=2"
+        "train", "tiny", where, "--dry-run", "--ranks", "8", "--rank", "5", "parallel.tp=2"
     )
     assert "rank 5 (pp 0, dp_replicate 0, dp_shard 2, cp 0, tp 1): layers 0-3" in plan
     for line in (r"peak +[\d.]+ MiB", r"tp +reduce-scatter +\d+ +[\d.]+ MiB"):
         assert re.search(line, plan), plan
     assert not (tmp_path / "new").exists()
-    assert "belong to --dry-run" in refusal("train", "tiny", *where, "--ranks", "8")
+    assert "belong to --dry-run" in refusal("train", "tiny", where, "--ranks", "8")
 
 
 def test_mistakes_are_told_in_one_message(run: Path, shards: Path, tmp_path: Path) -> None:
