@@ -23,8 +23,8 @@ def export_newest(run: RunDirectory, out: Path, write: Write = write_hf) -> tupl
         Its step, and the configuration of the phase that it was trained in last.
 
     Raises:
-        UserError: not a run directory, no checkpoint yet, `out` is not empty or cannot be there,
-            or the format does not have the model.
+        UserError: not a run directory, no checkpoint yet, `out` is not empty, cannot be there or
+            has no room, or the format does not have the model.
     """
     require_checkpoint(run)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -38,7 +38,13 @@ def export_newest(run: RunDirectory, out: Path, write: Write = write_hf) -> tupl
         ) from None
     step, config, model = load_newest(run)
     bias = RouterState.selection_bias_of(dict(model.layers))
-    with scratch_folder(out) as aside:
-        write(config, Weights(model.state_dict(), bias), run.tokenizer, aside)
-        aside.rename(out)
+    try:
+        with scratch_folder(out) as aside:
+            write(config, Weights(model.state_dict(), bias), run.tokenizer, aside)
+            aside.rename(out)
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written: {error.strerror or error}; nothing is left of it. Make room "
+            "there, or name another place"
+        ) from error
     return step, config

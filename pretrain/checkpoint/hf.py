@@ -67,8 +67,10 @@ def export(
 
     Raises:
         UserError: no family of transformers has this model, or the tokenizer is not the model's.
+        OSError: no room, say, or a file system that fails.
     """
     from huggingface_hub import save_torch_state_dict
+    from safetensors import SafetensorError
 
     if config.moe.balance == "bias":
         _refuse_selection_bias(selection_bias)
@@ -76,7 +78,10 @@ def export(
     eos_token = _eos_token(tokenizer, config.vocab_size, eos_id)
     dtype = str(state["embedding.weight"].dtype).removeprefix("torch.")
     out.mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict(state_to_hf(config, state), out, metadata={"format": "pt"})
+    try:
+        save_torch_state_dict(state_to_hf(config, state), out, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
     for weights in out.glob("*.safetensors"):
         # safetensors writes files that only their owner can read.
         weights.chmod(0o644)

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from launch.train import prepare
 from parallel.fsdp import local_tensor
 from parallel.mesh import alone
 from pretrain.checkpoint.export import export_newest
+from pretrain.checkpoint.formats.hf import write as write_hf
 from pretrain.checkpoint.index import Index
 from pretrain.checkpoint.manifest import Manifest, read_index
 from pretrain.checkpoint.store import checkpoint_in, saved_steps
@@ -22,6 +24,7 @@ from pretrain.config import load_config
 from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory
 from pretrain.trainer import Trainer
+from tests.disks import files_of_at_most
 from tests.foreign import MODELS, RUN, logits_in, settings_in, transformers_model
 
 RECIPE = "tiny-hybrid-moe"
@@ -157,6 +160,22 @@ def test_another_tokenizer_is_refused(theirs: Path, imports: Import, shards: Pat
         tokenizer.unlink()
 
 
+def test_an_export_without_room_is_told_and_leaves_nothing(
+    theirs: Path, imports: Import, tmp_path: Path
+) -> None:
+    run = imports(theirs, *fitting(imports, theirs))
+    out = tmp_path / "exports" / "one"
+
+    def without_room(*asked: Any) -> None:
+        with files_of_at_most(10_000):
+            write_hf(*asked)
+
+    told = f"{out} cannot be written: .*File too large.*; nothing is left of it. Make room there"
+    with pytest.raises(UserError, match=told):
+        export_newest(run, out, without_room)
+    assert not list(out.parent.iterdir())
+
+
 def test_an_export_is_whole_or_absent(theirs: Path, imports: Import, tmp_path: Path) -> None:
     run = imports(theirs, *fitting(imports, theirs))
     out = tmp_path / "exports" / "one"
@@ -165,7 +184,7 @@ def test_an_export_is_whole_or_absent(theirs: Path, imports: Import, tmp_path: P
         (next(out.parent.iterdir()) / "half").touch()
         raise OSError("no space left on device")
 
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(UserError, match="one cannot be written: no space left on device; nothing"):
         export_newest(run, out, fail)
     assert not list(out.parent.iterdir())
     export_newest(run, out)
