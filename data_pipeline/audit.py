@@ -11,11 +11,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_pipeline import ledger
-from data_pipeline.clean import CRASHED, TOO_SLOW, judge
+from data_pipeline.clean import judge
 from data_pipeline.crawl import Reject, read_document
 from data_pipeline.errors import DataError
 from data_pipeline.examples import source_of
-from data_pipeline.extract import ExtractError, extract_text
+from data_pipeline.extract import CRASHED, TOO_SLOW, ExtractError, extract_text
 from data_pipeline.funnel import read_funnel
 from data_pipeline.rates import read_totals
 from data_pipeline.recipe import Recipe

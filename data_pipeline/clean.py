@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from signal import ITIMER_PROF, setitimer
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -23,13 +22,19 @@ from data_pipeline.dedup.inputs import Part
 from data_pipeline.dedup.settings import Settings
 from data_pipeline.dedup.signed import SignedFileWriter, get_ready_to_sign
 from data_pipeline.examples import CHARACTERS_READ, Examples
-from data_pipeline.extract import ExtractError, extract_text
+from data_pipeline.extract import (
+    GOOD_PAGE,
+    ExtractError,
+    call_in_time,
+    call_in_time_apart,
+    extract_text,
+    get_ready_to_extract,
+)
 from data_pipeline.language import detect_language
 from data_pipeline.meter import Counter
 from data_pipeline.quality import Text
 from data_pipeline.recipe import Recipe
 from data_pipeline.stage import is_made, make_stage
-from data_pipeline.workers import WorkerDiedError, call_apart
 
 DOCUMENT_SCHEMA = pa.schema(
     {
@@ -42,24 +47,9 @@ DOCUMENT_SCHEMA = pa.schema(
 NO_DATE = datetime.fromtimestamp(0, UTC)
 ROWS_PER_WRITE = 1000
 CHARACTERS_PER_WRITE = 1 << 24
-TRIES = 2  # of a document: what ended the first one may have been no fault of its own
-OUT_OF_TIME = "SIGPROF"
-# Reasons of documents that must not be judged again in a process that is to live on.
-TOO_SLOW, CRASHED = "too slow", "crashed"
 
 # A page that the rules of the shipped recipes pass, and a text that both models of languages read.
-READYING = (
-    (
-        "text/html",
-        "<html><body><h1>The mill</h1><p>The old mill stands below the village, where the river is "
-        "slow and wide. Nobody has worked in it since the war, and yet its wheel turns whenever "
-        "there is enough rain.</p><p>Children come here after school to fish, or to throw stones "
-        "at the windows that are left. Last summer a family from the city bought the place with "
-        "all of its land. They want to open a small museum, and they have asked the council for "
-        "help with the roof. Most people would be glad to see that happen.</p></body></html>",
-    ),
-    ("text/plain", "Mi ka oe 12 nu."),
-)
+READYING = (("text/html", GOOD_PAGE), ("text/plain", "Mi ka oe 12 nu."))
 
 Document = Page | Reject
 Rows = tuple[list[dict[str, Any]], list[dict[str, Any]]]
@@ -236,31 +226,19 @@ def _batches(
 
 
 def judge_in_time(document: Document, recipe: Recipe) -> Outcome:
-    """`judge`; this process is ended if it takes longer than the recipe allows.
-
-    The kernel counts the seconds of CPU, so that native code is ended, too, and waiting is free.
-    """
-    setitimer(ITIMER_PROF, recipe.extract.max_seconds)
-    try:
-        return judge(document, recipe)
-    finally:
-        setitimer(ITIMER_PROF, 0)
+    """`judge`; this process is ended if it takes longer than the recipe allows."""
+    outcome: Outcome = call_in_time(judge, document, recipe, seconds=recipe.extract.max_seconds)
+    return outcome
 
 
 def judge_apart(document: Document, recipe: Recipe) -> Outcome:
     """`judge` in a process of its own; what ends that one drops the document."""
-    for _ in range(TRIES):
-        try:
-            outcome: Outcome = call_apart(judge_in_time, document, recipe)
-        except WorkerDiedError as error:
-            ended_by = error.by
-            if ended_by == OUT_OF_TIME:
-                limit = recipe.extract.max_seconds
-                detail = f"over {limit:g} seconds of CPU"
-                return _dropped(_row(document), "extract", TOO_SLOW, detail)
-        else:
-            return outcome
-    return _dropped(_row(document), "extract", CRASHED, f"ended by {ended_by}, {TRIES} times")
+    limit = recipe.extract.max_seconds
+    try:
+        outcome: Outcome = call_in_time_apart(judge, document, recipe, seconds=limit)
+    except ExtractError as error:
+        return _dropped(_row(document), "extract", error.reason, str(error))
+    return outcome
 
 
 def _row(document: Document) -> dict[str, Any]:
@@ -328,6 +306,7 @@ def get_ready(recipe: Recipe) -> None:
     Raises:
         RuntimeError: a page that is known to be good cannot be read, so that no other will be.
     """
+    get_ready_to_extract(recipe.extract.mode)
     any_language = recipe.language.model_copy(update={"allowed": (), "threshold": 0.0})
     recipe = recipe.model_copy(update={"language": any_language})
     pages = [
@@ -335,7 +314,5 @@ def get_ready(recipe: Recipe) -> None:
         for content_type, body in READYING
     ]
     rows = [judge(page, recipe).row for page in pages]
-    if broken := next((row for row in rows if row.get("reason") == "parser"), None):
-        raise RuntimeError(f"the parser fails on a good page: {broken['detail']}")
     pa.Table.from_pylist(rows, ledger.SCHEMA)  # imports pandas
     get_ready_to_sign()

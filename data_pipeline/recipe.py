@@ -18,7 +18,7 @@ from data_pipeline.dedup.settings import (
     checked_settings,
 )
 from data_pipeline.errors import DataError, file_errors
-from data_pipeline.extract import Mode
+from data_pipeline.extract import MAX_SECONDS, Mode
 from data_pipeline.hygiene import Decontamination, Privacy, UrlBlocklist, WordBlocklist
 from data_pipeline.language import LANGUAGES
 from data_pipeline.quality import (
@@ -53,7 +53,7 @@ class Extraction(_Section):
     """How main text is found; a document may take `max_seconds` of CPU, its rules included."""
 
     mode: Mode
-    max_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
+    max_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = MAX_SECONDS
 
 
 class Language(_Section):

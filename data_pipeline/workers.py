@@ -17,6 +17,7 @@ from data_pipeline.errors import DataError
 
 # A copy of this process, with all that it has imported and loaded, in milliseconds.
 FORK = get_context("fork")
+AGAIN = "What was finished is kept: run the same command again, with fewer --workers"
 
 
 class WorkerDiedError(DataError):
@@ -27,12 +28,18 @@ class WorkerDiedError(DataError):
 
 
 def do_each(
-    task: Callable[..., None], arguments: Sequence[tuple[Any, ...]], workers: int
-) -> Iterator[None]:
-    """Call `task` with each tuple of arguments, and yield once for each that has finished.
+    task: Callable[..., Any],
+    arguments: Sequence[tuple[Any, ...]],
+    workers: int,
+    advice: str = AGAIN,
+) -> Iterator[Any]:
+    """Call `task` with each tuple of arguments, and yield what it returns once it has finished.
 
     Each call is a process, at most `workers` at a time. Where that is killed, the task is called
     once more, with `is_careful=True` if it takes that. The first argument names it in messages.
+
+    Args:
+        advice: what to do when the second call is killed, too.
 
     Raises:
         WorkerDiedError: the process of the second call was killed, too.
@@ -52,18 +59,17 @@ def do_each(
                 result = cast(Connection, ended)
                 process, one, is_second = at_work.pop(result)
                 try:
-                    _take(process, result, _name(one[0]))
+                    value = _take(process, result, _name(one[0]))
                 except WorkerDiedError as died:
                     if is_second:
                         raise WorkerDiedError(
-                            f"{died}, and one before, perhaps for want of memory. What was "
-                            "finished is kept: run the same command again, with fewer --workers"
+                            f"{died}, and one before, perhaps for want of memory. {advice}"
                         ) from died
                     how = ", each document by itself" if can_be_careful else ""
                     print(f"warning: {died}; it is done again{how}", file=sys.stderr, flush=True)
                     waiting.appendleft((one, True))
                 else:
-                    yield
+                    yield value
     finally:
         for process, _, _ in at_work.values():
             process.kill()

@@ -27,8 +27,11 @@ class ExtractError(Exception):
     """A page without text: `reason` is what the audit row says."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
+        super().__init__(reason, detail)  # both, so that it pickles
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return self.detail
 
 
 def extract_text(page: Page, mode: Mode = "fast") -> str:

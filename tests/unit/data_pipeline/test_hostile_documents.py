@@ -2,6 +2,7 @@
 
 import faulthandler
 import hashlib
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -12,7 +13,14 @@ import pytest
 
 from data_pipeline import audit, clean
 from data_pipeline.crawl import Page
-from data_pipeline.extract import Mode, extract_text, text
+from data_pipeline.extract import (
+    ExtractError,
+    Mode,
+    archives,
+    extract_archives,
+    extract_text,
+    text,
+)
 from data_pipeline.recipe import Recipe, load_recipe
 from data_pipeline.run import run
 from data_pipeline.workers import WorkerDiedError, do_each
@@ -85,6 +93,48 @@ def test_the_audit_shows_their_source_and_lives_on(
     for number in (ENDLESS, DEADLY):
         (row,) = run_audit.document(f"doc-{number}")
         assert f"<p>Page {number} of the lot.</p>" in run_audit.look(row).text
+
+
+def test_extracting_leaves_them_out_and_names_them(
+    archive: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(archives, "extract_text", _hostile)
+    other, out = tmp_path / "other.warc.gz", tmp_path / "texts.jsonl"
+    other.write_bytes(record(8) + record(9, b"%PDF-"))
+    outcomes = extract_archives(
+        [str(archive), str(other)], out, id_header="X-Doc-Id", max_seconds=0.5
+    )
+    assert outcomes == {
+        "pages": 7,
+        "extract: too slow": 1,
+        "extract: crashed": 1,
+        "extract: binary": 1,
+    }
+    left = [n for n in range(9) if n not in (ENDLESS, DEADLY)]
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["id"] for row in rows] == [f"doc-{number}" for number in left]
+    _, slow, crashed = capsys.readouterr().err.splitlines()
+    assert slow.startswith(f"warning: {archive}, byte ")
+    assert f"doc-{ENDLESS} (http://example.org/{ENDLESS}): too slow, over 0.5 seconds" in slow
+    assert f"doc-{DEADLY} (http://example.org/{DEADLY}): crashed, ended by SIGSEGV" in crashed
+
+
+def test_a_page_without_text_is_counted_where_each_is_read_by_itself(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hostile(page: Page, mode: Mode) -> str:
+        if page.id == f"doc-{HARMLESS}":
+            raise ExtractError("no text", "the page has no main text")
+        return _hostile(page, mode)
+
+    monkeypatch.setattr(archives, "extract_text", hostile)
+    outcomes = extract_archives(
+        [str(archive)], tmp_path / "texts.jsonl", id_header="X-Doc-Id", max_seconds=0.5
+    )
+    assert outcomes["extract: no text"] == 1
 
 
 def test_a_worker_that_is_killed_once_changes_no_byte(
