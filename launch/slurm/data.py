@@ -233,10 +233,12 @@ def _options(step: Step, profile: Profile, request: Request, folder: JobFolder) 
         "reservation": profile.reservation,
         "time": request.time or profile.time,
         "cpus-per-task": request.workers,
+        "mem": profile.memory,
         "signal": f"TERM@{profile.stop_before_s}",
     }
     listed = [f"--{option}={value}" for option, value in options.items() if value is not None]
-    return [*listed, REQUEUE, *profile.options]
+    exclusive = ["--exclusive"] if profile.exclusive else []
+    return [*listed, REQUEUE, *exclusive, *profile.options]
 
 
 def _submit(

@@ -130,7 +130,7 @@ class Profile(Section):
         "auto", description="How GPUs are asked for; auto: gpus-per-node where nodes have some."
     )
     gpu_type: Line | None = Field(None, description="As in h100, where Slurm tells them apart.")
-    memory: Line | None = Field(None, description="Of a node, as in 500G; 0: all of it.")
+    memory: Line | None = Field(None, description="Of a job on each node, as in 500G; 0: all.")
     exclusive: bool = Field(False, description="Whether no other job may share the nodes.")
     options: tuple[Annotated[Line, AfterValidator(_long_option)], ...] = Field(
         (), description="More options of sbatch."

@@ -211,6 +211,17 @@ def test_jobs_get_their_words_unchanged_whatever_is_in_them(commands: Commands) 
         assert sorted(given) == sorted([*expected, "--parsable", "--export=ALL"])
 
 
+def test_each_job_asks_for_the_memory_of_its_site_and_shares_no_node_where_it_must_not(
+    commands: Commands,
+) -> None:
+    Path("site.yaml").write_text("memory: 500G\nexclusive: true\nshared_paths: [/]\n")
+    _submit(Path("data"))
+    submitted = commands.submitted()
+    assert len(submitted) == len(Stage)
+    for words in submitted:
+        assert {"--mem=500G", "--exclusive"} < set(words)
+
+
 def test_a_dry_run_says_what_would_be_submitted_and_submits_nothing(commands: Commands) -> None:
     printed = _submit(Path("data"), replace(REQUEST, is_dry=True))
     assert "0 of 6 archives are cleaned" in printed
