@@ -4,6 +4,7 @@ import io
 import re
 import zlib
 
+import brotli
 from fastwarc.stream_io import BrotliReader, ChunkedReader, ZstdReader
 
 CHUNK_HEADER = re.compile(rb"[0-9a-fA-F]{1,8}[ \t]*(?:;[^\r\n]*)?\r\n")
@@ -12,6 +13,8 @@ GZIP_MAGIC = b"\x1f\x8b\x08"
 # zlib copies what follows a member: whole bodies would cost the square of their members.
 GZIP_PIECE = 1 << 14
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+# No text has them, but one in UTF-16 or ISO 2022.
+CONTROL_CODE = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")
 
 
 class BodyError(Exception):
@@ -100,4 +103,17 @@ def _brotli_or_plain(raw: bytes, limit: int) -> bytes:
     try:
         return BrotliReader(io.BytesIO(raw)).read(limit + 1)
     except OSError:
+        if _begins_brotli(raw, limit):
+            raise OSError("the compressed stream is cut") from None
         return raw
+
+
+def _begins_brotli(raw: bytes, limit: int) -> bool:
+    """Whether all bytes are those of a brotli stream, and not of a text."""
+    if CONTROL_CODE.search(raw) is None:  # the decoder takes texts that begin with L for one
+        return False
+    try:
+        brotli.Decompressor().process(raw, output_buffer_limit=limit + 1)
+    except brotli.error:
+        return False
+    return True

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
+import brotli
 import pytest
 
 from data_pipeline.crawl import Archive, Page, Reject, find_archives
@@ -112,6 +113,26 @@ def test_bodies_are_decoded_where_their_bytes_are_encoded(
     (page,) = read(tmp_path, record(1, body, http=[("Content-Type", "text/html"), *headers]))
     assert isinstance(page, Page)
     assert page.body == HTML
+
+
+def test_a_brotli_body_that_is_cut_is_no_page(tmp_path: Path) -> None:
+    http = [("Content-Type", "text/html"), ("Content-Encoding", "br")]
+    text = b"".join(b"<p>Word %d of a page.</p>" % number for number in range(200))
+    whole = brotli.compress(text)
+    for length in range(20, len(whole), 7):
+        content = record(1, whole[:length], http=http) + record(2, whole, http=http)
+        cut, page = read(tmp_path, content)
+        assert isinstance(cut, Reject), f"cut after {length} bytes"
+        assert (cut.reason, page.body) == ("encoding", text)
+        assert "the compressed stream is cut" in cut.detail
+
+
+def test_a_text_that_could_be_the_beginning_of_brotli_is_a_page(tmp_path: Path) -> None:
+    http = [("Content-Type", "text/plain"), ("Content-Encoding", "br")]
+    text = b"Lorem ipsum dolor sit amet, consectetur adipiscing elit."
+    (page,) = read(tmp_path, record(1, text, http=http))
+    assert isinstance(page, Page)
+    assert page.body == text
 
 
 @pytest.mark.parametrize("compressed", [True, False])
