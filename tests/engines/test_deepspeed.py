@@ -300,6 +300,41 @@ def test_what_is_no_checkpoint_of_the_model_is_refused(
         import_checkpoint(folder / "checkpoints" / path, model_of(overrides))
 
 
+@pytest.mark.parametrize("missing", [0, 1])
+def test_an_engine_names_the_file_of_a_rank_that_is_missing(tmp_path: Path, missing: int) -> None:
+    from pretrain.engines.deepspeed.checkpoint import check_same_ranks
+
+    files = [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(2)]
+    for rank, file in enumerate(files):
+        (tmp_path / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+        (tmp_path / file).touch()
+    check_same_ranks(tmp_path, 2, stage=3)
+    (tmp_path / files[missing]).unlink()
+    told = rf"{tmp_path}: files are missing: {files[missing]} \(1 in all\); copy those of all ranks"
+    with pytest.raises(UserError, match=told):
+        check_same_ranks(tmp_path, 2, stage=3)
+
+
+@pytest.mark.parametrize(
+    ("stage", "file"),
+    [(1, "mp_rank_00_model_states.pt"), (3, "zero_pp_rank_0_mp_rank_00_model_states.pt")],
+)
+@pytest.mark.parametrize("kind", ["universal", "of one rank"])
+def test_an_engine_names_the_file_that_is_missing_of_all_ranks(
+    tmp_path: Path, stage: int, file: str, kind: str
+) -> None:
+    from pretrain.engines.deepspeed.checkpoint import check_same_ranks
+
+    if kind == "universal":
+        (tmp_path / "zero").mkdir()
+    else:
+        (tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
+    with pytest.raises(UserError, match=f"files are missing: {file} "):
+        check_same_ranks(tmp_path, 1, stage)
+    (tmp_path / file).touch()
+    check_same_ranks(tmp_path, 1, stage)
+
+
 def test_half_of_a_checkpoint_says_what_is_missing(tmp_path: Path) -> None:
     from pretrain.engines.deepspeed.checkpoint import import_checkpoint
 

@@ -96,9 +96,14 @@ def is_universal(step: Path) -> bool:
 
 
 def check_same_ranks(step: Path, ranks: int, stage: int) -> None:
-    """Raise UserError where DeepSpeed cannot go on from the folder of a step."""
+    """Raise UserError where DeepSpeed cannot go on from the folder of a step.
+
+    Each rank looks for the files of all, so that none waits for one that has ended.
+    """
+    found = {file.name for file in step.glob("*model_states.pt")}
     saved_by = ranks if is_universal(step) else len(list(step.glob("*_optim_states.pt")))
-    of_stage_3 = (step / "zero_pp_rank_0_mp_rank_00_model_states.pt").is_file()
+    # Without any file, nothing says that it is of another stage.
+    of_stage_3 = any(name.startswith("zero_pp_rank_") for name in found) if found else stage == 3
     if saved_by != ranks or of_stage_3 != (stage == 3):
         saved = "stage 3" if of_stage_3 else "stage 1 or 2"
         raise UserError(
@@ -106,6 +111,19 @@ def check_same_ranks(step: Path, ranks: int, stage: int) -> None:
             f"{stage}; go on with that stage, on other ranks from what ds_to_universal makes of "
             "it, or begin a run with its weights alone: `farspan import`"
         )
+    if missing := sorted(_model_states(step, ranks, stage) - found):
+        raise UserError(
+            f"{step}: files are missing: {_some(missing)}; copy those of all ranks, or name the "
+            "folder of another step"
+        )
+
+
+def _model_states(step: Path, ranks: int, stage: int) -> set[str]:
+    """The files that DeepSpeed reads next to weights and moments."""
+    if stage < 3:
+        return {"mp_rank_00_model_states.pt"}
+    readers = 1 if is_universal(step) else ranks
+    return {f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(readers)}
 
 
 def _of_ranks(step: Path) -> dict[str, Tensor]:
