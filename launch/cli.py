@@ -47,7 +47,9 @@ def demo(
 def train(
     recipe: Recipe,
     overrides: Overrides = None,
-    nproc: Annotated[int, typer.Option(min=1, help="Ranks on this machine.")] = 1,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Ranks on this machine (default: 1).")
+    ] = None,
     run_dir: Annotated[
         Path | None, typer.Option(help="Where the run lives (default: runs/RECIPE).")
     ] = None,
@@ -106,32 +108,34 @@ def train(
         "--prepare-only": prepare_only,
     }
     if dry_run:
-        _refuse_given("--dry-run", of_runs | {"--explain-memory": explain_memory})
+        _refuse_given("--dry-run makes no run", of_runs | {"--explain-memory": explain_memory})
+        if ranks is not None:
+            _refuse_given("a dry run plans for --ranks", {"--nproc": nproc is not None})
         from launch.dry_run import print_plan
 
-        print_plan(recipe, overrides or [], ranks or nproc, rank or 0)
+        print_plan(recipe, overrides or [], ranks or nproc or 1, rank or 0)
         return
     if explain_memory and ranks is None:
-        _refuse_given("--explain-memory", of_runs)
+        _refuse_given("--explain-memory makes no run", of_runs)
         from launch.explain_memory import print_memory
 
-        print_memory(recipe, overrides or [], nproc, rank or 0)
+        print_memory(recipe, overrides or [], nproc or 1, rank or 0)
         return
     if ranks is not None or rank is not None:
         raise UserError("--ranks and --rank belong to --dry-run; to train here, --nproc ranks")
 
     from launch.train import prepare, train_locally
 
-    run = prepare(recipe, overrides or [], nproc, run_dir, allow_change or [])
+    run = prepare(recipe, overrides or [], nproc or 1, run_dir, allow_change or [])
     if not prepare_only:
         restarts = MAX_RESTARTS if max_restarts is None else max_restarts
-        raise typer.Exit(train_locally(run, nproc, restarts, plain))
+        raise typer.Exit(train_locally(run, nproc or 1, restarts, plain))
 
 
-def _refuse_given(instead: str, options: dict[str, bool]) -> None:
-    """Raise UserError if one of the options is given, of which `instead` makes no use."""
+def _refuse_given(reason: str, options: dict[str, bool]) -> None:
+    """Raise UserError if one of the options is given, of which nothing would make use."""
     if given := [option for option, is_given in options.items() if is_given]:
-        raise UserError(f"{', '.join(given)}: {instead} makes no run; leave out one or the other")
+        raise UserError(f"{', '.join(given)}: {reason}; leave out one or the other")
 
 
 @app.command("eval")

@@ -51,3 +51,10 @@ def test_all_options_that_a_dry_run_has_no_use_for_are_named_at_once() -> None:
         "--run-dir, --plain, --explain-memory: --dry-run makes no run; leave out one or the other"
     )
     assert str(done.exception) == told
+
+
+def test_a_dry_run_plans_for_one_number_of_ranks() -> None:
+    options = ["--dry-run", "--ranks", "4", "--nproc", "1"]
+    done = CliRunner().invoke(app, ["train", "tiny", *options])
+    told = "--nproc: a dry run plans for --ranks; leave out one or the other"
+    assert str(done.exception) == told
