@@ -58,13 +58,13 @@ def test_a_killed_node_takes_its_tasks_with_it_and_stop_leaves_no_process(tmp_pa
     with started_cluster(Settings(nodes=1, cpus=1, gpus=0)) as cluster:
         submit(cluster, tmp_path)
         wait_until((tmp_path / "node1-").exists, cluster)
-        assert len(left_behind()) == 1
+        wait_until(lambda: len(left_behind()) == 1, cluster)
         cluster.kill_node(1)
         assert not left_behind()
         wait_until(lambda: cluster.nodes()["node1"].startswith("down"), cluster)
         cluster.start_node(1)
         wait_until((tmp_path / "node1-1").exists, cluster)
-        assert len(left_behind()) == 1
+        wait_until(lambda: len(left_behind()) == 1, cluster)
     assert not left_behind()
 
 
