@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
+from pretrain.checkpoint.buffers import empty_tensors
 from pretrain.checkpoint.index import Index, StoredTensor
 from pretrain.checkpoint.manifest import FileEntry, attempt_prefix, index_name
 from pretrain.checkpoint.plan import PackedParts, Part, merge, share_out
@@ -29,7 +30,8 @@ class Staging:
         # On rank 0, until it has been made bytes of.
         self._index: Index | bytes | None = None
         self._items = self._plan(tensors)
-        self._buffers = {name: _buffer(item) for name, item in self._items.items()}
+        wanted = {name: (_size(item), _dtype(item)) for name, item in self._items.items()}
+        self._buffers = empty_tensors(wanted, pin=torch.cuda.is_available())
 
     def copy(self, tensors: Mapping[str, Tensor | Region]) -> None:
         """Take over the values that the tensors have now."""
@@ -106,12 +108,12 @@ def _size(item: WriteItem) -> torch.Size:
     return size
 
 
+def _dtype(item: WriteItem) -> torch.dtype:
+    dtype: torch.dtype = _data(item).properties.dtype
+    return dtype
+
+
 def _part(item: WriteItem) -> Part:
     data = _data(item)
-    tensor = StoredTensor(item.index.fqn, NAMES[data.properties.dtype], tuple(data.size))
+    tensor = StoredTensor(item.index.fqn, NAMES[_dtype(item)], tuple(data.size))
     return Part(tensor, tuple(data.chunk.offsets), tuple(data.chunk.sizes))
-
-
-def _buffer(item: WriteItem) -> Tensor:
-    dtype = _data(item).properties.dtype
-    return torch.empty(_size(item), dtype=dtype, pin_memory=torch.cuda.is_available())
