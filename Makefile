@@ -12,8 +12,8 @@ TORCH_VERSION ?= 2.13.0
 # (the address is in PyTorch's installation guide).
 TORCH_INDEX ?=
 DEMO_DIR ?= demo
-# Tests that run at the same time. Some wait for ranks, and of the slow ones many for a cluster.
-WORKERS ?= 3
+# Tests that run at the same time; of the slow ones many wait for a cluster.
+WORKERS ?= 2
 SLOW_WORKERS ?= 4
 
 BIN := $(VENV)/bin
