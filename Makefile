@@ -12,9 +12,9 @@ TORCH_VERSION ?= 2.13.0
 # (the address is in PyTorch's installation guide).
 TORCH_INDEX ?=
 DEMO_DIR ?= demo
-# Tests that run at the same time; of the slow ones many wait for a cluster.
+# Tests that run at the same time; of the slow ones many wait for a cluster, but for layouts.
 WORKERS ?= 2
-SLOW_WORKERS ?= 4
+SLOW_WORKERS ?= 3
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -49,9 +49,11 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(PYTEST) -m "not slow and not oracle"
 
-test-slow: WORKERS := $(SLOW_WORKERS)
 test-slow: $(INSTALLED)
-	$(PYTEST) -m slow
+	code=0; \
+	$(PYTEST) -n $(SLOW_WORKERS) -m slow --ignore tests/parity || code=$$?; \
+	$(PYTEST) -m slow tests/parity || code=$$?; \
+	exit $$code
 
 $(ORACLES_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m venv --clear --without-pip $(ORACLES)
