@@ -44,7 +44,7 @@ def export_newest(run: RunDirectory, out: Path, write: Write = write_hf) -> tupl
             aside.rename(out)
     except OSError as error:
         raise UserError(
-            f"{out} cannot be written: {error.strerror or error}; nothing is left of it. Make room "
+            f"{out} cannot be written: {error}; nothing is left of it. Make room "
             "there, or name another place"
         ) from error
     return step, config
