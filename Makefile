@@ -22,7 +22,7 @@ INSTALLED := $(VENV)/.installed
 ORACLES := $(VENV)-oracles
 ORACLES_INSTALLED := $(ORACLES)/.installed
 # A file's tests in their order, on one worker; those that share nothing last (tests/conftest.py).
-PYTEST = $(BIN)/pytest -n $(WORKERS) --no-loadscope-reorder
+PYTEST = $(BIN)/pytest --no-loadscope-reorder
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU)
 ifeq ($(filter-out 0,$(HAS_GPU)),)
 TORCH := torch==$(TORCH_VERSION)+cpu
@@ -47,12 +47,12 @@ demo: $(INSTALLED)
 	$(BIN)/farspan demo --out $(DEMO_DIR)
 
 test: $(INSTALLED)
-	$(PYTEST) -m "not slow and not oracle"
+	$(PYTEST) -n $(WORKERS) -m "not slow and not oracle"
 
 test-slow: $(INSTALLED)
 	code=0; \
 	$(PYTEST) -n $(SLOW_WORKERS) -m slow --ignore tests/parity || code=$$?; \
-	$(PYTEST) -m slow tests/parity || code=$$?; \
+	$(PYTEST) -n $(WORKERS) -m slow tests/parity || code=$$?; \
 	exit $$code
 
 $(ORACLES_INSTALLED): $(INSTALLED)
