@@ -115,14 +115,18 @@ def train(
 
         print_plan(recipe, overrides or [], ranks or nproc or 1, rank or 0)
         return
-    if explain_memory and ranks is None:
+    if explain_memory:
         _refuse_given("--explain-memory makes no run", of_runs)
+        _refuse_given("--explain-memory trains on --nproc ranks", {"--ranks": ranks is not None})
         from launch.explain_memory import print_memory
 
         print_memory(recipe, overrides or [], nproc or 1, rank or 0)
         return
     if ranks is not None or rank is not None:
-        raise UserError("--ranks and --rank belong to --dry-run; to train here, --nproc ranks")
+        raise UserError(
+            "--ranks belongs to --dry-run, and --rank to that or --explain-memory; to train here, "
+            "--nproc ranks"
+        )
 
     from launch.train import prepare, train_locally
 

@@ -205,7 +205,9 @@ def test_a_dry_run_prints_a_plan_and_starts_nothing(tmp_path: Path) -> None:
     for line in (r"peak +[\d.]+ MiB", r"tp +reduce-scatter +\d+ +[\d.]+ MiB"):
         assert re.search(line, plan), plan
     assert not (tmp_path / "new").exists()
-    assert "belong to --dry-run" in refusal("train", "tiny", where, "--ranks", "8")
+    assert "belongs to --dry-run" in refusal("train", "tiny", where, "--ranks", "8")
+    explained = refusal("train", "tiny", where, "--explain-memory", "--ranks", "8")
+    assert "on --nproc ranks; leave out" in explained
 
 
 def test_mistakes_are_told_in_one_message(run: Path, shards: Path, tmp_path: Path) -> None:

@@ -116,7 +116,8 @@ def test_extracting_leaves_them_out_and_names_them(
     left = [n for n in range(9) if n not in (ENDLESS, DEADLY)]
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["id"] for row in rows] == [f"doc-{number}" for number in left]
-    _, slow, crashed = capsys.readouterr().err.splitlines()
+    again, slow, crashed = capsys.readouterr().err.splitlines()
+    assert again.startswith(f"warning: {archive}: its process was ended by ")
     assert slow.startswith(f"warning: {archive}, byte ")
     assert f"doc-{ENDLESS} (http://example.org/{ENDLESS}): too slow, over 0.5 seconds" in slow
     assert f"doc-{DEADLY} (http://example.org/{DEADLY}): crashed, ended by SIGSEGV" in crashed
