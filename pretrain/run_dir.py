@@ -290,7 +290,8 @@ class RunDirectory:
         Returns:
             The process that holds the directory; None if it is not that attempt's.
         """
-        with suppress(OSError), self._lock.open("rb") as file:
+        # NFS has exclusive locks only for a file that is open for writing.
+        with suppress(OSError), self._lock.open("r+b") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -1,10 +1,26 @@
-"""Disks with little room, for the tests of what happens when there is none."""
+"""Disks with little room, or the locks of NFS, for the tests of what happens on them."""
 
+import errno
+import fcntl
+import os
 import resource
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+
+_flock = fcntl.flock
+
+
+def flock_of_nfs4(file: IO[bytes], operation: int) -> None:
+    """`fcntl.flock` as NFSv4 has it: an exclusive lock needs a file that is open for writing, and a
+    shared one a file that is open for reading (flock(2), NFS details).
+    """
+    mode = fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE
+    if mode == (os.O_RDONLY if operation & fcntl.LOCK_EX else os.O_WRONLY):
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    _flock(file, operation)
 
 
 @contextmanager

@@ -153,7 +153,7 @@ class Cache:
         """The open file to download into; None if somebody else did so in the meantime, or does."""
         path = self.folder / (file.sha256 + PART)
         path.touch()
-        part = _open_locked(path, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), "r+b")
+        part = _open_locked(path, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         if part is None:
             yield None
             return
@@ -252,8 +252,10 @@ class Cache:
             yield
 
 
-def _open_locked(path: Path, operation: int, mode: str = "rb") -> BinaryIO | None:
+def _open_locked(path: Path, operation: int) -> BinaryIO | None:
     """The file at this path, once it is locked; None if there is none, or another has the lock."""
+    # NFS has exclusive locks only for a file that is open for writing.
+    mode = "r+b" if operation & fcntl.LOCK_EX else "rb"
     while True:
         try:
             file: BinaryIO = path.open(mode)  # type: ignore[assignment]

@@ -1,19 +1,22 @@
 """A cache that several processes share stays within its bound, whatever happens to them."""
 
+import fcntl
 import hashlib
 import os
 import random
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from data_pipeline.errors import DataError
 from data_pipeline.shards import Cache, cache
 from data_pipeline.shards.store import StoredFile
-from tests.disks import SmallDisk, files_of_at_most
+from tests.disks import SmallDisk, files_of_at_most, flock_of_nfs4
 
 SIZE = 4096
 
@@ -48,7 +51,11 @@ def small(tmp_path: Path) -> Cache:
     return Cache(tmp_path / "cache", 4 * SIZE)
 
 
-def test_the_least_recently_used_make_room(small: Cache) -> None:
+@pytest.mark.parametrize("flock", [fcntl.flock, flock_of_nfs4])
+def test_the_least_recently_used_make_room(
+    small: Cache, monkeypatch: pytest.MonkeyPatch, flock: Callable[[IO[bytes], int], None]
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", flock)
     for number in range(4):
         assert read(small, number) == content(number)
     read(small, 0)

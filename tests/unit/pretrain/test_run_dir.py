@@ -1,22 +1,24 @@
 """One attempt at a time changes a run directory."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from pretrain import run_dir
 from pretrain.errors import FencedError, TrainingError, UserError
 from pretrain.run_dir import RunDirectory, WriteError, write_atomically
-from tests.disks import files_of_at_most
+from tests.disks import files_of_at_most, flock_of_nfs4
 
 
 @pytest.fixture
@@ -118,9 +120,11 @@ def test_who_holds_the_directory_is_named(run: RunDirectory) -> None:
         pass
 
 
+@pytest.mark.parametrize("flock", [fcntl.flock, flock_of_nfs4])
 def test_the_directory_is_taken_from_an_attempt_that_is_out_of_reach_and_from_no_other(
-    run: RunDirectory,
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, flock: Callable[[IO[bytes], int], None]
 ) -> None:
+    monkeypatch.setattr(fcntl, "flock", flock)
     assert run.take_from(1) is None
     with run.exclusive():
         assert run.take_from(1) is None
