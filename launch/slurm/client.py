@@ -100,7 +100,7 @@ class NodeInfo:
         state: the first word, such as IDLE, MIXED, ALLOCATED or DOWN.
         flags: the others, such as DRAIN or NOT_RESPONDING.
         address: how Slurm reaches it.
-        cpus: as Slurm counts them: threads, at most sites.
+        cpus: that jobs may have, as Slurm counts them: threads, at most sites.
         gpu_types: of its GPUs, as in h100; empty where Slurm does not tell them apart.
         started: when its slurmd did.
     """
@@ -458,7 +458,8 @@ def _node(fields: Mapping[str, str]) -> NodeInfo:
         flags=(*flags, *(["NOT_RESPONDING"] if "*" in fields.get("State", "") else [])),
         address=fields.get("NodeAddr", ""),
         host=fields.get("NodeHostName", ""),
-        cpus=int(fields.get("CPUTot", 0)),
+        # Without the cores that the site keeps for the system (CoreSpecCount), since 22.05.
+        cpus=int(fields.get("CPUEfctv") or fields.get("CPUTot", 0)),
         memory_mb=int(fields.get("RealMemory", 0)),
         gpus=sum(int(number) for _, number in gpus),
         gpu_types=tuple(dict.fromkeys(kind for kind, _ in gpus if kind)),

@@ -27,13 +27,14 @@ JobId=7 JobName=x JobState=COMPLETED Restarts=9
 """
 NODE = """\
 NodeName=node1 Arch=x86_64 CoresPerSocket=1
-   CPUAlloc=0 CPUEfctv=96 CPUTot=96 CPULoad=0.01
+   CPUAlloc=0 CPUEfctv=92 CPUTot=96 CPULoad=0.01
    AvailableFeatures=h100,ib
    ActiveFeatures=h100,ib
    Gres=gpu:h100:4(S:0-1),gpu:a100:2,nvme:1
    NodeAddr=10.0.0.1 NodeHostName=host1 Port=6818 Version=22.05.8
    OS=Linux 6.1 State=IDLE
    RealMemory=8000 AllocMem=0 FreeMem=1690 Sockets=2 Boards=1
+   CoreSpecCount=4 CPUSpecList=44-47
    State=DOWN*+DRAIN ThreadsPerCore=1 TmpDisk=0 Weight=1 Owner=N/A
    Partitions=main,urgent
    BootTime=2026-11-26T23:26:36 SlurmdStartTime=2026-11-27T19:27:25
@@ -93,11 +94,14 @@ def test_a_node_is_read(commands: Path) -> None:
     shows(commands, NODE)
     (node,) = client(commands).nodes()
     assert (node.state, node.flags) == ("DOWN", ("DRAIN", "NOT_RESPONDING"))
-    assert (node.gpus, node.gpu_types, node.cpus) == (6, ("h100", "a100"), 96)
+    assert (node.gpus, node.gpu_types, node.cpus) == (6, ("h100", "a100"), 92)
     assert (node.partitions, node.features) == (("main", "urgent"), ("h100", "ib"))
     assert node.has_failed
     assert not node.is_usable
     assert node.reason.startswith("Not responding State=IDLE")
+    # Older versions do not say what is left for jobs.
+    shows(commands, NODE.replace("CPUEfctv=92 ", ""))
+    assert client(commands).nodes()[0].cpus == 96
 
 
 def test_a_partition_is_read(commands: Path) -> None:
