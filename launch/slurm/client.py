@@ -27,9 +27,11 @@ IS_BUSY = re.compile(
     r"Slurm controller not responding|connect failure",
     re.IGNORECASE,
 )
-# A variable of the job that this process is in would say of the new one what is not true of it.
+# A variable of the job that this process is in would say of the new one what is not true of it. The
+# others of Slurm's are how its commands find their cluster and prove who asks.
 OF_A_JOB = re.compile(
-    r"SLURM_(?!CONF$|CLUSTERS$)|SLURMD_|SRUN_|PMI|SBATCH_(?:EXPORT|OUTPUT|ERROR)$"
+    r"SLURM_(?!(?:CONF|CONF_SERVER|CLUSTERS|JWT|SACK_\w+)$)|SLURMD_|SRUN_|PMI|"
+    r"SBATCH_(?:EXPORT|OUTPUT|ERROR)$"
 )
 # Fields of free text, which have the rest of their line to themselves.
 FREE_TEXT = (

@@ -169,10 +169,15 @@ def test_a_job_that_is_forgotten_is_looked_up_in_the_accounts(commands: Path) ->
 
 def test_what_belongs_to_the_job_around_is_not_passed_on(commands: Path) -> None:
     write(commands, "scontrol", "env")
-    around = {"SLURM_JOB_ID": "1", "SLURM_CONF": "/etc/s", "SBATCH_ACCOUNT": "me", "PMI_RANK": "0"}
+    of_the_job = {"SLURM_JOB_ID", "SLURM_CPUS_PER_TASK", "SLURM_CLUSTER_NAME", "PMI_RANK"}
+    of_the_user = {"SBATCH_ACCOUNT"}
+    # How a command finds its cluster, and proves who asks.
+    of_the_cluster = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT"}
+    of_the_cluster |= {"SLURM_SACK_SOCKET", "SLURM_SACK_KEY", "SLURM_SACK_JWKS"}
+    around = dict.fromkeys(of_the_job | of_the_user | of_the_cluster, "x")
     slurm = Slurm({"PATH": f"{commands}:/usr/bin:/bin", **around})
     variables = dict(line.split("=", 1) for line in slurm.call("scontrol").splitlines())
-    assert {name for name in around if name in variables} == {"SLURM_CONF", "SBATCH_ACCOUNT"}
+    assert around.keys() & variables.keys() == of_the_user | of_the_cluster
 
 
 def test_a_machine_without_slurm(tmp_path: Path) -> None:
