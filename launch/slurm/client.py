@@ -250,8 +250,13 @@ class Slurm:
                 raise
 
     def requeue(self, job: str) -> None:
-        """End a running job and let it wait for another start."""
-        self._call(["scontrol", "requeue", job])
+        """End a job and let it wait for another start. One that waits already is no error."""
+        try:
+            self._call(["scontrol", "requeue", job])
+        except SlurmError as error:
+            # As when it was asked again, after an answer that was lost.
+            if "Job is pending execution" not in str(error):
+                raise
 
     def avoid(self, job: str, nodes: Sequence[str]) -> None:
         """Keep a job that waits, or has just been requeued, from these nodes and no others."""

@@ -150,6 +150,20 @@ def test_a_job_that_was_taken_although_the_answer_was_lost_is_not_submitted_twic
     assert f"--comment={words}" == comments
 
 
+def test_a_job_that_was_requeued_although_the_answer_was_lost_is_in_the_queue(
+    commands: Path,
+) -> None:
+    lost = "slurm_requeue error: Socket timed out on send/recv operation"
+    pending = "Job is pending execution for job 7"
+    says = f'if [[ -e taken ]]; then echo "{pending}"; else touch taken; echo "{lost}"; fi'
+    write(commands, "scontrol", f"echo $* >>asked; {{ {says}; }} >&2; exit 1")
+    client(commands).requeue("7")
+    assert (commands / "asked").read_text() == "requeue 7\n" * 2
+    write(commands, "scontrol", "echo 'Access/permission denied for job 7' >&2; exit 1")
+    with pytest.raises(SlurmError, match="permission denied"):
+        client(commands).requeue("7")
+
+
 def test_a_refusal_is_told_in_slurms_words(commands: Path) -> None:
     write(commands, "sbatch", "echo 'sbatch: error: invalid partition specified: x' >&2; exit 1")
     with pytest.raises(SlurmError, match=r"^sbatch: invalid partition specified: x$"):
