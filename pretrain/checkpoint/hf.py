@@ -62,7 +62,8 @@ def export(
         tokenizer: a `tokenizer.json`.
         out: the folder, made if need be.
         eos_id: the token that ends a document.
-        max_positions: the longest context the model was trained on.
+        max_positions: the longest context the model was trained on; config.json has the length that
+            YaRN reaches instead, where there is YaRN.
         selection_bias: of its routers, where model.moe.balance is "bias".
 
     Raises:
@@ -87,8 +88,8 @@ def export(
         weights.chmod(0o644)
     _write_json(
         out / "config.json",
-        hf_config
-        | {"dtype": dtype, "eos_token_id": eos_id, "max_position_embeddings": max_positions},
+        {"dtype": dtype, "eos_token_id": eos_id, "max_position_embeddings": max_positions}
+        | hf_config,
     )
     _write_json(out / "generation_config.json", {"eos_token_id": eos_id})
     shutil.copyfile(tokenizer, out / "tokenizer.json")

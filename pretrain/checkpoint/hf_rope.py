@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pretrain.errors import UserError
@@ -19,13 +20,27 @@ _YARN_FIELDS = {
 
 
 def rope_to_hf(attention: AttentionConfig) -> dict[str, Any]:
-    """The fields of `config.json` that transformers 5 reads, and those that 4 reads."""
+    """The fields of `config.json` that transformers 5 reads, and those that 4 reads.
+
+    With YaRN, max_position_embeddings too: up to 4.55 transformers takes its ratio to the original
+    length for the factor.
+    """
     base = {"rope_theta": attention.rope_base, "partial_rotary_factor": attention.rope_fraction}
-    if attention.yarn.factor == 1:
+    yarn = attention.yarn
+    if yarn.factor == 1:
         return {"rope_parameters": {"rope_type": "default", **base}, **base}
-    values = {theirs: getattr(attention.yarn, ours) for theirs, ours in _YARN_FIELDS.items()}
-    yarn = {"rope_type": "yarn", **values, "attention_factor": attention.yarn.scale_of_rotated()}
-    return {"rope_parameters": {**yarn, **base}, "rope_scaling": yarn, **base}
+    scale = yarn.scale_of_rotated()
+    fields = {theirs: getattr(yarn, ours) for theirs, ours in _YARN_FIELDS.items()}
+    fields |= {"rope_type": "yarn", "attention_factor": scale}
+    if scale != (usual := replace(yarn, attention_factor=None).scale_of_rotated()):
+        # vLLM before 0.30 ignores attention_factor, and multiplies the usual one by this.
+        fields["attn_factor"] = scale / usual
+    return {
+        "rope_parameters": fields | base,
+        "rope_scaling": fields,
+        "max_position_embeddings": round(yarn.factor * yarn.original_length),
+        **base,
+    }
 
 
 def yarn_from_hf(rope: Mapping[str, Any], max_positions: int) -> YarnConfig:

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,29 @@ def test_configuration_survives_the_round_trip(config: ModelConfig) -> None:
     returned = hf.config_from_hf(hf.config_to_hf(config))
     assert returned.layer_kinds() == config.layer_kinds()
     assert dataclasses.replace(returned, layer_pattern=config.layer_pattern) == config
+
+
+@pytest.mark.parametrize("attention_factor", [1.25, None])
+def test_yarn_is_the_same_in_releases_that_read_it_otherwise(
+    attention_factor: float | None, tokenizer: Path, tmp_path: Path
+) -> None:
+    yarn = dataclasses.replace(YARN.attention.yarn, attention_factor=attention_factor)
+    config = changed(YARN, "attention", yarn=yarn)
+    state = Transformer(config).state_dict()
+    hf.export(config, state, tokenizer, tmp_path, eos_id=1, max_positions=2048)
+
+    fields = json.loads((tmp_path / "config.json").read_text())
+    for spelling in ("rope_scaling", "rope_parameters"):
+        asked = fields[spelling]
+        # transformers 4.51 to 4.55.
+        original_length = asked["original_max_position_embeddings"]
+        assert fields["max_position_embeddings"] / original_length == yarn.factor
+        # vLLM before 0.30.
+        mscale = (0.1 * math.log(asked["factor"]) + 1) * asked.get("attn_factor", 1)
+        assert mscale == pytest.approx(yarn.scale_of_rotated(), rel=1e-15)
+    # Which transformers warns of.
+    assert ("attn_factor" in asked) == (attention_factor is not None)
+    assert hf.load_config(tmp_path).attention.yarn.scale_of_rotated() == yarn.scale_of_rotated()
 
 
 @pytest.mark.parametrize(
