@@ -26,10 +26,9 @@ def rope_to_hf(attention: AttentionConfig) -> dict[str, Any]:
     length for the factor.
     """
     base = {"rope_theta": attention.rope_base, "partial_rotary_factor": attention.rope_fraction}
-    yarn = attention.yarn
-    if yarn.factor == 1:
+    yarn, scale = attention.yarn, attention.yarn.scale_of_rotated()
+    if yarn.factor == scale == 1:
         return {"rope_parameters": {"rope_type": "default", **base}, **base}
-    scale = yarn.scale_of_rotated()
     fields = {theirs: getattr(yarn, ours) for theirs, ours in _YARN_FIELDS.items()}
     fields |= {"rope_type": "yarn", "attention_factor": scale}
     if scale != (usual := replace(yarn, attention_factor=None).scale_of_rotated()):

@@ -59,6 +59,11 @@ YARN = dataclasses.replace(
         NEXT.attention, yarn=YarnConfig(8.0, 1024, 16.0, 2.0, attention_factor=1.25)
     ),
 )
+# Rotated as without YaRN, and multiplied.
+MULTIPLIED = dataclasses.replace(
+    QWEN3,
+    attention=dataclasses.replace(QWEN3.attention, yarn=YarnConfig(attention_factor=1.25)),
+)
 
 
 def changed(config: ModelConfig, part: str, **settings: Any) -> ModelConfig:
@@ -93,7 +98,7 @@ def exported(tokenizer: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("config", [NEXT, QWEN3, QWEN3_MOE, SLIDING, SLIDING_MOE, YARN])
+@pytest.mark.parametrize("config", [NEXT, QWEN3, QWEN3_MOE, SLIDING, SLIDING_MOE, YARN, MULTIPLIED])
 def test_configuration_survives_the_round_trip(config: ModelConfig) -> None:
     returned = hf.config_from_hf(hf.config_to_hf(config))
     assert returned.layer_kinds() == config.layer_kinds()
