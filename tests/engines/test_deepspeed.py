@@ -171,6 +171,10 @@ def test_a_batch_measures_what_it_does_natively(
     assert found["numbers"] == [2 * NUMBER + 1]
 
 
+def test_each_rank_may_see_its_own_gpu_alone() -> None:
+    run_on_ranks(2, SCRIPT.with_name("gpu_of_task.py"))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_keep_what_the_stage_leaves_them(name: str, theirs: dict[str, dict]) -> None:
     assert theirs[name]["stored"] == (1 if "zero3" in name else 2)
