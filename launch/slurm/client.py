@@ -466,7 +466,7 @@ def _node(fields: Mapping[str, str]) -> NodeInfo:
         address=fields.get("NodeAddr", ""),
         host=fields.get("NodeHostName", ""),
         # Without the cores that the site keeps for the system (CoreSpecCount), since 22.05.
-        cpus=int(fields.get("CPUEfctv") or fields.get("CPUTot", 0)),
+        cpus=int(fields.get("CPUEfctv") or fields.get("CPUTot") or 0),
         memory_mb=int(fields.get("RealMemory", 0)),
         gpus=sum(int(number) for _, number in gpus),
         gpu_types=tuple(dict.fromkeys(kind for kind, _ in gpus if kind)),
