@@ -105,8 +105,14 @@ def find_cause(
         rank, error = int(found["rank"]), f"rank {found['rank']} {found['what']}"
         return Cause(_kind_of_verdict(found["what"]), rank, found["node"], _short(error))
     node = "" if rank is None else hosts.get(rank, "")
-    error = line or f"exit code {code}, and no error in the log"
+    why = "and no error in the log" if has_logs(folder) else "before any rank had a log"
+    error = line or f"exit code {code}, {why}"
     return Cause(_kind_of(code, error), rank, node, _short(error))
+
+
+def has_logs(folder: Path) -> bool:
+    """Whether any rank of an attempt has begun."""
+    return any(folder.glob("rank-*.log"))
 
 
 def error_line(log: Path) -> str:

@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 from launch.cancelled import read_cancelled
-from launch.causes import Cause, Kind
+from launch.causes import Cause, Kind, has_logs
+from launch.slurm.start import start_of
 from pretrain.config import read_run_config
 from pretrain.errors import AttemptError, UserError
 from pretrain.metrics.sinks import last_step
@@ -34,6 +36,7 @@ HINTS: dict[Kind, str] = {
     "lost rank": "`dmesg` on its node says whether the kernel has ended it, or a device has failed",
     "error": "the log of that rank has the traceback",
 }
+NOT_BEGUN = "no rank has begun: what starts them, such as a container, says why in the job's log"
 
 
 @dataclass(frozen=True)
@@ -192,9 +195,10 @@ def _diagnosis(run: RunDirectory, failures: Sequence[Failure]) -> str:
     last = failures[-1]
     *others, newest = (failure.attempt for failure in failures[-CRASH_LOOP:])
     when = f"after step {last.step}" if last.step else "before the first step was logged"
+    hint = NOT_BEGUN if _log_of_job(run, last) else HINTS[last.kind]
     return (
         f"gave up: attempts {', '.join(map(str, others))} and {newest} died of the same error "
-        f"{when}, and another one would too\n  {last}\n  {HINTS[last.kind]}\n{_how_on(run, last)}"
+        f"{when}, and another one would too\n  {last}\n  {hint}\n{_how_on(run, last)}"
     )
 
 
@@ -209,10 +213,19 @@ def _gave_up(run: RunDirectory, failures: Sequence[Failure], at_most: int) -> st
 
 
 def _how_on(run: RunDirectory, last: Failure) -> str:
+    log = _log_of_job(run, last)
+    where = f"The job's log: {log}" if log else f"The logs: {run.folder_of(last.attempt)}"
     return (
-        f"The logs: {run.folder_of(last.attempt)}. Once the cause is mended, `{_resubmit(run)}` "
-        "goes on from the newest checkpoint"
+        f"{where}. Once the cause is mended, `{_resubmit(run)}` goes on from the newest checkpoint"
     )
+
+
+def _log_of_job(run: RunDirectory, failure: Failure) -> Path | None:
+    """What a job has said of an attempt in which no rank began; None: ranks have logs."""
+    if has_logs(run.folder_of(failure.attempt)):
+        return None
+    start = start_of(run, failure.attempt)
+    return start.log if start else None
 
 
 def _resubmit(run: RunDirectory) -> str:

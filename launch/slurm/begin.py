@@ -1,9 +1,10 @@
 """What a start of a job does before its ranks: `python -m launch.slurm.begin RUN_DIR WORDS_DIR`.
 
-It makes an attempt, prints and keeps the environment of its ranks, and leaves three files for the
-batch script in WORDS_DIR, of words that end with a zero byte: `modules` to load, `options` of srun,
-and the `command` of each rank. Without a command nothing is to be started here: the run is done, or
-the job has been put back into the queue, as its nodes are none for it.
+It makes an attempt, prints and keeps the environment of its ranks, and leaves four files for the
+batch script in WORDS_DIR, of words that end with a zero byte: `modules` to load, what each node has
+to do before (`prepare`), `options` of srun, and the `command` of each rank. Without a command
+nothing is to be started here: the run is done, or the job has been put back into the queue, as its
+nodes are none for it.
 
 Exit codes: 0, or 2 for a mistake, or 1 for anything else, such as a run that is given up; after
 these two the job ends.
@@ -24,15 +25,15 @@ from launch.environment import Variable, describe, environment_of_ranks, note_en
 from launch.failures import judge, note_failure, read_failure
 from launch.local import PORTS, is_free
 from launch.slurm.client import PATIENCE_OF_JOBS_S, Slurm, SlurmError
-from launch.slurm.container import in_container, options_of_srun
+from launch.slurm.container import before_container, in_container, options_of_srun
 from launch.slurm.excludes import avoidable, excluded_now, learn, nodes_of_site
-from launch.slurm.file_systems import folders_of
+from launch.slurm.file_systems import folders_of, node_folders_of
 from launch.slurm.job import read_job
 from launch.slurm.profile import Profile
 from launch.slurm.requeue import MAX_RESTARTS, requeue_elsewhere
 from launch.slurm.start import Start, has_stopped, limit_of, start_of
 from parallel.heartbeat import HEARTBEATS
-from pretrain.config import Config, read_run_config
+from pretrain.config import read_run_config
 from pretrain.errors import TrainingError, UserError
 from pretrain.run_dir import RunDirectory
 
@@ -88,8 +89,11 @@ def begin(run: RunDirectory, words: Path, slurm: Slurm) -> int:
         *("bash", "-c", RANK.read_text(), "rank", python),
         *(str(run.root), str(run.folder_of(attempt))),
     ]
-    folders = _folders(run, config)
+    shared, local = folders_of(config), node_folders_of(config, scratch_of(profile, start))
+    folders = list(map(str, (run.root, *shared.values(), *local.values())))
+    made = [*filter(None, [shared.get("checkpoint.dir")]), *local.values()]
     write_words(words / "modules", profile.modules)
+    write_words(words / "prepare", before_container(profile.container, made))
     write_words(words / "options", options_of_srun(profile.container, folders))
     command = in_container(profile, folders, command)
     write_words(words / "command", command)
@@ -250,13 +254,6 @@ def scratch_of(profile: Profile, start: Start) -> str | None:
     if profile.scratch is None:
         return None
     return profile.scratch.replace("{user}", getpass.getuser()).replace("{job}", start.job)
-
-
-def _folders(run: RunDirectory, config: Config) -> list[str]:
-    """What the ranks read and write, besides what the image has."""
-    folders = [run.root, *folders_of(config).values()]
-    folders += [Path(config.data.cache_dir)] if config.data.cache_dir else []
-    return list(map(str, folders))
 
 
 def write_words(path: Path, words: Iterable[str]) -> None:

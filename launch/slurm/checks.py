@@ -4,13 +4,13 @@ import difflib
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.sample import cache_folder
 from launch.slurm.client import NodeInfo, PartitionInfo, Slurm
-from launch.slurm.file_systems import folders_of, require_shared
+from launch.slurm.file_systems import folders_of, node_folders_of, require_shared
 from launch.slurm.profile import Profile, seconds_of
 from pretrain.config import Config
 from pretrain.data_config import SAMPLE_SHARDS
@@ -20,6 +20,9 @@ from pretrain.errors import UserError
 # How early Slurm may send a signal that it was told to send before a time limit.
 EARLY_S = 60
 NAME_LENGTH = 200
+# What separates the mounts of a container. apptainer splits them at ^ as well; pyxis hands them to
+# a shell of enroot's, before 0.24 with their spaces.
+NO_PART_OF_A_MOUNT = {"apptainer": r"[,:^\\]", "pyxis": r"[,:\\\s\"$`]"}
 
 
 @dataclass
@@ -290,19 +293,18 @@ def _folders(config: Config, directory: Path, profile: Profile) -> str:
     if SAMPLE_SHARDS in (source.path for source in config.data.sources()):
         folders["the sample's folder, FARSPAN_CACHE"] = cache_folder()
     kinds = {require_shared(what, path, profile) for what, path in folders.items()}
-    refuse_mounts(folders, profile)
+    refuse_mounts(folders | node_folders_of(config, profile.scratch), profile)
     return f"{', '.join(folders)} on {', '.join(sorted(kinds))}"
 
 
-def refuse_mounts(folders: dict[str, Path], profile: Profile) -> None:
+def refuse_mounts(folders: Mapping[str, Path], profile: Profile) -> None:
     """Raises UserError where a container could not be told which folder it is to see."""
-    if profile.container.runtime == "none":
-        return
-    for what, path in folders.items():
-        if re.search(r"[,:]", str(path.resolve())):
+    runtime = profile.container.runtime
+    for what, path in folders.items() if runtime != "none" else ():
+        if found := re.search(NO_PART_OF_A_MOUNT[runtime], str(path.resolve())):
             raise UserError(
-                f"{what}, {path.resolve()}: has a comma or a colon, which separate the mounts of a "
-                "container: choose another path"
+                f"{what}, {path.resolve()}: has {found[0]!r}, which {runtime} does not take as "
+                "part of a path: choose another one"
             )
 
 

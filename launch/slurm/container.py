@@ -1,8 +1,23 @@
 """The container that ranks run in: what srun is told of it, and what the command begins with."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from launch.slurm.profile import Container, Profile
+
+# What cannot be made is told as NODE: WHAT.
+MAKE = 'mkdir -p -- "$@" 2>&1 | sed "s|^|$SLURMD_NODENAME: |"; exit "${PIPESTATUS[0]}"'
+
+
+def before_container(container: Container, folders: Sequence[Path]) -> list[str]:
+    """The command of each node before: a container shows only what is there when it starts.
+
+    Args:
+        folders: that the ranks write to, and would make themselves without a container.
+    """
+    if container.runtime == "none" or not folders:
+        return []
+    return ["bash", "-c", MAKE, "mkdir", *map(str, folders)]
 
 
 def options_of_srun(container: Container, folders: Sequence[str]) -> list[str]:

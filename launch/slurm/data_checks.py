@@ -93,5 +93,5 @@ def _folders(run: DataRun, out: Path, profile: Profile) -> str:
     local = [name for name in run.inputs if "://" not in name and Path(name).exists()]
     folders |= {f"the input {name}": Path(name) for name in local}
     kinds = {require_shared(what, path, profile) for what, path in folders.items()}
-    refuse_mounts(folders, profile)
+    refuse_mounts(folders | {"the working directory": Path.cwd()}, profile)
     return f"{', '.join(folders)} on {', '.join(sorted(kinds))}"

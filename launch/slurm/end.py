@@ -5,7 +5,7 @@ unless the run is done, cancelled, or would fail again.
 
 Args:
     CODE: the exit code of srun. 0 does not mean that the ranks have succeeded.
-    WHY: there were none.
+    WHY: there were none, as NODE: WHAT.
 
 Exit codes: 0 done, or on its way to another start; 2 a mistake in what was asked for; 1 given up.
 """
@@ -54,7 +54,7 @@ def end(run: RunDirectory, code: int, slurm: Slurm, why: str | None = None) -> i
     """Decide on another start, and say why. Returns an exit code. Raises SlurmError.
 
     Args:
-        why: the ranks could not be started.
+        why: the ranks could not be started, as NODE: WHAT.
     """
     if run.done.exists():
         print("done", flush=True)
@@ -79,8 +79,9 @@ def end(run: RunDirectory, code: int, slurm: Slurm, why: str | None = None) -> i
         note_end(run, start, code, how)
         print(f"requeued: {how.value}", flush=True)
         return 0
-    if why is not None and (attempt := attempt_of(run, start)):
-        note_failure(run, attempt, start.chain, Cause("error", None, start.nodes[0], why))
+    if why is not None and how is End.by_itself and (attempt := attempt_of(run, start)):
+        node, _, what = why.partition(": ")
+        note_failure(run, attempt, start.chain, Cause("error", None, node, what))
     failure = note_end(run, start, code, how)
     if failure:
         print(f"attempt {failure.attempt} has failed: {failure}", flush=True)

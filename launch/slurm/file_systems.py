@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from launch.slurm.profile import Profile
-from pretrain.config import Config
+from pretrain.config import Config, phases_of
 from pretrain.data_config import SAMPLE_SHARDS
 from pretrain.errors import UserError
 
@@ -32,6 +32,18 @@ def folders_of(config: Config) -> dict[str, Path]:
         for what, path in named.items()
         if "://" not in path and path != SAMPLE_SHARDS
     }
+
+
+def node_folders_of(config: Config, scratch: str | None) -> dict[str, Path]:
+    """What ranks read and write on the own disk of each node, by what names it.
+
+    Args:
+        scratch: of the profile.
+    """
+    offloaded = {phase.config.parallel.offload_dir for phase in phases_of(config)}
+    named: dict[str, str | None] = {"scratch": scratch, "data.cache_dir": config.data.cache_dir}
+    named |= {f"parallel.offload_dir = {path}": path for path in sorted(filter(None, offloaded))}
+    return {what: Path(path) for what, path in named.items() if path}
 
 
 def require_shared(what: str, path: Path, profile: Profile, mounts: str | None = None) -> str:

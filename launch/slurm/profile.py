@@ -108,7 +108,9 @@ class Container(Section):
     )
     image: Line | None = Field(None, description="As the runtime names it.")
     mounts: tuple[Line, ...] = Field(
-        (), description="Besides the run directory, its data and checkpoints: /path or /from:/to."
+        (),
+        description="Besides the run directory, its data, checkpoints and folders on the nodes' "
+        "own disks: /path or /from:/to.",
     )
     python: Line = Field("python3", description="The Python of the image that has farspan.")
 

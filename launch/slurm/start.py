@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Self
 
 from launch.slurm.client import SUBMISSION, Slurm
+from launch.slurm.options import LOG
 from pretrain.errors import UserError
 from pretrain.run_dir import RunDirectory, write_atomically
 
@@ -73,6 +75,11 @@ class Start:
     def goes_on_from(self, before: "Start") -> bool:
         """Whether an earlier start was one of this job; older versions noted only its number."""
         return before.chain in (self.chain, self.job)
+
+    @property
+    def log(self) -> Path:
+        """What its batch script has printed."""
+        return Path(self.folder, LOG.replace("%j", self.job))
 
     @property
     def ranks(self) -> int:

@@ -1,8 +1,8 @@
 """What the doctor's batch script does first: `python -m launch.slurm.doctor.begin FOLDER WORDS`.
 
 It writes down which nodes the job has got, and leaves files of words for the script, as
-launch.slurm.begin does: `modules`, `options` of srun, and the commands `node` and `bandwidth` of
-each rank.
+launch.slurm.begin does: `modules`, `prepare`, `options` of srun, and the commands `node` and
+`bandwidth` of each rank.
 """
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 from launch.environment import describe
 from launch.slurm.begin import environment_of_start, scratch_of, write_words
 from launch.slurm.client import Slurm, SlurmError
-from launch.slurm.container import in_container, options_of_srun
+from launch.slurm.container import before_container, in_container, options_of_srun
 from launch.slurm.doctor import disk
 from launch.slurm.doctor.node import Folder, Meeting, Request
 from launch.slurm.profile import Profile
@@ -47,8 +47,11 @@ def begin(folder: Folder, words: Path, slurm: Slurm) -> None:
     if profile.container.runtime != "none":
         python = profile.container.python
     settings = [f"{one.name}={one.value}" for one in variables]
-    mounts = [str(folder.root)]
+    scratch = scratch_of(profile, start)
+    made = [Path(scratch)] if scratch else []
+    mounts = [str(path) for path in (folder.root, *made)]
     write_words(words / "modules", profile.modules)
+    write_words(words / "prepare", before_container(profile.container, made))
     write_words(words / "options", options_of_srun(profile.container, mounts))
     for step in ("node", "bandwidth"):
         module = f"launch.slurm.doctor.{step}"

@@ -102,6 +102,9 @@ def test_without_exit_codes_a_rank_with_an_error_of_its_own_is_to_blame(folder: 
 
 
 def test_nothing_is_known_of_ranks_that_have_left_no_word(tmp_path: Path) -> None:
+    expected = Cause("error", None, "", "exit code 137, before any rank had a log")
+    assert find_cause(tmp_path, code=137) == expected
+    leave(tmp_path, "")
     expected = Cause("error", None, "", "exit code 137, and no error in the log")
     assert find_cause(tmp_path, code=137) == expected
 

@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 
 from launch.slurm.container import in_container, options_of_srun
+from launch.slurm.doctor import begin as doctor
+from launch.slurm.doctor.node import Folder, Request
 from launch.slurm.job import Job, write_job
 from launch.slurm.profile import Container, Profile, Setting
 from pretrain.config import load_config
 from pretrain.run_dir import RunDirectory
 from tests.ranks import ROOT, TIMEOUT_S
+from tests.unit.launch.slurm.starts import Nodes, submitted
 
 HOSTILE = "a b\"c'd $(touch pwned) `touch pwned` %j *; \\ € ü"
 # srun says what it was told and runs the command once, as the tasks of a job would.
@@ -23,8 +26,10 @@ PROGRAMS = {
     "sbatch": "exit 1",
     "scontrol": "if [[ $2 == hostnames ]]; then echo n1; else echo JobId=7 JobName=x; fi",
     "module": 'printf "%s\\0" "$@" >"$TOLD/module"',
+    # It starts no container to which a folder is bound that is not there.
     "apptainer": 'printf "%s\\0" "$@" >"$TOLD/apptainer"; shift; '
-    'while [[ $1 == --* ]]; do shift; done; shift; exec "$@"',
+    "while [[ $1 == --* ]]; do bind=${1#--bind=}; shift; "
+    'stat -- "${bind%%:*}" >/dev/null || exit 255; done; shift; exec "$@"',
     "python-of-image": 'printf "%s\\0" "$@" "$RANK" "$LOCAL_RANK" "$FIELD" >"$TOLD/rank"; '
     'touch "$RUN/done.json"',
 }
@@ -41,7 +46,7 @@ def run_script(run: RunDirectory, folder: Path) -> str:
         (folder / name).write_text(f"#!/bin/bash\n{script}\n")
         (folder / name).chmod(0o755)
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_TASKS_PER_NODE": "1"}
-    environment = os.environ | job
+    environment = os.environ | job | {"SLURM_JOB_NUM_NODES": "1", "SLURMD_NODENAME": "n1"}
     environment |= {"PATH": f"{folder}:{os.environ['PATH']}", "TOLD": str(folder / "told")}
     done = subprocess.run(
         ["bash", str(ROOT / "slurm" / "train.sbatch"), str(run.root)],
@@ -62,19 +67,29 @@ def test_no_field_is_evaluated(tmp_path: Path) -> None:
     programs.mkdir()
     run = RunDirectory(tmp_path / f"{HOSTILE}\n")
     run.root.mkdir()
-    shards, held_out = (f"{tmp_path}/{name} {HOSTILE}" for name in ("shards", "held out"))
-    settings = [f'data.shards="{_escaped(shards)}"', f'eval.sources="{_escaped(held_out)}"']
-    run.config.write_text(load_config("tiny", [*settings, "eval.every=5"]).to_yaml())
+    shards, held_out, mounted, *written = (
+        f"{tmp_path}/{name} {HOSTILE}"
+        for name in ("shards", "held out", "mounted", "saved", "scratch", "cache", "offloaded")
+    )
+    for path in (shards, held_out, mounted):
+        Path(path).mkdir()
+    saved, scratch, cache, offloaded = (f"{path}/new" for path in written)
+    names = {"data.shards": shards, "eval.sources": held_out, "checkpoint.dir": saved}
+    names |= {"data.cache_dir": cache, "parallel.offload_dir": offloaded}
+    settings = [f'{name}="{_escaped(path)}"' for name, path in names.items()]
+    settings += ["eval.every=5", "parallel.offload=disk", "parallel.recompute=full"]
+    run.config.write_text(load_config("tiny", settings).to_yaml())
     profile = Profile(
         ranks_per_node=1,
         cpus_per_rank=1,
         gpus="none",
+        scratch=scratch,
         modules=(HOSTILE,),
         environment={"FIELD": Setting(value=f"{HOSTILE}\n", why=HOSTILE)},
         container=Container(
             runtime="apptainer",
             image=HOSTILE,
-            mounts=(f"/{HOSTILE}",),
+            mounts=(mounted,),
             python=str(programs / "python-of-image"),
         ),
     )
@@ -95,10 +110,27 @@ def test_no_field_is_evaluated(tmp_path: Path) -> None:
     rank = ["-P", "-m", "launch.rank", str(run.root), "0", "0", f"{HOSTILE}\n"]
     assert told(programs, "rank") == rank
     assert told(programs, "module") == ["load", HOSTILE]
-    folders = [str(run.root), shards, held_out, f"/{HOSTILE}"]
+    # What the ranks write to is there before the container.
+    folders = [str(run.root), shards, held_out, saved, scratch, cache, offloaded, mounted]
     binds = [f"--bind={folder}:{folder}" for folder in folders]
     assert told(programs, "apptainer")[: len(binds) + 2] == ["exec", *binds, HOSTILE]
     assert not list(tmp_path.rglob("pwned"))
+
+
+def test_a_folder_that_a_node_cannot_make_is_told_with_the_node(tmp_path: Path) -> None:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    run = RunDirectory(tmp_path / "run")
+    run.root.mkdir()
+    (tmp_path / "disk").touch()
+    run.config.write_text(load_config("tiny", [f"data.cache_dir={tmp_path}/disk/cache"]).to_yaml())
+    container = Container(runtime="apptainer", image="i.sif")
+    submitted(run, Profile(container=container, gpus="none"))
+    printed = run_script(run, programs)
+    assert f"attempt 1 has failed: on n1: mkdir: cannot create directory '{tmp_path}" in (
+        printed.replace("\u2018", "'")
+    )
+    assert not (programs / "told" / "apptainer").exists()
 
 
 def test_the_container_of_pyxis_is_srun_s() -> None:
@@ -109,6 +141,18 @@ def test_the_container_of_pyxis_is_srun_s() -> None:
     ]
     profile = Profile(container=container, gpus="gres")
     assert in_container(profile, ["/run"], ["rank"]) == ["rank"]
+
+
+@pytest.mark.usefixtures("on_n1_and_n2")
+def test_the_container_of_the_doctor_shows_the_scratch_that_it_measures(tmp_path: Path) -> None:
+    container = Container(runtime="pyxis", image="repo#image:1")
+    profile = Profile(container=container, gpus="none", scratch="/local/{job}")
+    request = Request(addresses={"n1": "10.0.0.1", "n2": "10.0.0.2"}, profile=profile)
+    Folder(tmp_path).request.write_text(request.model_dump_json())
+    doctor.begin(Folder(tmp_path), tmp_path, Nodes([]))
+    words = {name: (tmp_path / name).read_text().split("\0") for name in ("options", "prepare")}
+    assert f"--container-mounts={tmp_path}:{tmp_path},/local/7:/local/7" in words["options"]
+    assert "/local/7" in words["prepare"]
 
 
 def test_apptainer_shows_the_ranks_their_gpus() -> None:

@@ -154,6 +154,28 @@ def test_a_container_needs_an_image_that_is_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("runtime", "path", "part"),
+    [
+        ("none", "/a,b: c^$", None),
+        ("apptainer", "/a b/$c", None),
+        ("apptainer", "/a,b", ","),
+        ("apptainer", "/a^b", "^"),
+        ("pyxis", "/a:b", ":"),
+        ("pyxis", "/a b", " "),
+        ("pyxis", "/$HOME", "$"),
+    ],
+)
+def test_a_path_that_a_container_cannot_be_told(runtime: str, path: str, part: str | None) -> None:
+    profile = Profile.model_validate({"container": {"runtime": runtime}})
+    if part is None:
+        checks.refuse_mounts({"checkpoint.dir": Path(path)}, profile)
+        return
+    told = f"checkpoint.dir, {path}: has {part!r}, which {runtime} does not take"
+    with pytest.raises(UserError, match=re.escape(told)):
+        checks.refuse_mounts({"checkpoint.dir": Path(path)}, profile)
+
+
+@pytest.mark.parametrize(
     ("text", "wanted"),
     [
         ("7", "afterok:7"),

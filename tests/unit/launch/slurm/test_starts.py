@@ -252,11 +252,34 @@ def test_modules_that_a_node_lacks_are_counted_as_failures(run: RunDirectory) ->
     codes = []
     for _ in range(3):
         begun(run)
-        codes.append(end(run, 1, slurm, "module load cuda has failed"))
+        codes.append(end(run, 1, slurm, "n2: module load cuda has failed"))
     assert codes == [0, 0, 1]
     failure = read_failure(run, 3)
     assert failure
-    assert (failure.node, failure.error) == ("n1", "module load cuda has failed")
+    assert (failure.node, failure.error) == ("n2", "module load cuda has failed")
+
+
+@pytest.mark.usefixtures("on_n1_and_n2")
+def test_where_no_rank_has_begun_the_log_of_the_job_is_named(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As when a container does not start: the folders of the attempts are empty then."""
+    slurm = Nodes([], job(state="RUNNING"))
+    for _ in range(3):
+        begun(run, replace(START, folder=str(run.root)))
+        code = end(run, 255, slurm)
+    told = capsys.readouterr().err
+    assert code == 1
+    assert "exit code 255, before any rank had a log" in told
+    assert "what starts them, such as a container, says why in the job's log" in told
+    assert f"The job's log: {run.root}/slurm-7.log" in told
+
+
+@pytest.mark.usefixtures("on_n1_and_n2")
+def test_what_a_cancelled_start_could_not_prepare_is_no_failure(run: RunDirectory) -> None:
+    begun(run)
+    assert end(run, 1, Nodes([], job()), "n1: srun could not prepare the nodes") == 1
+    assert read_failure(run, 1) is None
 
 
 @pytest.mark.usefixtures("on_n1_and_n2")
