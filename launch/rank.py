@@ -8,6 +8,7 @@ Args:
         standard output gets what goes to standard error as well.
 """
 
+import gc
 import os
 import runpy
 import signal
@@ -20,6 +21,7 @@ from pretrain.signals import STOP_SIGNALS
 
 def main() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    gc.disable()  # until pretrain.train is imported: half a million objects, and no garbage
     if sys.argv[2:]:
         os.dup2(sys.stdout.fileno(), sys.stderr.fileno())
         # A rank whose launcher is killed saves and stops.

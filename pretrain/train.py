@@ -208,6 +208,9 @@ def end_for_lost_rank(message: str) -> NoReturn:
 
 
 def main() -> int:
+    # What has been imported stays: looking for garbage there would stop one rank, then another.
+    gc.freeze()
+    gc.enable()
     run = RunDirectory(Path(sys.argv[1]))
     try:
         return train(read_run_config(run), run)
