@@ -24,7 +24,7 @@ class Page:
     """A document as it was crawled.
 
     Attributes:
-        content_type: None where the server named none.
+        content_type: in lower case; None where the server named none.
         date: WARC-Date; None where the record has none that is a time.
     """
 
@@ -201,7 +201,7 @@ class Archive:
                 offset=record.stream_pos,
                 status=None if http is None else http.status_code,
                 content_type=_content_type(record, kind),
-                charset="utf-8" if kind == "conversion" else record.http_charset,
+                charset=_charset(record, kind),
                 body=body,
                 date=_date(record),
             )
@@ -250,9 +250,17 @@ def read_document(file: str, offset: int, id_header: str) -> Page | Reject | Non
 
 
 def _content_type(record: WarcRecord, kind: str) -> str | None:
+    """In lower case: letter case does not matter (RFC 9110, section 8.3.1)."""
     if kind == "response":
-        return record.http_content_type or None
+        return (record.http_content_type or "").lower() or None
     return _header(record, "Content-Type").split(";")[0].strip().lower() or None
+
+
+def _charset(record: WarcRecord, kind: str) -> str | None:
+    """Without quotes, which may be around it (RFC 9110, section 5.6.6)."""
+    if kind == "conversion":
+        return "utf-8"
+    return (record.http_charset or "").strip("\"' ") or None
 
 
 def _content_length(record: WarcRecord) -> int:

@@ -66,6 +66,25 @@ def test_wet_records_are_plain_text_in_utf8(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("declared", "expected"),
+    [
+        ("text/HTML; charset=utf-8", ("text/html", "utf-8")),
+        ("Text/Plain;Charset=UTF-8", ("text/plain", "utf-8")),
+        ('text/html; charset="iso-8859-15"', ("text/html", "iso-8859-15")),
+        ("text/html; charset='koi8-r' ", ("text/html", "koi8-r")),
+        ('text/html; charset=""', ("text/html", None)),
+    ],
+)
+def test_types_are_of_any_case_and_charsets_may_be_quoted(
+    tmp_path: Path, declared: str, expected: tuple[str, str | None]
+) -> None:
+    """RFC 9110, section 8.3.1; single quotes, which it does not have, are out there."""
+    (page,) = read(tmp_path, record(1, http=[("Content-Type", declared)]))
+    assert isinstance(page, Page)
+    assert (page.content_type, page.charset) == expected
+
+
+@pytest.mark.parametrize(
     ("reason", "settings"),
     [
         ("revisit", {"kind": "revisit", "body": b""}),
