@@ -200,17 +200,16 @@ def _kinds() -> NDArray[np.uint8]:
 def _end_of_run(
     codes: NDArray[np.uint32], kinds: NDArray[np.uint8], i: int
 ) -> tuple[int, int, int]:
-    """Where a run from digit i on stops, its digits, and its dots behind a digit."""
+    """Where a run from digit i on stops, its digits, and its dots behind one and before another."""
     stop = i
     digits = dots = 0
     while i < len(codes) and i - stop <= LONGEST_SEPARATOR and codes[i] < len(kinds):
         kind = kinds[codes[i]]
         if kind == DIGIT:
             digits += 1
+            dots += codes[stop] == DOT
             stop = i + 1
-        elif kind == SEPARATOR:
-            dots += codes[i] == DOT and stop == i
-        else:
+        elif kind != SEPARATOR:
             break
         i += 1
     return stop, digits, dots
@@ -224,7 +223,8 @@ def _find_runs(
 
     A run has as many digits as a phone number or as many dots between digits as an IPv4 address.
     """
-    # The shortest has seven characters, and one more ends it.
+    # The shortest has seven characters, seven digits or four with three dots between them, and what
+    # is behind a run is no digit, so begins no other: n of them take 8n - 1 characters at least.
     runs = np.empty((len(codes) // 8 + 1, 2), np.int64)
     found = colons = i = 0
     last_colon = -1

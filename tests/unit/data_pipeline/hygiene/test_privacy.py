@@ -62,8 +62,14 @@ def test_the_text_around_the_masks_is_kept(text: str) -> None:
     assert rest == text[at:]
 
 
+def test_no_address_is_missed_behind_the_shortest_runs_of_digits() -> None:
+    text = "1.1.1.\n" * 20
+    assert ALL.mask(f"{text}Ask 93.184.216.34").text == f"{text}Ask <IP>"
+
+
 HOSTILE = """
-a@|1-|::|1.|a.|01 |+49 |(|1|4111 |2001:|a@a.|"@a.com |-|1   |93.184.216.34 |212-555-0123 |a@a-|tel 
+a@|1-|::|1.|a.|01 |+49 |(|1|4111 |2001:|a@a.|"@a.com |-|1   |93.184.216.34 |\
+212-555-0123 |a@a-|1.1.1.\n|tel 
 """
 
 
