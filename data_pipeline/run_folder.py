@@ -25,7 +25,8 @@ OUTPUTS = (
 )
 
 
-# `LocalStore.has_writer`, which `farspan status` asks, holds the lock for a moment.
+# `LocalStore.has_writer`, which `farspan status` and training on growing shards ask, holds the lock
+# for a moment.
 LOOK_S = 0.2
 # In a plan, in place of a value that this process does not know; it differs from none.
 UNKNOWN = "?"

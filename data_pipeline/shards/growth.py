@@ -34,7 +34,8 @@ class Growth:
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
-        self._grown_at = self._told_at = monotonic()
+        # When a shard was added, or a writer was seen.
+        self._alive_at = self._told_at = monotonic()
 
     def wait_for(self, shards: int, beat: Callable[[], None]) -> Manifest:
         """The manifest once it has so many shards or is finished; see `TokenReader.wait_for`."""
@@ -66,16 +67,16 @@ class Growth:
         if is_shorter:
             return
         if len(found.shards) > len(before.shards):
-            self._grown_at = monotonic()
+            self._alive_at = monotonic()
         self._manifest = found
 
     def _require_writer(self) -> None:
-        idle_s = monotonic() - self._grown_at
-        if idle_s < ABANDONED_S:
-            return
         has_writer = self._manifest.store.has_writer()
+        if has_writer:
+            self._alive_at = monotonic()
+        idle_s = monotonic() - self._alive_at
         listed = f"{self._manifest.store.name}: {len(self._manifest.shards)} shards are listed"
-        if has_writer is False:
+        if has_writer is False and idle_s >= ABANDONED_S:
             raise DataError(
                 f"{listed}, the manifest is not finished, and no process writes it: start "
                 "`farspan data run` again with its options, then continue"

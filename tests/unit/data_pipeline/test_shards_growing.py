@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -222,6 +222,28 @@ def test_nobody_waits_for_a_writer_that_is_gone(
         reader.wait_for(99, lambda: beats.append(clock.now))
     assert clock.now == growth.ABANDONED_S
     assert beats[:3] == [0.0, growth.POLL_S, 2 * growth.POLL_S]
+
+
+def test_a_writer_that_took_its_time_may_be_started_again(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    out = tmp_path / "data"
+    kill_after(25, out, whole)
+    (out / "plan.json").touch()
+    reader = TokenReader(load_manifest(out, growing=True))
+    idle_s = 10 * growth.ABANDONED_S
+    with ExitStack() as writer:
+        writer.enter_context(exclusive(out))
+
+        def start_again() -> None:
+            if clock.now == idle_s:
+                writer.close()
+            if clock.now == idle_s + growth.ABANDONED_S - growth.POLL_S:
+                write(iter(DOCUMENTS), out, whole)
+
+        reader.wait_for(99, start_again)
+    assert reader.manifest.is_finished
 
 
 def test_one_waits_for_a_writer_that_takes_its_time_and_says_so(
