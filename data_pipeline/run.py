@@ -346,6 +346,8 @@ def clean(
     Args:
         part: which one of how many parts of a run these archives are.
     """
+    if not sources:  # a part of more than there are archives
+        return
     with ThreadPoolExecutor() as pool:
         are_made = list(pool.map(is_cleaned, pieces))
     meter = Meter(meter_file, [source.size for source in sources], are_made)

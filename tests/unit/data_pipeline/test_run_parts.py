@@ -97,6 +97,23 @@ def test_a_run_does_what_parts_have_left(
     assert not (out / "work").exists()
 
 
+def test_there_may_be_more_parts_than_archives_and_shards(
+    crawl: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "data"
+    none = subprocess.run(
+        _command(crawl, out, "--task", "6/64"), cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert none.returncode == 0
+    assert f"{out}: cleaned part 6/64, 0 archives" in none.stdout
+    parted = PartedRun([str(crawl)], out, load_recipe("demo"), vocab_size=600)
+    assert sum(parted.clean(Part(number, 64)) for number in range(1, 65)) == FILES
+    assert parted.deduplicate() == 1
+    assert [parted.write_shards(Part(number, 3)) for number in (3, 2, 1)] == [0, 0, 1]
+    parted.finish()
+    assert contents(out) == whole
+
+
 def test_every_step_in_parts_makes_the_shards_of_one_process(
     crawl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
