@@ -12,12 +12,10 @@ from pydantic import model_validator
 
 from data_pipeline.errors import DataError
 from data_pipeline.hygiene.listed import FileSettings, Finding, read_lines
-from data_pipeline.quality.words import IDEOGRAPHS
+from data_pipeline.quality.phrases import Phrases, by_first_word, find_phrases, words_of
 
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 DOMAIN = re.compile(r"(?:[^\W_](?:[\w-]{0,61}\w)?\.)*[^\W_](?:[\w-]{0,61}\w)?")
-# Chinese and Japanese have no space between words: each character stands for one.
-WORD = re.compile(rf"[{IDEOGRAPHS}]|[^\W{IDEOGRAPHS}]+")
 SHOWN = 5
 
 
@@ -73,19 +71,14 @@ class WordBlocklist(FileSettings):
 
     def judge(self, text: str) -> Finding | None:
         """Why a text is dropped, None where it is not."""
-        phrases = self.load()
-        words = WORD.findall(text.casefold())
-        if phrases.keys().isdisjoint(words):
-            return None
+        words = words_of(text)
         found: dict[str, None] = {}
         listed = 0
         end = 0  # of the words that are counted already
-        for place, word in enumerate(words):
-            for phrase in phrases.get(word, ()):
-                if tuple(words[place : place + len(phrase)]) == phrase:
-                    found[" ".join(phrase)] = None
-                    listed += max(0, place + len(phrase) - max(place, end))
-                    end = max(end, place + len(phrase))
+        for place, phrase in find_phrases(words, self.load()):
+            found[" ".join(phrase)] = None
+            listed += max(0, place + len(phrase) - max(place, end))
+            end = max(end, place + len(phrase))
         enough = self.min_entries is not None and len(found) >= self.min_entries
         too_many = self.min_share is not None and listed >= self.min_share * len(words)
         if not found or not (enough or too_many):
@@ -102,10 +95,6 @@ class Sites(NamedTuple):
 
     domains: frozenset[str]
     prefixes: Mapping[str, tuple[str, ...]]
-
-
-Phrases = Mapping[str, tuple[tuple[str, ...], ...]]
-"""For each first word the phrases that begin with it, as words."""
 
 
 @functools.lru_cache(maxsize=2)
@@ -131,14 +120,13 @@ def _load_sites(files: tuple[Path, ...], hashes: tuple[str, ...]) -> Sites:
 
 @functools.lru_cache(maxsize=2)
 def _load_phrases(files: tuple[Path, ...], hashes: tuple[str, ...]) -> Phrases:
-    phrases: defaultdict[str, dict[tuple[str, ...], None]] = defaultdict(dict)
+    entries: list[str] = []
     for file, sha256 in zip(files, hashes, strict=True):
         for entry, place in read_lines(file, sha256):
-            words = tuple(WORD.findall(entry.casefold()))
-            if not words:
+            if not words_of(entry):
                 raise DataError(f"{place}: {entry!r:.80} has no word")
-            phrases[words[0]][words] = None
-    return {first: tuple(others) for first, others in phrases.items()}
+            entries.append(entry)
+    return by_first_word(entries)
 
 
 def _split(url: str) -> tuple[str, str]:

@@ -4,9 +4,14 @@ The paper's removal of repeated three-sentence spans needs the whole corpus: the
 that work on documents. Its list of bad words is not shipped; a recipe may give one.
 """
 
+import functools
 import re
 from collections.abc import Callable
+from typing import Annotated
 
+from pydantic import AfterValidator
+
+from data_pipeline.quality.phrases import Phrases, by_first_word, find_phrases, words_of
 from data_pipeline.quality.text import Text
 from data_pipeline.quality.verdict import Thresholds, Verdict
 from data_pipeline.quality.words import WORD, has_sentences
@@ -14,7 +19,6 @@ from data_pipeline.quality.words import WORD, has_sentences
 TERMINAL_PUNCTUATION = (".", "!", "?", '"', "”", "。", "！", "？")
 ELLIPSIS = "..."
 CITATION = re.compile(r"\[(?:\d*|edit|citation needed)\]")
-BAD_WORD = re.compile(r"\w+")
 UNWANTED_PHRASES = (
     "javascript",
     "terms of use",
@@ -26,12 +30,19 @@ UNWANTED_PHRASES = (
 )
 
 
+def _with_a_word(entry: str) -> str:
+    if not words_of(entry):
+        raise ValueError(f"{entry!r:.80} has no word; leave it out")
+    return entry
+
+
 class C4(Thresholds):
     """Page and line rules.
 
     Lines without terminal punctuation (an ellipsis is none), with too few words or with one that is
     too long are removed, and so are lines about JavaScript, cookies or terms of use; a page is
     dropped for what is left. `max_word_length` is in the authors' code, not in the paper.
+    `bad_words` are words and phrases; one of them, whole and in any letter case, drops a page.
     """
 
     require_terminal_punctuation: bool
@@ -39,7 +50,7 @@ class C4(Thresholds):
     max_word_length: int | None
     min_sentences: int
     drop_curly_brackets: bool
-    bad_words: tuple[str, ...]
+    bad_words: tuple[Annotated[str, AfterValidator(_with_a_word)], ...]
 
     def judge(self, document: Text, language: str) -> Verdict:
         text = document.text
@@ -48,7 +59,7 @@ class C4(Thresholds):
             return Verdict(document, "c4.lorem_ipsum")
         if self.drop_curly_brackets and "{" in text:
             return Verdict(document, "c4.curly_bracket")
-        if self.bad_words and not set(self.bad_words).isdisjoint(BAD_WORD.findall(lowered)):
+        if self.bad_words and any(find_phrases(words_of(text), _phrases(self.bad_words))):
             return Verdict(document, "c4.bad_words")
         kept = Text("\n".join(self._kept_lines(document)))
         if not has_sentences(kept.text, self.min_sentences):
@@ -87,3 +98,8 @@ class C4(Thresholds):
             and len(line) > longest
             and any(len(word) > longest for word in line.split())
         )
+
+
+@functools.lru_cache(maxsize=2)
+def _phrases(bad_words: tuple[str, ...]) -> Phrases:
+    return by_first_word(bad_words)

@@ -117,12 +117,18 @@ def c4(rules: C4, text: str) -> tuple[str, str | None]:
         return text, "c4.lorem_ipsum"
     if rules.drop_curly_brackets and "{" in text:
         return text, "c4.curly_bracket"
-    if set(rules.bad_words) & set(re.findall(r"\w+", text.lower())):
+    if any(_spaced(entry) in _spaced(text) for entry in rules.bad_words):
         return text, "c4.bad_words"
     kept = "\n".join(
         line for line in map(_without_citations, text.splitlines()) if _keeps(rules, line)
     )
     return kept, "c4.sentences" if sentences(kept) < rules.min_sentences else None
+
+
+def _spaced(text: str) -> str:
+    """Words and ideographs in lower case with a space on either side, and nothing else."""
+    words = re.sub(r"\W", " ", re.sub(f"([{IDEOGRAPHS}])", r" \1 ", text.casefold())).split()
+    return f" {' '.join(words)} "
 
 
 def _without_citations(line: str) -> str:

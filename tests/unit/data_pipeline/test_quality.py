@@ -236,7 +236,13 @@ def test_every_verdict_is_the_one_of_the_plain_rules(
         assert quality is not None
         assert c4 is not None
         quality = quality.model_copy(update=relaxed)
-        c4 = c4.model_copy(update={"min_sentences": seed % 4, "min_words_per_line": seed % 5})
+        c4 = c4.model_copy(
+            update={
+                "min_sentences": seed % 4,
+                "min_words_per_line": seed % 5,
+                "bad_words": ("Java Script", "x1", "か")[: max(0, seed - 6)],
+            }
+        )
         document = Text(text)
         expected = next(plain.gopher_repetition(repetition, text), None)
         assert repetition.judge(document, "en").reason == expected
@@ -288,10 +294,27 @@ def test_chinese_and_japanese_texts_can_pass(recipe: Recipe) -> None:
         assert recipe.gopher_quality.judge(Text(line), language).reason == "gopher.word_count"
 
 
-def test_c4_bad_words_are_the_recipes_own(recipe: Recipe) -> None:
+@pytest.mark.parametrize(
+    ("entry", "text", "is_dropped"),
+    [
+        ("guitar", "A guitar, they said.", True),
+        ("Guitar", "Two GUITARS and a GUITAR.", True),
+        ("guitar", "Two guitars.", False),
+        ("two words", "In two\nWords.", True),
+        ("two words", "Two other words.", False),
+        ("don't", "I don't know.", True),
+        ("x-rated", "All of it is X-rated.", True),
+        ("不好", "这不好吗", True),
+    ],
+)
+def test_c4_bad_words_are_the_recipes_own(
+    recipe: Recipe, entry: str, text: str, is_dropped: bool
+) -> None:
     assert recipe.c4 is not None
-    strict = recipe.c4.model_copy(update={"bad_words": ("guitar",)})
-    assert strict.judge(Text(PROSE), "en").reason == "c4.bad_words"
+    relaxed = recipe.c4.model_copy(update={"min_sentences": 0})
+    strict = relaxed.model_copy(update={"bad_words": ("another", entry)})
+    assert relaxed.judge(Text(text), "en").keep
+    assert strict.judge(Text(text), "en").reason == ("c4.bad_words" if is_dropped else None)
 
 
 def test_later_heuristics_see_the_edited_text(recipe: Recipe) -> None:
@@ -318,6 +341,7 @@ def test_minimal_judges_nothing() -> None:
         (("min_words: 50", "min_words: many"), "gopher_quality.min_words = 'many'"),
         (("mode: fast", "mode: quick"), "'fast' or 'accurate'"),
         (("  ngram: 5", ""), "'dedup.ngram' is missing"),
+        (("bad_words: []", "bad_words: [foul, '!?']"), "c4.bad_words.1: '!?' has no word"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_neighbour(
