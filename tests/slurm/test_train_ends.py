@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from launch.slurm.excludes import excluded_now
 from slurm.sandbox.cluster import Cluster
 from tests.ranks import TIMEOUT_S
+from tests.slurm.conftest import SETTINGS, started_cluster
 from tests.slurm.jobs import (
     FARSPAN,
     IMPORTS_UNTIL_TOLD,
@@ -58,6 +60,22 @@ def test_jobs_that_hang_are_ended_by_the_watchdog_or_at_their_time_limit_and_go_
     assert [entry.node for entry in excluded_now(watched.run)] == [node]
     assert node not in watched.nodes()
     assert not watched.ranks()
+
+
+def test_a_job_that_a_preemption_ends_requeues_itself(shards: Path, tmp_path: Path) -> None:
+    """In the half minute that its script is left, as by default."""
+    settings = replace(SETTINGS, nodes=2, conf=["PreemptMode=CANCEL", "KillWait=30"])
+    with started_cluster(settings) as cluster:
+        job = submit(cluster, shards, tmp_path)
+        job.wait_until(lambda: job.saved() >= 4)
+        urgent = ["--partition=urgent", "--exclusive", "--nodes=2", "--output=/dev/null"]
+        job.slurm("sbatch", *urgent, "--wrap=sleep 1")
+        job.wait_until(lambda: job.requeues() == 1)
+        job.wait_for_the_end()
+    (tmp_path / "here").mkdir()
+    job.assert_whole(run_here(shards, tmp_path / "here", nproc=2))
+    assert "requeued: a job of more importance has taken its nodes" in job.log()
+    assert not job.run.failure_of(1).exists()
 
 
 def test_a_mistake_is_not_made_again(cluster: Cluster, shards: Path, tmp_path: Path) -> None:

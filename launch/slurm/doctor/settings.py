@@ -22,6 +22,8 @@ from pretrain.errors import UserError
 # The first whose steps share a job's nodes as those of today do (srun --overlap, --exact).
 OLDEST = (20, 11)
 REASONS_AT_MOST = 3
+# Slurm's default; a batch script asks the controller, with a Python from the shared file system.
+KILL_WAIT_S = 30
 
 
 @dataclass(frozen=True)
@@ -146,10 +148,12 @@ def _requeue(site: Site) -> Check:
         what += "starts only those jobs again that were submitted with --requeue"
         fix = "farspan's batch scripts say --requeue; say so in yours, or ask for JobRequeue=1"
         findings.append(Finding("slurm.conf", what, fix))
-    mode = site.partition.preempt_mode
-    if "CANCEL" in mode.split(","):
-        what = "PreemptMode=CANCEL: a job whose nodes another one takes is ended, not requeued"
-        fix = "another partition or QOS in the profile, or `farspan launch resubmit RUN` then"
+    mode, left_s = site.partition.preempt_mode, site.config.get("KillWait", "").split()[:1]
+    if "CANCEL" in mode.split(",") and left_s and int(left_s[0]) < KILL_WAIT_S:
+        what = "PreemptMode=CANCEL: a job whose nodes another one takes is ended; its batch script "
+        what += f"requeues it, for which KillWait leaves {left_s[0]} s, and that may be too little"
+        fix = f"ask for KillWait={KILL_WAIT_S}, or another partition or QOS in the profile; after "
+        fix += "too little `farspan launch resubmit RUN` goes on"
         findings.append(Finding(site.partition.name, what, fix))
     shown = f"JobRequeue={site.config.get('JobRequeue', 'unknown')}"
     return Check("requeue", f"{shown}, PreemptMode={mode or 'unknown'}", tuple(findings))

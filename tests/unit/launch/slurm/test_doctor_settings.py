@@ -17,7 +17,12 @@ from launch.slurm.doctor.settings import (
 from launch.slurm.profile import Profile
 from pretrain.errors import UserError
 
-CONFIG = {"SLURM_VERSION": "23.11.4", "JobRequeue": "1", "SelectType": "select/cons_tres"}
+CONFIG = {
+    "SLURM_VERSION": "23.11.4",
+    "JobRequeue": "1",
+    "SelectType": "select/cons_tres",
+    "KillWait": "30 sec",
+}
 PARTITION = PartitionInfo(
     name="gpu",
     is_default=True,
@@ -69,6 +74,8 @@ def _findings(site: Site, wanted: int = 2, directory: str = "/shared/runs") -> l
         _site(_with(gpus="auto", ranks_per_node="auto")),
         _site(_with(time=None)),
         _site(partition=replace(PARTITION, max_time_s=None)),
+        # What a batch script is left then is enough for it to requeue its job.
+        _site(partition=replace(PARTITION, preempt_mode="CANCEL")),
     ],
 )
 def test_nothing_is_said_of_a_site_that_is_as_its_profile_says(site: Site) -> None:
@@ -99,9 +106,12 @@ def test_nothing_is_said_of_a_site_that_is_as_its_profile_says(site: Site) -> No
         ),
         (_site(config=CONFIG | {"JobRequeue": "0"}), "slurm.conf", "JobRequeue=0"),
         (
-            _site(partition=replace(PARTITION, preempt_mode="CANCEL")),
+            _site(
+                config=CONFIG | {"KillWait": "5 sec"},
+                partition=replace(PARTITION, preempt_mode="CANCEL"),
+            ),
             "gpu",
-            "PreemptMode=CANCEL: a job whose nodes another one takes is ended",
+            "its batch script requeues it, for which KillWait leaves 5 s",
         ),
         (
             _site(nodes=[replace(node, gpus=0, gpu_types=()) for node in NODES]),
