@@ -1,5 +1,6 @@
 """What every test shares: calm threads, a small folder of token shards, and a bucket."""
 
+import gc
 import os
 import random
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("WANDB_MODE", "offline")
+# What tests import is much, and stays: looking through it for garbage takes a twentieth of their time.
+gc.set_threshold(10_000)
 
 
 # Their tests share nothing that is slow to make.
@@ -24,6 +27,10 @@ LAYOUTS = {
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Layouts last: one by one, they keep all workers busy to the end."""
     items.sort(key=lambda item: _file(item.nodeid) in LAYOUTS)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)
