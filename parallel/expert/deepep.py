@@ -1,7 +1,6 @@
 """Dispatch by DeepEP's kernels (github.com/deepseek-ai/DeepEP, 2.x), for GPUs."""
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,10 +20,12 @@ def why_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
             f"parallel.dispatcher = deepep carries bfloat16 only, and train.dtype is {dtype}; "
             f"{instead}"
         )
-    if find_spec("deep_ep") is None:
+    try:
+        from deep_ep import ElasticBuffer  # noqa: F401
+    except ImportError as error:
         return (
             "parallel.dispatcher = deepep needs the package deep_ep 2.x, which is built from "
-            f"github.com/deepseek-ai/DeepEP; {instead}"
+            f"github.com/deepseek-ai/DeepEP ({error}); {instead}"
         )
     return None
 
@@ -141,5 +142,7 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None]:
-        flight = ctx.flight
-        return flight.buffer.dispatch(grad[0].contiguous(), handle=flight.handle)[0], None
+        buffer, handle = ctx.flight.buffer, ctx.flight.handle
+        # By itself, DeepEP derives num_sms from num_experts before it takes that from the handle.
+        dx = buffer.dispatch(grad[0].contiguous(), handle=handle, num_sms=handle.num_sms)[0]
+        return dx, None
