@@ -54,6 +54,9 @@ class SegmentAttention:
         window: int | None,
     ) -> Tensor:
         """q [B, H, t, D], k and v [B, Hkv, t, D], of this rank's tokens -> [B, H, t, D]."""
+        if window == 1:
+            # It sees nothing earlier; and of 0 tokens, a checkpoint has no tensor to go on with.
+            return self.attend(q, k, v, documents, scale=scale, window=window)
         memory, number = documents.memory, documents.number
         earlier: dict[str, list[Tensor]] = {"k": [], "v": []}
         complete = None if window is None else partial(sum_over_ranks, self.cp)
@@ -113,6 +116,9 @@ class SegmentConvolution:
 
     def __call__(self, x: Tensor, weight: Tensor, documents: SegmentDocuments) -> Tensor:
         """x [B, t, C], of this rank's tokens, and weight [C, W] -> [B, t, C]."""
+        if weight.shape[1] == 1:
+            # As attention with a window of 1.
+            return self.convolve(x, weight, documents)
         memory, number, before = documents.memory, documents.number, None
         if documents.go_on:
             complete = partial(sum_over_ranks, self.cp)

@@ -98,6 +98,18 @@ def test_heads_that_lie_elsewhere_let_rows_begin_anew(
     assert not audit_run(other).problems
 
 
+def test_layers_that_see_a_token_at_a_time_go_on_within_lanes(shards: Path, tmp_path: Path) -> None:
+    narrow = ("model.attention.window=1", "model.linear.conv_width=1", "checkpoint.every=1")
+    start(tmp_path / "stopped", shards, *narrow, "train.steps=2")
+    run_on_ranks(2, SCRIPT, str(tmp_path / "stopped"))
+    whole, stopped = (
+        start(tmp_path / name, shards, *narrow, "train.steps=3") for name in ("whole", "stopped")
+    )
+    for run in (whole, stopped):
+        run_on_ranks(2, SCRIPT, str(run.root))
+    assert trained(stopped) == trained(whole)
+
+
 def test_keys_of_another_attention_are_forgotten(
     killed: RunDirectory, shards: Path, tmp_path: Path
 ) -> None:
