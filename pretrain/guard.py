@@ -159,7 +159,8 @@ class Guard:
         skip = Place(place.first - beside, place.stop + beside)
         self._skipped.append(skip)
         self._settled_at = place.stop + self._config.window * size
-        return Rollback(step, reason, step - width, skip, self._rollbacks, self._settled_at)
+        to_step = max(0, step - width)
+        return Rollback(step, reason, to_step, skip, self._rollbacks, self._settled_at)
 
     def state(self) -> list[tuple[float, float]]:
         """(loss, gradient norm) of the last steps."""

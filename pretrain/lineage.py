@@ -140,7 +140,9 @@ def past_of_guard(records: Iterable[Record]) -> Past:
         elif record.attempt != attempt:
             continue  # late, of an attempt that had been replaced
         elif isinstance(record, RollbackBegun):
-            nearby, settled_at, go_back_to = record.nearby, record.settled_at, record.to_step
+            nearby, settled_at = record.nearby, record.settled_at
+            # Older ledgers name steps before the first.
+            go_back_to = max(0, record.to_step)
         elif isinstance(record, RolledBack):
             go_back_to = None
     return Past(skipped_ranges(of_guard), nearby, settled_at, go_back_to)

@@ -119,6 +119,18 @@ def test_a_run_that_is_killed_as_it_goes_back_goes_back_all_the_same(
     assert began == [0, 8]
 
 
+def test_a_run_that_is_killed_as_it_goes_back_from_its_first_step_begins_again(
+    shards: Path, tmp_path: Path
+) -> None:
+    free = ("optim.clip=null", "optim.in_backward=true", "train.microbatch=4", "train.steps=1")
+    run = start(tmp_path / "run", shards, *free)
+    with pytest.raises(AssertionError, match=r"rank [01] of 2 failed"):
+        run_on_ranks(2, SCRIPT, str(run.root), "0,1", "", "dies in rollback 2")
+    assert isinstance(records(run)[-1], RollbackBegun)
+    run_on_ranks(2, SCRIPT, str(run.root), "0,1", "")
+    assert batches(records(run), Trained) == [3]
+
+
 def replayed(met: RunDirectory, folder: Path, record: Any) -> dict[str, Any]:
     result = folder / "replayed.json"
     which = str(record.attempt), str(record.first_token), str(result)

@@ -98,6 +98,11 @@ def test_a_second_spike_at_the_same_place_widens_the_skip() -> None:
     assert not guard.passes_over(place(206))
 
 
+def test_it_never_goes_back_to_before_the_first_step() -> None:
+    guard = trained(0)
+    assert [guard.roll_back(1, place(batch), "spike").to_step for batch in (0, 1, 2)] == [0, 0, 0]
+
+
 def test_a_new_attempt_does_not_forget_how_often_it_has_gone_back() -> None:
     config = GuardConfig(max_rollbacks=2)
     first = trained(200, max_rollbacks=2).roll_back(200, place(199), "spike")

@@ -351,6 +351,8 @@ def test_a_rollback_that_was_begun_is_remembered_until_the_run_has_gone_back(tmp
     done = replace(pending, go_back_to=None)
     ledger.roll_back(9, 8, TOKENS)
     assert past_of_guard(read_ledger(path)) == done
+    ledger.begin_rollback(1, "a spike", -1, (TOKENS, 2 * TOKENS), 2, 77)
+    assert past_of_guard(read_ledger(path)) == replace(pending, go_back_to=0)
     ledger.begin_rollback(9, "a spike", 7, (TOKENS, 2 * TOKENS), 2, 77)
     begin(path, 2, 7, TOKENS)
     assert past_of_guard(read_ledger(path)) == done
