@@ -252,7 +252,10 @@ def _that_count(records: Iterable[Record]) -> list[Trained]:
 
 def _tokens(manifest: Manifest) -> int:
     """How many tokens the stream had delivered."""
-    return sum(cursor["tokens"] for cursor in manifest.progress["stream"]["cursors"])
+    stream = manifest.progress["stream"]
+    # Within lanes, the cursors are those of where they begin.
+    within_lanes = stream["lanes"]["delivered"] if "lanes" in stream else []
+    return sum(within_lanes) + sum(cursor["tokens"] for cursor in stream["cursors"])
 
 
 def _others(run: RunDirectory, attempt: int, others: set[int]) -> dict[int, str]:

@@ -10,8 +10,10 @@ import pytest
 
 from launch.audit import audit_run
 from launch.train import prepare
+from pretrain.config import read_run_config
 from pretrain.ledger import Trained
 from pretrain.lineage import read_lineage
+from pretrain.replay_plan import plan_replay
 from pretrain.run_dir import RunDirectory
 from tests.ranks import run_on_ranks
 
@@ -140,3 +142,17 @@ def test_a_kill_within_lanes_changes_nothing_on_any_layout(
     run_on_ranks(2, SCRIPT, str(other.root))
     np.testing.assert_allclose(losses(other), losses(whole), rtol=1e-5)
     assert not audit_run(other).problems
+
+
+def test_a_step_within_lanes_is_replayed_from_before_what_has_been_skipped_since(
+    shards: Path, tmp_path: Path
+) -> None:
+    run = start(tmp_path / "run", shards, "train.steps=3", "checkpoint.every=1")
+    run_on_ranks(2, SCRIPT, str(run.root))
+    for step in (2, 3):
+        shutil.rmtree(run.checkpoints / f"step-{step:08d}")
+    # The second attempt skips batch 1: its step 2 is batch 2, which was step 3 before.
+    run_on_ranks(2, SCRIPT.with_name("guard_case.py"), str(run.root), "1", "")
+    plan = plan_replay(read_run_config(run, 1), run, attempt=1, first_token=2 * 4 * 64)
+    assert plan.kept == [1, 2, 3]
+    assert (plan.target.step, plan.checkpoint) == (3, 1)
