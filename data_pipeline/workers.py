@@ -129,6 +129,8 @@ def _send_result(
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Bars on a terminal put others in their place, with locks that a thread may have held just now.
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     _end_with_parent()
     outcome: tuple[Any, Exception | None]
     try:
