@@ -87,7 +87,7 @@ class RayEngine:
             left_behind.unlink(missing_ok=True)
         with NamedTemporaryFile(dir=folder, prefix=MARK) as mark:
             left = {
-                number: pickle.dumps((number, Path(mark.name), prepare, task, one))
+                number: pack(number, Path(mark.name), prepare, task, one)
                 for number, one in enumerate(arguments)
             }
             failures = 0
@@ -106,6 +106,22 @@ class RayEngine:
                             "the same command again"
                         ) from error
                     print(f"warning: {text}; they are done again", file=sys.stderr, flush=True)
+
+
+def pack(
+    number: int,
+    mark: Path,
+    prepare: Callable[[], None] | None,
+    task: Callable[..., None],
+    arguments: tuple[Any, ...],
+) -> bytes:
+    """A task as `main` reads it, in the form in which it travels.
+
+    Args:
+        mark: a file in the folder that its worker has to see.
+    """
+    # Paths may be relative, and the cluster's processes work in other folders.
+    return pickle.dumps((number, Path.cwd(), mark, prepare, task, arguments))
 
 
 def _cluster_errors() -> tuple[type[Exception], ...]:
@@ -156,9 +172,10 @@ def main() -> None:
     Thread(target=_end_with_parent, daemon=True).start()
     with os.fdopen(os.dup(1), "wb") as result:
         os.dup2(2, 1)  # what a task prints belongs into the worker's log
-        number, mark, prepare, task, arguments = pickle.loads(content)
+        number, folder, mark, prepare, task, arguments = pickle.loads(content)
         error: Exception | None = None
         try:
+            _enter(folder)
             _refuse_unseen(mark)
             if prepare:
                 prepare()
@@ -169,12 +186,23 @@ def main() -> None:
         pickle.dump((number, error), result)
 
 
+def _enter(folder: Path) -> None:
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise _unseen(folder, "start the command in a folder") from error
+
+
 def _refuse_unseen(mark: Path) -> None:
     if not mark.exists():
-        raise DataError(
-            f"{mark.parent}: the Ray worker on {socket.gethostname()} does not see it as it is "
-            "here; choose an --out on a file system that all nodes share"
-        )
+        raise _unseen(mark.parent, "choose an --out")
+
+
+def _unseen(folder: Path, advice: str) -> DataError:
+    return DataError(
+        f"{folder}: the Ray worker on {socket.gethostname()} does not see it as it is here; "
+        f"{advice} on a file system that all nodes share"
+    )
 
 
 def _end_with_parent() -> None:

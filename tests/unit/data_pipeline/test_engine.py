@@ -17,6 +17,7 @@ import pytest
 
 from data_pipeline.engine import open_engine
 from data_pipeline.errors import DataError
+from data_pipeline.ray_engine import pack
 from data_pipeline.sample import make_sample_crawl
 from pretrain.errors import STOPPED_ON_REQUEST
 from tests.files import contents
@@ -24,6 +25,7 @@ from tests.ranks import ROOT, TIMEOUT_S
 
 STORE_BYTES = 80 << 20  # the least that Ray allows
 FILES = 4
+WITH_ROOT = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 @pytest.mark.parametrize("name", ["dask", "ray=", "native=2", "Ray"])
@@ -34,7 +36,7 @@ def test_another_engine_is_refused(name: str) -> None:
 
 def _do_in_a_worker(mark: Path, task: Any, *arguments: Any) -> Exception | None:
     """The exception of a task that a worker of a cluster is given."""
-    content = pickle.dumps((7, mark, partial(int, 0), task, arguments))
+    content = pack(7, mark, partial(int, 0), task, arguments)
     command = [sys.executable, "-m", "data_pipeline.ray_engine"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
@@ -59,11 +61,25 @@ def test_a_worker_that_does_not_see_the_folder_says_so(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
+def test_a_worker_has_the_relative_paths_of_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mark").touch()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert _do_in_a_worker(tmp_path / "mark", os.mkdir, "made") is None
+    assert (tmp_path / "here" / "made").is_dir()
+    (tmp_path / "here" / "made").rmdir()
+    (tmp_path / "here").rmdir()
+    monkeypatch.setattr(Path, "cwd", lambda: tmp_path / "here")  # there, but not for the worker
+    error = _do_in_a_worker(tmp_path / "mark", os.mkdir, "made")
+    assert isinstance(error, DataError)
+    assert re.fullmatch(rf"{tmp_path}/here: .* does not see it .*; start the .*", str(error))
+
+
 def test_what_a_worker_lived_for_ends_with_it(tmp_path: Path) -> None:
     (tmp_path / "mark").touch()
-    content = pickle.dumps(
-        (7, tmp_path / "mark", partial(int, 0), signal.sigwait, ([signal.SIGUSR1],))
-    )
+    content = pack(7, tmp_path / "mark", partial(int, 0), signal.sigwait, ([signal.SIGUSR1],))
     worker = subprocess.Popen(
         [sys.executable, "-m", "data_pipeline.ray_engine"], stdin=subprocess.PIPE, cwd=ROOT
     )
@@ -166,8 +182,10 @@ def cluster() -> Iterator[_Cluster]:
 def _run_and(loss: Any, crawl: Path, out: Path, engine: str, stage: str = "", code: int = 0) -> str:
     """Run on a cluster, let `loss` happen after the first task of a stage; what was printed."""
     printed = []
+    # Somewhere else than the cluster, which is started where the tests are.
+    command = _command(crawl, Path(out.name), engine)
     with subprocess.Popen(
-        _command(crawl, out, engine), stdout=subprocess.PIPE, text=True, cwd=ROOT
+        command, stdout=subprocess.PIPE, text=True, cwd=out.parent, env=WITH_ROOT
     ) as process:
         assert process.stdout
         for line in process.stdout:
