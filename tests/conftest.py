@@ -13,7 +13,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("WANDB_MODE", "offline")
-# What tests import is much, and stays: looking through it for garbage takes a twentieth of their time.
+# What tests import is much and stays; to look through it for garbage takes 5 % of their time.
 gc.set_threshold(10_000)
 
 
