@@ -27,6 +27,7 @@ from data_pipeline import ledger
 from data_pipeline.clean import Piece, clean_archive, get_ready, is_cleaned, own_ids
 from data_pipeline.crawl import CRAWL_URL, Source, find_archives, identify
 from data_pipeline.dedup import check_memory, deduplicate
+from data_pipeline.dedup.batches import read_rows
 from data_pipeline.dedup.outputs import CLUSTERS
 from data_pipeline.engine import NATIVE, Engine, Native, open_cluster, open_engine
 from data_pipeline.errors import DataError, file_errors
@@ -63,7 +64,6 @@ TOKENIZER = "tokenizer.json"
 PLANS = "plans.json"
 DOCUMENTS = "documents"
 TICK_S = 0.5
-ROWS_AT_ONCE = 1 << 16
 
 
 class Progress(Protocol):
@@ -424,7 +424,7 @@ class _Rows:
     """The rows of a file, one after another; few are in memory at a time."""
 
     def __init__(self, file: pq.ParquetFile) -> None:
-        self._batches = file.iter_batches(ROWS_AT_ONCE)
+        self._batches = read_rows(file)
         self._left = file.schema_arrow.empty_table()
 
     def take(self, rows: int) -> pa.Table:

@@ -100,15 +100,22 @@ def read_part(
     try:
         with pq.ParquetFile(part.signed if is_signed else part.path) as file:
             names = columns and [name for name in columns if name in file.schema_arrow.names]
-            # One by one: over several row groups, pyarrow keeps all that it has read.
-            for group in range(file.num_row_groups):
-                rows = _rows_per_batch(file.metadata.row_group(group))
-                for records in file.iter_batches(rows, [group], names, use_threads=False):
-                    records.validate(full=True)
-                    schema = without_views(records.schema)
-                    yield records if schema == records.schema else records.cast(schema)
+            for records in read_rows(file, names):
+                records.validate(full=True)
+                schema = without_views(records.schema)
+                yield records if schema == records.schema else records.cast(schema)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{part.source}: damaged, its documents cannot be read: {error}") from error
+
+
+def read_rows(
+    file: pq.ParquetFile, columns: Sequence[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """The rows of a file, or these columns of them, about 8 MB at a time."""
+    # One by one: over several row groups, pyarrow keeps all that it has read.
+    for group in range(file.num_row_groups):
+        rows = _rows_per_batch(file.metadata.row_group(group))
+        yield from file.iter_batches(rows, [group], columns, use_threads=False)
 
 
 def _rows_per_batch(group: pq.RowGroupMetaData) -> int:

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from pydantic import model_validator
 
 from data_pipeline.compiled import compiled
+from data_pipeline.dedup.batches import read_rows
 from data_pipeline.errors import DataError
 from data_pipeline.hygiene.listed import FileSettings, Finding, changed
 from data_pipeline.quality.linear import sha256_of
@@ -209,7 +210,7 @@ def _read_parquet(path: Path) -> Iterator[str]:
         names = file.schema_arrow.names
         if "text" not in names:
             raise DataError(f"{path}: no column `text` among {', '.join(names)}")
-        for batch in file.iter_batches(columns=["text"]):
+        for batch in read_rows(file, ["text"]):
             yield from (text or "" for text in batch["text"].cast(pa.large_string()).to_pylist())
     except pa.ArrowException as error:
         raise DataError(f"{path}: damaged or not Parquet ({error})") from error

@@ -15,6 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from data_pipeline.compiled import compiled
+from data_pipeline.dedup.batches import read_rows
 from data_pipeline.dedup.inputs import open_parquet
 from data_pipeline.dedup.jsonl import read_jsonl
 from data_pipeline.errors import DataError, file_errors
@@ -149,7 +150,7 @@ def _texts_of(path: Path) -> Iterator[str]:
 def _parquet(path: Path) -> Iterator[pa.RecordBatch]:
     try:
         with open_parquet(path, ["text"]) as file:
-            yield from file.iter_batches(columns=["text"])
+            yield from read_rows(file, ["text"])
     except pa.ArrowException as error:
         raise DataError(f"{path}: damaged ({error})") from error
 

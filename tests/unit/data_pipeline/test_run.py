@@ -87,7 +87,7 @@ def test_a_run_within_a_memory_gives_the_same_bytes(
         return deduplicate(*arguments, **settings)
 
     monkeypatch.setattr("data_pipeline.run.deduplicate", noted)
-    monkeypatch.setattr("data_pipeline.run.ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("data_pipeline.dedup.batches.ROWS_PER_BATCH", 7)
     out = tmp_path / "data"
     run(_inputs(sample), out, load_recipe("demo"), vocab_size=VOCAB_SIZE, memory=1 << 20)
     assert kept_within == [1 << 20]
