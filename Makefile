@@ -12,9 +12,8 @@ TORCH_VERSION ?= 2.13.0
 # (the address is in PyTorch's installation guide).
 TORCH_INDEX ?=
 DEMO_DIR ?= demo
-# Tests that run at the same time; of the slow ones many wait for a cluster, but for layouts.
+# Tests that run at the same time. More are slower: their ranks stop each other at each message.
 WORKERS ?= 2
-SLOW_WORKERS ?= 3
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -50,10 +49,7 @@ test: $(INSTALLED)
 	$(PYTEST) -n $(WORKERS) -m "not slow and not oracle"
 
 test-slow: $(INSTALLED)
-	code=0; \
-	$(PYTEST) -n $(SLOW_WORKERS) -m slow --ignore tests/parity || code=$$?; \
-	$(PYTEST) -n $(WORKERS) -m slow tests/parity || code=$$?; \
-	exit $$code
+	$(PYTEST) -n $(WORKERS) -m slow
 
 $(ORACLES_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m venv --clear --without-pip $(ORACLES)
