@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from uuid import uuid4
 
+from launch.slurm.plain_text import given, limit_s, moment, names_of, records
 from pretrain.errors import UserError
 
 TIMEOUT_S = 60.0
@@ -32,11 +33,6 @@ IS_BUSY = re.compile(
 OF_A_JOB = re.compile(
     r"SLURM_(?!(?:CONF|CONF_SERVER|CLUSTERS|JWT|SACK_\w+)$)|SLURMD_|SRUN_|PMI|"
     r"SBATCH_(?:EXPORT|OUTPUT|ERROR)$"
-)
-# Fields of free text, which have the rest of their line to themselves.
-FREE_TEXT = (
-    *("JobName", "Command", "WorkDir", "StdErr", "StdIn", "StdOut", "Reason", "OS", "Extra"),
-    *("Comment", "AdminComment", "SystemComment", "MailUser"),
 )
 # Of a job that farspan has submitted: a word that no other has, over all its requeues.
 SUBMISSION = "FARSPAN_SUBMISSION"
@@ -300,19 +296,19 @@ class Slurm:
             user=fields.get("UserId", "").partition("(")[0],
             partition=fields.get("Partition", ""),
             state=fields.get("JobState", ""),
-            reason=_given(fields.get("Reason")),
-            dependency=_given(fields.get("Dependency")),
+            reason=given(fields.get("Reason")),
+            dependency=given(fields.get("Dependency")),
             nodes=self.hostnames(fields.get("NodeList", "")),
             excluded=self.hostnames(fields.get("ExcNodeList", "")),
             restarts=int(fields.get("Restarts", 0)),
             exit_code=int(code),
             signal=int(signal or 0),
             time_limit_s=limit_s(fields.get("TimeLimit")),
-            submitted=_moment(fields.get("SubmitTime")),
-            started=_moment(fields.get("StartTime")),
-            ended=_moment(fields.get("EndTime")),
-            preempted=_moment(fields.get("PreemptTime")),
-            folder=_given(fields.get("WorkDir")),
+            submitted=moment(fields.get("SubmitTime")),
+            started=moment(fields.get("StartTime")),
+            ended=moment(fields.get("EndTime")),
+            preempted=moment(fields.get("PreemptTime")),
+            folder=given(fields.get("WorkDir")),
             array=array,
             task=int(task) if is_task else None,
         )
@@ -323,15 +319,15 @@ class Slurm:
             name=fields["PartitionName"],
             is_default=fields.get("Default") == "YES",
             state=fields.get("State", ""),
-            nodes=self.hostnames(_given(fields.get("Nodes"))),
+            nodes=self.hostnames(given(fields.get("Nodes"))),
             max_nodes=int(most) if most.isdigit() else None,
             max_time_s=limit_s(fields.get("MaxTime")),
             default_time_s=limit_s(fields.get("DefaultTime")),
-            allowed_accounts=_names(fields.get("AllowAccounts")),
-            denied_accounts=_names(fields.get("DenyAccounts")),
-            allowed_qos=_names(fields.get("AllowQos")),
-            denied_qos=_names(fields.get("DenyQos")),
-            preempt_mode=_given(fields.get("PreemptMode")),
+            allowed_accounts=names_of(fields.get("AllowAccounts")),
+            denied_accounts=names_of(fields.get("DenyAccounts")),
+            allowed_qos=names_of(fields.get("AllowQos")),
+            denied_qos=names_of(fields.get("DenyQos")),
+            preempt_mode=given(fields.get("PreemptMode")),
             fields=fields,
         )
 
@@ -361,9 +357,9 @@ class Slurm:
             nodes=() if nodes == "None assigned" else self.hostnames(nodes),
             exit_code=int(exit_code or 0),
             signal=int(signal or 0),
-            submitted=_moment(submitted),
-            started=_moment(started),
-            ended=_moment(ended),
+            submitted=moment(submitted),
+            started=moment(started),
+            ended=moment(ended),
             array=array if task else None,
             task=int(task) if task.isdigit() else None,
         )
@@ -417,48 +413,10 @@ class Slurm:
         raise AssertionError
 
 
-def records(text: str, first: str) -> list[dict[str, str]]:
-    """The records that scontrol prints, each of which begins with the field `first`.
-
-    Printed over several lines, as it is by default: a field of free text, such as a job's name,
-    ends its line, so that nothing in it is taken for another field.
-    """
-    found: list[dict[str, str]] = []
-    for line in text.splitlines():
-        if line.startswith(f"{first}="):
-            found.append({})
-        if found and line.startswith((f"{first}=", " ")):
-            found[-1] = _fields(line) | found[-1]
-    return found
-
-
-def _fields(line: str) -> dict[str, str]:
-    fields: dict[str, str] = {}
-    line = line.strip()
-    while match := re.match(r"([A-Za-z][\w:/]*)=", line):
-        name, rest = match[1], line[match.end() :]
-        # The Reason of a job is a word, the Reason of a node a sentence, alone on its line.
-        if name in FREE_TEXT and not (name == "Reason" and " Dependency=" in rest):
-            return fields | {name: rest}
-        value, _, line = rest.partition(" ")
-        fields[name] = value
-        line = line.lstrip()
-    return fields
-
-
-def limit_s(text: str | None) -> int | None:
-    """Seconds of days-hours:minutes:seconds, as Slurm prints them; None: no limit."""
-    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text or "")
-    if not match:
-        return None
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-
-
 def _node(fields: Mapping[str, str]) -> NodeInfo:
     # A mark behind a state says that the node does not answer, sleeps, or is started again.
     state, *flags = re.sub(r"[*~#!%$@^-]", "", fields.get("State", "")).split("+")
-    gpus = re.findall(r"(?:^|,)gpu(?::([^:,(]+))?:(\d+)", _given(fields.get("Gres")))
+    gpus = re.findall(r"(?:^|,)gpu(?::([^:,(]+))?:(\d+)", given(fields.get("Gres")))
     return NodeInfo(
         name=fields["NodeName"],
         state=state,
@@ -470,29 +428,13 @@ def _node(fields: Mapping[str, str]) -> NodeInfo:
         memory_mb=int(fields.get("RealMemory", 0)),
         gpus=sum(int(number) for _, number in gpus),
         gpu_types=tuple(dict.fromkeys(kind for kind, _ in gpus if kind)),
-        partitions=_names(fields.get("Partitions")),
-        features=_names(fields.get("ActiveFeatures")),
+        partitions=names_of(fields.get("Partitions")),
+        features=names_of(fields.get("ActiveFeatures")),
         reason=fields.get("Reason", ""),
         version=fields.get("Version", ""),
-        booted=_moment(fields.get("BootTime")),
-        started=_moment(fields.get("SlurmdStartTime")),
+        booted=moment(fields.get("BootTime")),
+        started=moment(fields.get("SlurmdStartTime")),
     )
-
-
-def _names(text: str | None) -> tuple[str, ...]:
-    given = _given(text)
-    return () if given in ("", "ALL") else tuple(given.split(","))
-
-
-def _given(text: str | None) -> str:
-    return "" if text in (None, "(null)", "None", "N/A") else str(text)
-
-
-def _moment(text: str | None) -> datetime | None:
-    try:
-        return datetime.fromisoformat(text or "").astimezone()
-    except ValueError:
-        return None
 
 
 def _said(text: str) -> str:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launch.slurm.client import Slurm, SlurmError, records
+from launch.slurm.client import Slurm, SlurmError
 from launch.slurm.doctor.findings import Check, Finding, listed
 from launch.slurm.doctor.judge import judge
 from launch.slurm.doctor.node import Folder, Request
@@ -24,6 +24,7 @@ from launch.slurm.doctor.settings import (
     unknown_partition,
 )
 from launch.slurm.options import sbatch_options
+from launch.slurm.plain_text import records
 from launch.slurm.profile import load_profile
 from pretrain.errors import UserError
 from pretrain.run_dir import write_atomically

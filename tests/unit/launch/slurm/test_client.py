@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.slurm.client import Slurm, SlurmError, limit_s, records
+from launch.slurm.client import Slurm, SlurmError
+from launch.slurm.plain_text import limit_s, records
 from pretrain.errors import UserError
 
 # As scontrol of 22.05 prints it; the name is made to look like more fields.
