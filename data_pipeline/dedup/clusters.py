@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from data_pipeline.dedup.inputs import Part
 from data_pipeline.dedup.lsh import Buckets, share_band
 from data_pipeline.dedup.shingle_file import ShingleFile
 from data_pipeline.dedup.signatures import Signatures
+from data_pipeline.dedup.signed import DIGEST
 
 # Documents of one bucket are compared with the first ones only, lest a million pages of one
 # template, alike but for less than the threshold, take a million comparisons each.
@@ -73,12 +73,7 @@ def _first_with_equal_text(signatures: Signatures) -> NDArray[np.int64]:
     """For each document the first one of the same text; a blank text only has itself."""
     original = np.arange(len(signatures.digests))
     known = np.flatnonzero(~signatures.is_blank)
-    digests = pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(signatures.digests.shape[1]),
-        len(known),
-        [None, pa.py_buffer(signatures.digests[known])],
-    )
-    texts = digests.dictionary_encode().indices.to_numpy()
+    texts = signatures.digests[known].reshape(-1).view(DIGEST)
     _, first, inverse = np.unique(texts, return_index=True, return_inverse=True)
     original[known] = known[first[inverse]]
     return original
