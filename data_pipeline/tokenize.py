@@ -1,11 +1,12 @@
 """Text to token ids: train a byte-level BPE, or use any Hugging Face tokenizer.json."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from data_pipeline.errors import DataError
 
@@ -111,15 +112,35 @@ def load_tokenizer(path: Path) -> Tokenizer:
     backend.no_padding()
     backend.encode_special_tokens = True
     vocabulary = backend.get_vocab(with_added_tokens=True)
-    eos = next((name for name in EOS_NAMES if name in vocabulary), None)
+    added = backend.get_added_tokens_decoder().values()
+    special = {token.content for token in added if token.special}
+    # Gemma's vocabulary has `<eos>`, and `</s>` as HTML's tag of what is struck through.
+    known = (special, vocabulary)
+    eos = next((name for names in known for name in EOS_NAMES if name in names), None)
     if eos is None:
         raise DataError(
             f"{path}: no end-of-document token among its {len(vocabulary)} tokens; looked for "
             f"{', '.join(EOS_NAMES)}. Add one of them to the tokenizer's added_tokens"
         )
-    eos_id = vocabulary[eos]
-    added = backend.get_added_tokens_decoder().get(eos_id)
-    if added is None or not added.special:
+    if eos not in special:
         # Else a text that spells it would be encoded as the end of a document.
         backend.add_special_tokens([eos])
-    return Tokenizer(backend, eos_id=eos_id, vocab_size=max(vocabulary.values()) + 1)
+    _cut_what_spells({*special, eos}, backend)
+    return Tokenizer(backend, vocabulary[eos], vocab_size=max(vocabulary.values()) + 1)
+
+
+def _cut_what_spells(special: Iterable[str], backend: tokenizers.Tokenizer) -> None:
+    """Let a text that spells a special token be encoded in two parts, where the model would find
+    the token among its own pieces, as those of Unigram do.
+    """
+    found = [
+        name
+        for name in sorted(special)
+        if backend.token_to_id(name) in backend.encode(name, add_special_tokens=False).ids
+    ]
+    if not found:
+        return
+    second_parts = (f"(?<={re.escape(name[0])}){re.escape(name[1:])}" for name in found)
+    cut = pre_tokenizers.Split(Regex("|".join(second_parts)), "isolated")
+    own = backend.pre_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence([own, cut] if own else [cut])

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from data_pipeline.errors import DataError
@@ -58,6 +59,27 @@ def test_text_that_spells_the_end_of_document_does_not_end_it(trained, is_specia
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_text_that_spells_a_piece_of_a_unigram_model_does_not_end_a_document(tmp_path):
+    """T5's and its kin have their special tokens among their pieces, and at the best score."""
+    special = ["<pad>", "</s>", "<unk>"]
+    letters = [(chr(code), -8.0) for code in range(33, 127)]
+    pieces = [*((name, 0.0) for name in special), ("▁", -3.0), *letters]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=2))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    backend.add_special_tokens(special)
+    backend.save(str(tmp_path / "tokenizer.json"))
+
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.eos_id == 1
+    text = "in html </s></s>, or <pad>and </ s>"
+    ids = tokenizer.encode(text)
+    assert min(ids) > 2
+    assert tokenizer.decode(ids) == text
+    plain = "nothing < special / s>"
+    assert tokenizer.encode(plain) == backend.encode(plain, add_special_tokens=False).ids
+
+
 def test_truncation_stored_in_a_published_tokenizer_does_not_cut_documents(trained):
     content = json.loads(trained.read_text())
     content["truncation"] = {
@@ -77,6 +99,15 @@ def test_end_of_document_is_found_under_its_usual_names(trained):
     trained.write_text(content.replace("<|endoftext|>", "<stop>"))
     with pytest.raises(DataError, match=r"looked for <\|endoftext\|>, </s>"):
         load_tokenizer(trained)
+
+
+def test_what_ends_a_document_is_special_before_it_is_usual(tmp_path):
+    """Gemma's vocabulary has HTML's tags as tokens of their own."""
+    backend = Tokenizer(models.BPE({"a": 0}, []))
+    backend.add_special_tokens(["<pad>", "<eos>", "<bos>"])
+    backend.add_tokens([AddedToken(name, special=False) for name in ("<s>", "</s>")])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path / "tokenizer.json").eos_id == backend.token_to_id("<eos>")
 
 
 def test_bad_tokenizers_are_refused_by_name(tmp_path):
