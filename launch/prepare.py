@@ -58,7 +58,7 @@ def prepare_run(
     manifests = [
         load_manifest(source.path, growing=source.growing, cache=cache) for source in sources
     ]
-    data = list(map(_describe, sources, manifests))
+    data, versions = list(map(_describe, sources, manifests)), _versions()
     try:
         run.root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -80,7 +80,7 @@ def prepare_run(
             _keep_funnels(source_names(config.data), manifests, run)
             run.done.unlink(missing_ok=True)
             run.cancelled.unlink(missing_ok=True)
-            write_atomically(run.versions, json.dumps(_versions(), indent=1) + "\n")
+            write_atomically(run.versions, json.dumps(versions, indent=1) + "\n")
             if imported:
                 # Before there is a run that could be trained without them.
                 write_atomically(run.imported, json.dumps(imported) + "\n")
@@ -190,14 +190,13 @@ def _steps_of(manifest: Manifest) -> list[dict[str, Any]]:
 
 def _versions() -> dict[str, str]:
     packages = ("farspan", "torch", "numpy")
-    revision = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    revision = ""
+    with suppress(OSError):  # there may be no git
+        done = subprocess.run(describe, capture_output=True, text=True, check=False)
+        revision = done.stdout.strip()
     return {
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
-        "git": revision.stdout.strip() or "not a git checkout",
+        "git": revision or "not a git checkout",
     }

@@ -39,6 +39,11 @@ def test_length_logging_and_layout_may_always_change(prepare) -> None:
     assert "steps: 7" in run.config.read_text()
 
 
+def test_a_run_needs_no_git(prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert json.loads(prepare().versions.read_text())["git"] == "not a git checkout"
+
+
 def test_a_relative_folder_to_offload_to_is_the_same_from_any_other(
     prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
