@@ -19,7 +19,7 @@ from parallel.verdict import VERDICT_S
 from pretrain.context_config import ContextConfig, check_context
 from pretrain.curriculum import Phase, PhaseConfig, resolve_phases
 from pretrain.data_config import DataConfig
-from pretrain.errors import UserError
+from pretrain.errors import AttemptError, UserError
 from pretrain.eval_config import EvalConfig, check_eval
 from pretrain.model.config import AttentionConfig, LayerKind, ModelConfig, Positions
 from pretrain.parallel_config import ParallelConfig, check_offload
@@ -267,7 +267,8 @@ def read_run_config(run: RunDirectory, attempt: int | None = None) -> Config:
     """The resolved configuration of a run, or of one of its attempts.
 
     Raises:
-        UserError: there is no run, or none whose configuration can be read.
+        UserError: there is no run, or one whose configuration is not valid.
+        AttemptError: it cannot be read, from here or now.
     """
     path = run.config if attempt is None else run.config_of(attempt)
     if not path.is_file():
@@ -277,7 +278,9 @@ def read_run_config(run: RunDirectory, attempt: int | None = None) -> Config:
         )
     try:
         return parse_config(yaml.safe_load(path.read_text()))
-    except (OSError, UserError, ValueError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise AttemptError(f"{path} cannot be read: {error.strerror}") from None
+    except (UserError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path}: {error}") from None
 
 

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pretrain.errors import FencedError, TrainingError, UserError
+from pretrain.errors import AttemptError, FencedError, TrainingError, UserError
 
 # The number of the attempt that a launcher has made, in the environment of its ranks.
 ATTEMPT_VARIABLE = "FARSPAN_ATTEMPT"
 # What file systems say that have no locks, such as Lustre without `-o flock`.
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+# What a node or a server of a network file system has for a while.
+PASSING = (errno.EIO, errno.ESTALE, errno.ESHUTDOWN, errno.ETIMEDOUT)
 
 
 class WriteError(TrainingError):
@@ -274,6 +276,7 @@ class RunDirectory:
 
         Raises:
             UserError: another process holds it, and the message says which; or it is read-only.
+            AttemptError: its file system has a fault that may pass.
             WriteError: there is no room to note who holds it.
         """
         return self._hold(self._lock)
@@ -314,7 +317,8 @@ class RunDirectory:
         try:
             file = path.open("a+b", buffering=0)
         except OSError as error:
-            raise UserError(self.explain(error)) from None
+            kind = AttemptError if error.errno in PASSING else UserError
+            raise kind(self.explain(error)) from None
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -16,7 +16,8 @@ from typing import IO
 import pytest
 
 from pretrain import run_dir
-from pretrain.errors import FencedError, TrainingError, UserError
+from pretrain.config import read_run_config
+from pretrain.errors import AttemptError, FencedError, TrainingError, UserError
 from pretrain.run_dir import RunDirectory, WriteError, write_atomically
 from tests.disks import files_of_at_most, flock_of_nfs4
 
@@ -163,6 +164,23 @@ def test_a_read_only_directory_is_named() -> None:
         ):
             pass
         assert not list(run.root.iterdir())
+
+
+def test_a_fault_of_the_file_system_is_no_mistake_of_the_user(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another attempt, perhaps on another node, can do what this one could not."""
+    run.config.write_text("model: {}\n")
+
+    def fail(path: Path, *arguments: object, **named: object) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", fail)
+        patch.setattr(Path, "read_text", fail)
+        for read in (lambda: read_run_config(run), lambda: run.exclusive().__enter__()):
+            with pytest.raises(AttemptError, match="Input/output error"):
+                read()
 
 
 def test_a_full_disk_is_told_with_the_name_of_the_file_and_leaves_what_was_there(
