@@ -25,6 +25,7 @@ from pretrain.errors import (
     CANNOT_GO_ON,
     LOST_RANK,
     STOPPED_ON_REQUEST,
+    AttemptError,
     TrainingError,
     UserError,
 )
@@ -75,7 +76,7 @@ def run_phases(
         How many steps have been trained, and whether it was stopped before all was done.
     """
     phases = phases_of(config)
-    recorder = None
+    recorder, reached = None, 0
     step, past = read_past(config, run)
     phase = phase_at(phases, step)
     if lacks_evaluation(config, run, step):
@@ -83,6 +84,12 @@ def run_phases(
     while True:
         trainer = Trainer(phase.config, run, device, attempt, past, first_step=phase.first)
         step = trainer.progress.step
+        if step < reached:
+            # What is recorded of the steps between would stand there twice.
+            raise AttemptError(
+                f"the checkpoint of step {reached} is damaged; the next attempt goes on from step "
+                f"{step}"
+            )
         if step > config.train.steps:
             raise UserError(
                 f"train.steps = {config.train.steps}, but {run.root} is at step {step} already: it "
@@ -97,10 +104,10 @@ def run_phases(
             held_out = HeldOut(config, trainer)
             is_stopped = run_steps(trainer, phase, held_out, stop, recorder, monitor)
             del held_out
-            step = trainer.progress.step
+            step = reached = trainer.progress.step
             if is_stopped or step == config.train.steps:
                 break
-        # A damaged checkpoint, or a rollback, may lead back to an earlier phase.
+        # A checkpoint that was damaged at the start, or a rollback, may lead to an earlier phase.
         trainer.engine.close()
         del trainer
         gc.collect()

@@ -1,9 +1,10 @@
 """Train a run in phases on 2 ranks, which test_phases.py may have killed at a switch.
 
 Arguments: the run directory, and one of: nothing; `saving N`, to be killed when step N is about to
-be saved; `switching N`, when it has been saved, and the next phase is about to begin; `spikes`, and
-the batches, by their number in the stream, whose gradient is much too large; `forgetting`, for rows
-that begin anew, perhaps with the steps in which they do.
+be saved; `switching N`, when it has been saved, and the next phase is about to begin; `damaging N`,
+to find that checkpoint damaged then; `spikes`, and the batches, by their number in the stream,
+whose gradient is much too large; `forgetting`, for rows that begin anew, perhaps with the steps in
+which they do.
 """
 
 import os
@@ -42,6 +43,18 @@ def die_switching(step: int, run: RunDirectory) -> None:
     training.release_groups = release_groups  # type: ignore[assignment]
 
 
+def damage_switching(step: int, run: RunDirectory) -> None:
+    release = training.release_groups
+
+    def release_groups() -> None:
+        if dist.get_rank() == 0:
+            for file in (run.checkpoints / f"step-{step:08d}").glob("*.safetensors"):
+                file.write_bytes(b"\0" * file.stat().st_size)
+        release()
+
+    training.release_groups = release_groups
+
+
 def forget(steps: set[int]) -> None:
     """Args: steps: none are all."""
     real_backward = Trainer.backward
@@ -61,6 +74,8 @@ def main() -> None:
         die_saving(int(how[1]))
     elif how[:1] == ["switching"]:
         die_switching(int(how[1]), run)
+    elif how[:1] == ["damaging"]:
+        damage_switching(int(how[1]), run)
     elif how[:1] == ["forgetting"]:
         forget(set(map(int, how[1:])))
     elif how:

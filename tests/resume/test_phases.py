@@ -112,9 +112,13 @@ def test_phases_are_seen_in_metrics_ledger_and_audit(whole: RunDirectory) -> Non
 
 @pytest.mark.parametrize(
     ("moment", "step"),
-    [("switching", 3), pytest.param("saving", 6, marks=pytest.mark.slow)],
+    [
+        ("switching", 3),
+        pytest.param("saving", 6, marks=pytest.mark.slow),
+        pytest.param("damaging", 6, marks=pytest.mark.slow),
+    ],
 )
-def test_a_kill_at_a_switch_changes_nothing(
+def test_an_end_at_a_switch_changes_nothing(
     whole: RunDirectory, shards: Path, tmp_path: Path, moment: str, step: int
 ) -> None:
     run = start(tmp_path / "run", shards)
@@ -125,7 +129,7 @@ def test_a_kill_at_a_switch_changes_nothing(
     assert trained(run) == trained(whole)
     audit = audit_run(run)
     assert not audit.problems
-    assert audit.undone_by_restarts.steps == (3 if moment == "saving" else 0)
+    assert audit.undone_by_restarts.steps == (0 if moment == "switching" else 3)
 
 
 @pytest.mark.slow
