@@ -163,6 +163,17 @@ def release_groups() -> None:
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
+    _name_later_groups_anew()
+
+
+def _name_later_groups_anew() -> None:
+    """Give no group from now on the name of an earlier one, whose addresses gloo finds in the store.
+
+    torch names what it splits off the group of all ranks by its ranks and by the number of groups
+    that there are (https://github.com/pytorch/pytorch/pull/189073).
+    """
+    name_of = dist.distributed_c10d._hash_ranks_to_str
+    dist.distributed_c10d._hash_ranks_to_str = lambda ranks: name_of([*ranks, "anew"])
 
 
 def limit_collectives(timeout: timedelta) -> None:
