@@ -1,6 +1,8 @@
 """The `farspan` command line. Everything heavy is imported inside the command that needs it."""
 
 import gc
+import locale
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -421,6 +423,10 @@ def config(recipe: Recipe, overrides: Overrides = None) -> None:
 
 def main() -> None:
     """Run the command line; an error that carries an `exit_code` is told in its own words."""
+    if locale.getpreferredencoding(False).lower() not in ("utf-8", "utf8"):
+        # Text is UTF-8 here, also in what this starts; Python takes that only at its start.
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     # Imports make much and leave no garbage; to look for it after each 700 objects takes half a
     # second.
     gc.set_threshold(10_000)

@@ -85,6 +85,14 @@ def test_a_run_directory_holds_the_whole_run(run: Path) -> None:
     assert (run / "attempts" / "0001" / "rank-0.log").read_text()
 
 
+def test_the_report_is_utf8_whatever_the_locale(run: Path, tmp_path: Path) -> None:
+    """Some sites have `LANG=en_US`, which is Latin-1; every machine has ASCII."""
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    page = tmp_path / "report.html"
+    succeed("report", str(run), "--out", str(page), **plain)
+    assert "▸" in page.read_text(encoding="utf-8")
+
+
 def test_an_audit_proves_what_was_trained_and_names_what_is_missing(
     run: Path, shards: Path, tmp_path: Path
 ) -> None:
