@@ -8,6 +8,7 @@ does not have are sent from there.
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -367,11 +368,14 @@ def send_rows(
     import wandb
 
     try:
-        mirror = Mirror(run, start_wandb(run, config, "online", x_disable_stats=True))
-        for row in mirrored_rows(run, last) if missing else ():
-            if row.step in missing:
-                mirror.log(*part_of(row, missing[row.step]))
-        mirror.finish()
+        # In the run directory, its files would pass for those of a rank that is online.
+        with tempfile.TemporaryDirectory() as folder:
+            wandb_run = start_wandb(run, config, "online", Path(folder), x_disable_stats=True)
+            mirror = Mirror(run, wandb_run)
+            for row in mirrored_rows(run, last) if missing else ():
+                if row.step in missing:
+                    mirror.log(*part_of(row, missing[row.step]))
+            mirror.finish()
     except (wandb.errors.Error, OSError) as error:
         raise TrainingError(f"W&B does not take rows: {error}") from error
 

@@ -229,10 +229,13 @@ def has_key() -> bool:
     return wbauth.authenticate_session(host=host, source="farspan", prompt=False) is not None
 
 
-def start_wandb(run: RunDirectory, config: Config, mode: Mode, **settings: Any) -> Any:
+def start_wandb(
+    run: RunDirectory, config: Config, mode: Mode, folder: Path | None = None, **settings: Any
+) -> Any:
     """Begin, or go on with, the W&B run of a run directory.
 
     Args:
+        folder: where W&B keeps its files, the run directory if none is given.
         settings: more of `wandb.Settings`.
     """
     if mode == "offline":
@@ -242,7 +245,7 @@ def start_wandb(run: RunDirectory, config: Config, mode: Mode, **settings: Any) 
 
     run.wandb.mkdir(parents=True, exist_ok=True)
     wandb_run = wandb.init(
-        dir=run.root,
+        dir=folder or run.root,
         project=config.wandb.project,
         entity=config.wandb.entity,
         name=run.root.name,

@@ -212,20 +212,20 @@ def test_training_is_synced_while_it_runs_and_after_a_kill(shards, tmp_path, ser
         lambda: run.metrics.exists() and last_step(run.metrics) >= 6 and run.wandb_step.exists(),
     )
     logged = last_step(run.metrics)
-    live = sync(run, home)
-    assert f"rows of metrics.jsonl up to step {logged} are at" in live.stdout, live.stderr
-    assert ": sent" not in live.stdout
+    for _ in range(2):
+        live = sync(run, home)
+        assert f"rows of metrics.jsonl up to step {logged} are at" in live.stdout, live.stderr
+        assert ": sent" not in live.stdout
     assert_mirrored(server, run)
     os.kill(rank_pids(run)[0], signal.SIGKILL)
     outputs = [*offline.communicate()]
     assert offline.returncode == 1
-    # The sync has left some, too.
-    before = {*run.wandb.glob("run-*/run-*.wandb")}
+    assert not [*run.wandb.glob("run-*")]
     online = start_and_stop(
         [*command, "wandb.mode=online", "wandb.samples=0"],
         home,
         run,
-        lambda: {*run.wandb.glob("run-*/run-*.wandb")} != before,
+        lambda: any(run.wandb.glob("run-*/run-*.wandb")),
     )
     refused = sync(run, home)
     assert refused.returncode == 2
