@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from pretrain.errors import UserError
 from pretrain.metrics.registry import check_names
@@ -16,6 +16,7 @@ Row = Mapping[str, Any]
 
 # Read at a time where a file is read from its end.
 TAIL_BYTES = 1 << 16
+COPIED_AT_ONCE = 1 << 24
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -93,11 +94,12 @@ class JsonlSink:
         aside = folder / self.path.name
         with writing(aside):
             try:
-                with aside.open("w") as kept:
-                    for line in _complete_lines(self.path):
-                        if _parse(line, self.path)["train/step"] <= step:
-                            kept.write(line)
-                    kept.writelines(map(_line_of, then))
+                with self.path.open("rb") as rows, aside.open("wb") as kept:
+                    end = self._end_of(step, rows)
+                    rows.seek(0)
+                    while left := end - rows.tell():
+                        kept.write(rows.read(min(left, COPIED_AT_ONCE)))
+                    kept.writelines(_line_of(row).encode() for row in then)
                     kept.flush()
                     os.fsync(kept.fileno())
             except OSError:
@@ -113,6 +115,13 @@ class JsonlSink:
         # Where a file system on the network has no room, this is when it says so.
         with writing(self.path):
             self._file.close()
+
+    def _end_of(self, step: int, rows: BinaryIO) -> int:
+        """Where the row of `step` ends, or of the step before it. A file may have many GB."""
+        for begin, line in _lines_from_the_end(rows):
+            if _parse(line.decode(errors="replace"), self.path)["train/step"] <= step:
+                return begin + len(line)
+        return 0
 
     def _open(self) -> None:
         with writing(self.path):
@@ -149,14 +158,9 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 def last_row(path: Path) -> dict[str, Any]:
     """The last row of metrics.jsonl, however long that is; empty if there is none."""
     with path.open("rb") as file:
-        begin, tail = file.seek(0, os.SEEK_END), b""
-        # It ends with a line break, and so does the row before it.
-        while begin and tail.count(b"\n") < 2:
-            end, begin = begin, max(0, begin - TAIL_BYTES)
-            file.seek(begin)
-            tail = file.read(end - begin) + tail
-    whole = tail[: tail.rfind(b"\n") + 1].splitlines()
-    return _row_of(whole[-1].decode(errors="replace"), path) if whole else {}
+        for _, line in _lines_from_the_end(file):
+            return _row_of(line.decode(errors="replace"), path)
+    return {}
 
 
 def last_step(path: Path) -> int:
@@ -183,6 +187,23 @@ def _complete_lines(path: Path) -> Iterator[str]:
         for line in file:
             if line.endswith("\n"):
                 yield line
+
+
+def _lines_from_the_end(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """The complete lines, the last first, each with where it begins."""
+    begin, tail = file.seek(0, os.SEEK_END), b""
+    while begin:
+        end, begin = begin, max(0, begin - TAIL_BYTES)
+        file.seek(begin)
+        tail = file.read(end - begin) + tail
+        # What stands before the first line break may begin further in front.
+        first = tail.find(b"\n") + 1 if begin else 0
+        stop = tail.rfind(b"\n") + 1
+        while stop > first:
+            start = max(first, tail.rfind(b"\n", 0, stop - 1) + 1)
+            yield begin + start, tail[start:stop]
+            stop = start
+        tail = tail[:first]
 
 
 def _row_of(line: str, path: Path) -> dict[str, Any]:

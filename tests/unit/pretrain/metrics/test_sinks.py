@@ -140,6 +140,20 @@ def test_a_full_disk_leaves_whole_rows_and_is_named(tmp_path, room):
     assert steps_in(path) == [1, 2, 3, 4]
 
 
+def test_cut_back_looks_only_at_what_it_drops(tmp_path, aside, monkeypatch):
+    """A row of many experts has half a megabyte, and a file as many rows as the run has steps."""
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    for step in range(1, 101):
+        sink.write({"train/step": step, "train/loss": [0.5] * 3000})
+    kept = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:98]
+    looked_at = []
+    loads = json.loads
+    monkeypatch.setattr(json, "loads", lambda line: looked_at.append(line) or loads(line))
+    sink.cut_back(98, aside)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"".join(kept)
+    assert len(looked_at) == 3
+
+
 def test_cut_back_on_a_full_disk_leaves_the_rows_and_takes_no_room(tmp_path, aside):
     path = tmp_path / "metrics.jsonl"
     write_steps(path, range(1, 8))
