@@ -3,6 +3,7 @@ as they replace themselves with the rest of a fragment.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -86,12 +87,12 @@ def by_shots(run: Run) -> CurveChart | None:
 
 
 def by_position(found: Sequence[tuple[str, Evaluation]]) -> CurveChart | None:
-    """Loss over how many tokens come before, of each run that was evaluated."""
-    tables = [
-        (name, {bucket["first"]: bucket["loss"] for bucket in evaluation.loss_by_position})
-        for name, evaluation in found
-        if evaluation.loss_by_position
-    ]
+    """Loss over how many tokens come before, of each run that was evaluated.
+
+    A model that has diverged has losses that are not finite, and no curve.
+    """
+    tables = [(name, _finite_losses(evaluation)) for name, evaluation in found]
+    tables = [(name, losses) for name, losses in tables if losses]
     if not tables:
         return None
     firsts = sorted({first for _, losses in tables for first in losses})
@@ -105,3 +106,11 @@ def by_position(found: Sequence[tuple[str, Evaluation]]) -> CurveChart | None:
     places = [f"{first:,}" for first in firsts]
     help_text = found[0][1].loss_help
     return CurveChart("Loss by position", "nats/token", help_text, places, curves, low, high, False)
+
+
+def _finite_losses(evaluation: Evaluation) -> dict[int, float]:
+    return {
+        bucket["first"]: bucket["loss"]
+        for bucket in evaluation.loss_by_position
+        if math.isfinite(bucket["loss"])
+    }

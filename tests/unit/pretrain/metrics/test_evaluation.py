@@ -1,15 +1,19 @@
 """The report's heat maps of the newest evaluation on long contexts."""
 
 import json
+import math
 import re
 from html import unescape
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pretrain.evals.request import DEPTHS
 from pretrain.metrics.evaluation import GridRow, read_evaluation
 from pretrain.metrics.history import read_history
 from pretrain.metrics.report import Run, render_page
+from pretrain.metrics.report.curves import by_position
 from pretrain.run_dir import RunDirectory
 
 LENGTHS = [1024, 65536]
@@ -74,6 +78,22 @@ def test_the_page_shows_them_even_before_the_first_metric(tmp_path: Path) -> Non
     text = " ".join(unescape(re.sub(r"<[^>]+>", " ", page)).split())
     assert "Needle at depth 1,024 65,536 0% 0.0% 0.0% 25% 12.5% 12.5%" in text
     assert "4,096 to 8,191 2.2500 1,234" in text
+
+
+def test_a_run_that_has_diverged_leaves_the_curves_of_others(tmp_path: Path) -> None:
+    runs = [RunDirectory(tmp_path / name) for name in ("diverged", "good")]
+    for run, losses in zip(runs, ([math.nan, 1.0], [3.0, 2.0]), strict=True):
+        buckets = [
+            {"first": first, "last": 2 * first - 1, "loss": loss, "tokens": 10}
+            for first, loss in zip((1024, 2048), losses, strict=True)
+        ]
+        save(run, 1000, loss_by_position=buckets)
+    chart = by_position([(run.root.name, read_evaluation(run)) for run in runs])
+    assert [curve.values for curve in chart.curves] == [[None, 1.0], [3.0, 2.0]]
+    assert (chart.low, chart.high) == pytest.approx((0.9, 3.1))
+
+    save(runs[0], 1000, loss_by_position=[{"first": 1, "last": 1, "loss": math.inf, "tokens": 1}])
+    assert by_position([("diverged", read_evaluation(runs[0]))]) is None
 
 
 def test_loss_by_position_alone(tmp_path: Path) -> None:
