@@ -93,8 +93,18 @@ class Mesh:
         assert pp * dp_replicate * dp_shard * cp * tp == dist.get_world_size()
         assert dp_shard * cp * tp % ep == 0
 
+        alone = _arrange(device, all=dist.get_world_size(), alone=1).get_group("alone")
+
         def arrange(**axes: int) -> DeviceMesh:
-            return init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+            """Axes of one rank share a group: each costs threads and, with NCCL, a communicator."""
+            wide = {name: size for name, size in axes.items() if size > 1} or axes
+            groups = dict(zip(wide, _arrange(device, **wide).get_all_groups(), strict=True))
+            return DeviceMesh.from_group(
+                [groups.get(name, alone) for name in axes],
+                device.type,
+                torch.arange(dist.get_world_size()).view(*axes.values()),
+                mesh_dim_names=tuple(axes),
+            )
 
         tokens = arrange(pp=pp, dp_replicate=dp_replicate, dp_shard=dp_shard, cp=cp, tp=tp)
         sequence = None
@@ -151,6 +161,10 @@ class Mesh:
         return self.tokens["dp_replicate"].size() * self.tokens["dp_shard"].size()
 
 
+def _arrange(device: torch.device, **axes: int) -> DeviceMesh:
+    return init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+
+
 def _pipeline_ends(tokens: DeviceMesh) -> dist.ProcessGroup | None:
     pipelines = tokens.mesh.flatten(1)
     ends = [[first, last] for first, last in zip(*pipelines[[0, -1]].tolist(), strict=True)]
@@ -167,13 +181,13 @@ def release_groups() -> None:
 
 
 def _name_later_groups_anew() -> None:
-    """Give no group from now on the name of an earlier one, whose addresses gloo finds in the store.
+    """Give no group from now on the name of an earlier one, whose addresses are in gloo's store.
 
     torch names what it splits off the group of all ranks by its ranks and by the number of groups
     that there are (https://github.com/pytorch/pytorch/pull/189073).
     """
     name_of = dist.distributed_c10d._hash_ranks_to_str
-    dist.distributed_c10d._hash_ranks_to_str = lambda ranks: name_of([*ranks, "anew"])
+    dist.distributed_c10d._hash_ranks_to_str = lambda ranks: name_of([*ranks, -1])
 
 
 def limit_collectives(timeout: timedelta) -> None:
