@@ -97,8 +97,8 @@ class JsonlSink:
                 with self.path.open("rb") as rows, aside.open("wb") as kept:
                     end = self._end_of(step, rows)
                     rows.seek(0)
-                    while left := end - rows.tell():
-                        kept.write(rows.read(min(left, COPIED_AT_ONCE)))
+                    while some := rows.read(min(end - rows.tell(), COPIED_AT_ONCE)):
+                        kept.write(some)
                     kept.writelines(_line_of(row).encode() for row in then)
                     kept.flush()
                     os.fsync(kept.fileno())
